@@ -1,0 +1,660 @@
+// The CPU backend: every op of the package, forward and backward, for float64, float32, bfloat16 and float16.
+//
+// Matrix products go through ATen on 2-D slices, one (batch, head) and one block of rows at a time, so that no score
+// matrix of all heads ever exists. Low precision is widened to float32 slice by slice; scores are never rounded before
+// a decision, and results are rounded once, when they are stored. T is the type that is computed in.
+//
+// Forward tasks are (batch, head, block of rows); backward tasks are (batch, kv head), so that each dkey and dvalue has
+// one owner and the order of every sum is fixed.
+
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "../checks.h"
+
+namespace {
+
+using at::IntArrayRef;
+using at::Tensor;
+using mita::Shape;
+using OptionalTensor = std::optional<Tensor>;
+
+template <class scalar_t>
+using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Inside, ATen computes what it is asked: no graph, no autocast. A worker does not inherit the dispatch state of its
+// caller.
+struct PlainDispatch {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  c10::impl::ExcludeDispatchKeyGuard without_autocast{c10::autocast_dispatch_keyset};
+};
+
+// Runs f(0) .. f(n - 1) on all threads, each call on one thread. At least two iterations are asked for, because a loop
+// of one would run outside of a parallel region, where ATen may split a product over threads: then the last bits of a
+// score, and so a selection, could depend on how many heads came together.
+template <class F>
+void parallel(int64_t n, const F& f) {
+  at::parallel_for(0, std::max<int64_t>(n, 2), 1, [&](int64_t begin, int64_t end) {
+    const PlainDispatch plain;
+    for (int64_t i = begin; i < std::min(end, n); ++i) f(i);
+  });
+}
+
+// As above, where no decision is taken: a single task may use the threads of ATen inside.
+template <class F>
+void parallel_backward(int64_t n, const F& f) {
+  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    const PlainDispatch plain;
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
+Tensor head(const Tensor& t, int64_t b, int64_t h) { return t.select(0, b).select(0, h); }
+
+at::TensorOptions acc_options(const Tensor& t) { return t.options().dtype(mita::accumulate_type(t.scalar_type())); }
+
+// A copy of its own even where none is needed: products then see the same strides and alignment whatever the layout,
+// and give the same bits.
+Tensor widen(const Tensor& slice) { return at::empty(slice.sizes(), acc_options(slice)).copy_(slice); }
+
+// Where no decision follows, without a copy if it is wide already; strides stay as they are.
+Tensor to_acc(const Tensor& slice) { return slice.to(mita::accumulate_type(slice.scalar_type())); }
+
+// ---- Rows and columns ------------------------------------------------------------------------------------------------
+
+// rows[0 .. n) of a matrix whose last dimension has stride 1, widened.
+template <class scalar_t>
+Tensor gather_rows(const Tensor& matrix, const int64_t* rows, int64_t n) {
+  using T = acc_t<scalar_t>;
+  const int64_t D = matrix.size(1), stride = matrix.stride(0);
+  Tensor result = at::empty({n, D}, acc_options(matrix));
+  const scalar_t* from = matrix.const_data_ptr<scalar_t>();
+  T* to = result.mutable_data_ptr<T>();
+  for (int64_t i = 0; i < n; ++i, to += D)
+    for (int64_t d = 0; d < D; ++d) to[d] = static_cast<T>(from[rows[i] * stride + d]);
+  return result;
+}
+
+template <class T>
+void add_rows(const Tensor& matrix, const int64_t* rows, const Tensor& terms, T alpha = 1) {
+  const int64_t n = terms.size(0), D = terms.size(1);
+  const T* from = terms.const_data_ptr<T>();
+  T* to = matrix.mutable_data_ptr<T>();
+  for (int64_t i = 0; i < n; ++i, from += D)
+    for (int64_t d = 0; d < D; ++d) to[rows[i] * D + d] += alpha * from[d];
+}
+
+// The units of one expert, seen from its queries: some rows of a [n, width] matrix, K columns from `column` on, of
+// which the first `used` hold units and the rest are empty slots.
+struct Block {
+  const int64_t* rows;
+  int64_t n, column, K, used;
+};
+
+template <class T>
+Tensor get_block(const Tensor& matrix, const Block& b) {
+  const int64_t width = matrix.size(1);
+  Tensor result = at::empty({b.n, b.used}, matrix.options());
+  const T* from = matrix.const_data_ptr<T>() + b.column;
+  T* to = result.mutable_data_ptr<T>();
+  for (int64_t i = 0; i < b.n; ++i) std::copy_n(from + b.rows[i] * width, b.used, to + i * b.used);
+  return result;
+}
+
+template <class T>
+void put_block(const Tensor& matrix, const Block& b, const Tensor& block, T alpha, T empty) {
+  const int64_t width = matrix.size(1);
+  const T* from = block.const_data_ptr<T>();
+  T* to = matrix.mutable_data_ptr<T>() + b.column;
+  for (int64_t i = 0; i < b.n; ++i, from += b.used) {
+    T* row = to + b.rows[i] * width;
+    for (int64_t j = 0; j < b.used; ++j) row[j] = alpha * from[j];
+    std::fill(row + b.used, row + b.K, empty);
+  }
+}
+
+// ---- Selection -------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Candidate {
+  T score;
+  int32_t index;
+};
+
+// The total order of every selection: larger score first, then lower index; NaN after all numbers; -0 equals +0.
+template <class T>
+bool before(const Candidate<T>& a, const Candidate<T>& b) {
+  if (a.score > b.score) return true;
+  if (a.score < b.score) return false;
+  const bool a_nan = std::isnan(a.score), b_nan = std::isnan(b.score);
+  return a_nan == b_nan ? a.index < b.index : b_nan;
+}
+
+// Whether one of x[0 .. n) may come before a candidate of score `worst`; a loop without branches, which vectorises.
+template <class T>
+bool any_may_pass(const T* x, int64_t n, T worst) {
+  int pass = 0;
+  for (int64_t j = 0; j < n; ++j) pass |= !(x[j] < worst);
+  return pass != 0;
+}
+
+constexpr int64_t kScan = 16;  // scores that are looked at together before any is looked at alone
+
+// The K first of `scores` in that order, by ascending index. One pass keeps a pool of candidates that may still be
+// among the K first, and thins it to K whenever it is full: few scores get past `worst` after the first thinning.
+template <class T>
+void select_topk(const T* scores, int64_t L, int64_t K, int32_t* chosen) {
+  std::vector<Candidate<T>> pool;
+  const size_t full = 2 * K + 64;
+  pool.reserve(full);
+  Candidate<T> worst{};
+  bool thinned = false;
+  const auto thin = [&] {
+    std::nth_element(pool.begin(), pool.begin() + (K - 1), pool.end(), before<T>);
+    pool.resize(K);
+    worst = pool[K - 1];
+    thinned = true;
+  };
+  for (int64_t j0 = 0; j0 < L; j0 += kScan) {
+    const int64_t j1 = std::min(j0 + kScan, L);
+    if (thinned && !any_may_pass(scores + j0, j1 - j0, worst.score)) continue;
+    for (int64_t j = j0; j < j1; ++j) {
+      const Candidate<T> c{scores[j], static_cast<int32_t>(j)};
+      if (thinned && !before(c, worst)) continue;
+      pool.push_back(c);
+      if (pool.size() == full) thin();
+    }
+  }
+  thin();
+  for (int64_t j = 0; j < K; ++j) chosen[j] = pool[j].index;
+  std::sort(chosen, chosen + K);
+}
+
+// The s first of M scores, best first. s is at most 8: insertion.
+template <class T>
+void select_routes(const T* scores, int64_t M, int64_t s, int32_t* chosen) {
+  Candidate<T> best[mita::kMaxRoutes];
+  for (int64_t m0 = 0; m0 < M; m0 += kScan) {
+    const int64_t m1 = std::min(m0 + kScan, M);
+    if (m0 >= s && !any_may_pass(scores + m0, m1 - m0, best[s - 1].score)) continue;
+    for (int64_t m = m0; m < m1; ++m) {
+      const Candidate<T> c{scores[m], static_cast<int32_t>(m)};
+      int64_t at = std::min(m, s);
+      if (at == s && !before(c, best[s - 1])) continue;
+      if (at == s) --at;
+      for (; at > 0 && before(c, best[at - 1]); --at) best[at] = best[at - 1];
+      best[at] = c;
+    }
+  }
+  for (int64_t t = 0; t < s; ++t) chosen[t] = best[t].index;
+}
+
+// ---- Pooling ---------------------------------------------------------------------------------------------------------
+
+struct Pooling {
+  int64_t mh, mw, gh, gw, prefix;
+
+  Pooling(IntArrayRef num_landmarks, IntArrayRef grid, int64_t num_prefix_tokens)
+      : mh(num_landmarks[0]), mw(num_landmarks[1]), gh(grid[0]), gw(grid[1]), prefix(num_prefix_tokens) {}
+
+  // Calls f(landmark, token, 1 / size of the window) for every token of every window, in order.
+  template <class F>
+  void each(const F& f) const {
+    for (int64_t i = 0; i < mh; ++i) {
+      const int64_t r0 = i * gh / mh, r1 = ceil_div((i + 1) * gh, mh);
+      for (int64_t j = 0; j < mw; ++j) {
+        const int64_t c0 = j * gw / mw, c1 = ceil_div((j + 1) * gw, mw);
+        const double weight = 1.0 / static_cast<double>((r1 - r0) * (c1 - c0));
+        for (int64_t r = r0; r < r1; ++r)
+          for (int64_t c = c0; c < c1; ++c) f(i * mw + j, prefix + r * gw + c, weight);
+      }
+    }
+  }
+};
+
+// Sums in double: windows may be long.
+template <class scalar_t>
+Tensor pool_head(const Tensor& q, const Pooling& pooling) {
+  const int64_t D = q.size(1), stride = q.stride(0);
+  Tensor landmarks = at::zeros({pooling.mh * pooling.mw, D}, q.options().dtype(at::kDouble));
+  const scalar_t* from = q.const_data_ptr<scalar_t>();
+  double* to = landmarks.mutable_data_ptr<double>();
+  pooling.each([&](int64_t m, int64_t n, double weight) {
+    for (int64_t d = 0; d < D; ++d) to[m * D + d] += weight * static_cast<double>(from[n * stride + d]);
+  });
+  return landmarks;
+}
+
+// dq += the gradient that reaches the queries through their landmarks; both contiguous.
+template <class T>
+void pool_head_backward(const Tensor& dZ, const Pooling& pooling, const Tensor& dq) {
+  const int64_t D = dq.size(1);
+  const T* from = dZ.const_data_ptr<T>();
+  T* to = dq.mutable_data_ptr<T>();
+  pooling.each([&](int64_t m, int64_t n, double weight) {
+    for (int64_t d = 0; d < D; ++d) to[n * D + d] += static_cast<T>(weight) * from[m * D + d];
+  });
+}
+
+Tensor pool(const Tensor& query, IntArrayRef num_landmarks, IntArrayRef grid, int64_t num_prefix_tokens) {
+  const Shape p = mita::check_pool(query, num_landmarks, grid, num_prefix_tokens);
+  const Pooling pooling(num_landmarks, grid, num_prefix_tokens);
+  const Tensor landmarks = at::empty({p.B, p.H, p.M, p.D}, query.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "mita_ext.pool", [&] {
+    parallel(p.B * p.H, [&](int64_t i) {
+      const int64_t b = i / p.H, h = i % p.H;
+      head(landmarks, b, h).copy_(pool_head<scalar_t>(head(query, b, h), pooling));
+    });
+  });
+  return landmarks;
+}
+
+Tensor pool_backward(const Tensor& dlandmarks, int64_t N, IntArrayRef num_landmarks, IntArrayRef grid,
+                     int64_t num_prefix_tokens) {
+  const Shape p = mita::check_pool_backward(dlandmarks, N, num_landmarks, grid, num_prefix_tokens);
+  const Pooling pooling(num_landmarks, grid, num_prefix_tokens);
+  const Tensor dquery = at::empty({p.B, p.H, p.N, p.D}, dlandmarks.options());
+  AT_DISPATCH_FLOATING_TYPES(mita::accumulate_type(dlandmarks.scalar_type()), "mita_ext.pool_backward", [&] {
+    parallel_backward(p.B * p.H, [&](int64_t i) {
+      const int64_t b = i / p.H, h = i % p.H;
+      const Tensor dq = at::zeros({p.N, p.D}, acc_options(dlandmarks));
+      pool_head_backward<scalar_t>(widen(head(dlandmarks, b, h)), pooling, dq);
+      head(dquery, b, h).copy_(dq);
+    });
+  });
+  return dquery;
+}
+
+// ---- Landmarks: scores, top-k, compressed values ---------------------------------------------------------------------
+
+// Rows of landmark scores that are held at once: 2^20 scores or one row. A function of L alone, never of the batch or
+// the threads, because the shape of a product can decide its last bits.
+int64_t landmark_block(const Shape& p) { return std::clamp<int64_t>((int64_t{1} << 20) / p.L, 1, p.M); }
+
+std::tuple<Tensor, Tensor, Tensor> landmark_topk(const Tensor& landmarks, const Tensor& key, const Tensor& value,
+                                                 int64_t topk, double scale) {
+  const Shape p = mita::check_landmark_topk(landmarks, key, value, topk);
+  const Tensor indices = at::empty({p.B, p.H, p.M, p.K}, key.options().dtype(at::kInt));
+  const Tensor compressed = at::empty({p.B, p.H, p.M, p.D}, key.options());
+  const Tensor lse = at::empty({p.B, p.H, p.M}, acc_options(key));
+  const int64_t block = landmark_block(p), blocks = ceil_div(p.M, block);
+  AT_DISPATCH_FLOATING_TYPES(lse.scalar_type(), "mita_ext.landmark_topk", [&] {
+    parallel(p.B * p.H * blocks, [&](int64_t i) {
+      const int64_t b = i / blocks / p.H, h = i / blocks % p.H, hk = h / (p.H / p.Hkv);
+      const int64_t m0 = i % blocks * block, rows = std::min(block, p.M - m0);
+      Tensor S = widen(head(landmarks, b, h).narrow(0, m0, rows)).mm(widen(head(key, b, hk)).t());
+      const scalar_t* scores = S.const_data_ptr<scalar_t>();
+      int32_t* chosen = head(indices, b, h).mutable_data_ptr<int32_t>() + m0 * p.K;
+      for (int64_t m = 0; m < rows; ++m) select_topk(scores + m * p.L, p.L, p.K, chosen + m * p.K);
+
+      S.mul_(scale);
+      const Tensor top = S.amax(1, true);
+      S.sub_(top).exp_();
+      const Tensor sum = S.sum(1, true);
+      head(compressed, b, h).narrow(0, m0, rows).copy_(S.mm(to_acc(head(value, b, hk))).div_(sum));
+      head(lse, b, h).narrow(0, m0, rows).copy_(sum.log_().add_(top).squeeze(1));
+    });
+  });
+  return {indices, compressed, lse};
+}
+
+// Gradients of one kv head, in the type that is computed in: all its query heads add into them.
+struct KeyValueGrad {
+  Tensor dk, dv;
+
+  KeyValueGrad(const Shape& p, const at::TensorOptions& options)
+      : dk(at::zeros({p.L, p.D}, options)), dv(at::zeros({p.L, p.D}, options)) {}
+};
+
+// C = softmax(scale Z k^T) v for one head, backward from dC (and the gradient of its lse). k, v and all gradients are
+// widened; dZ is added to.
+void compress_backward(const Tensor& Z, const Tensor& k, const Tensor& v, const Tensor& C, const Tensor& lse,
+                       const Tensor& dC, const OptionalTensor& dlse, double scale, int64_t block, const Tensor& dZ,
+                       KeyValueGrad& grad) {
+  Tensor delta = dC.mul(C).sum(1);
+  if (dlse) delta.sub_(*dlse);
+  for (int64_t m0 = 0; m0 < Z.size(0); m0 += block) {
+    const int64_t rows = std::min(block, Z.size(0) - m0);
+    const auto part = [&](const Tensor& t) { return t.narrow(0, m0, rows); };
+    const Tensor P = part(Z).mm(k.t()).mul_(scale).sub_(part(lse).unsqueeze(1)).exp_();
+    const Tensor dS = part(dC).mm(v.t()).sub_(part(delta).unsqueeze(1)).mul_(P);
+    part(dZ).addmm_(dS, k, 1, scale);
+    grad.dk.addmm_(dS.t(), part(Z), 1, scale);
+    grad.dv.addmm_(P.t(), part(dC));
+  }
+}
+
+OptionalTensor optional_head(const OptionalTensor& t, int64_t b, int64_t h) {
+  return t ? OptionalTensor(head(*t, b, h)) : std::nullopt;
+}
+
+std::tuple<Tensor, Tensor, Tensor> landmark_topk_backward(const Tensor& dcompressed, const OptionalTensor& dlse,
+                                                          const Tensor& landmarks, const Tensor& key,
+                                                          const Tensor& value, const Tensor& compressed,
+                                                          const Tensor& lse, double scale) {
+  const Shape p = mita::check_landmark_topk_backward(dcompressed, dlse, landmarks, key, value, compressed, lse);
+  const Tensor dlandmarks = at::empty(landmarks.sizes(), key.options());
+  const Tensor dkey = at::empty(key.sizes(), key.options()), dvalue = at::empty(key.sizes(), key.options());
+  const int64_t group = p.H / p.Hkv;
+  parallel_backward(p.B * p.Hkv, [&](int64_t i) {
+    const int64_t b = i / p.Hkv, hk = i % p.Hkv;
+    KeyValueGrad grad(p, acc_options(key));
+    const Tensor k = to_acc(head(key, b, hk)), v = to_acc(head(value, b, hk));
+    for (int64_t h = hk * group; h < (hk + 1) * group; ++h) {
+      const Tensor dZ = at::zeros({p.M, p.D}, acc_options(key));
+      compress_backward(widen(head(landmarks, b, h)), k, v, widen(head(compressed, b, h)), head(lse, b, h),
+                        widen(head(dcompressed, b, h)), optional_head(dlse, b, h), scale, landmark_block(p), dZ, grad);
+      head(dlandmarks, b, h).copy_(dZ);
+    }
+    head(dkey, b, hk).copy_(grad.dk);
+    head(dvalue, b, hk).copy_(grad.dv);
+  });
+  return {dlandmarks, dkey, dvalue};
+}
+
+// ---- Routing ---------------------------------------------------------------------------------------------------------
+
+Tensor route(const Tensor& query, const Tensor& landmarks, int64_t routes) {
+  const Shape p = mita::check_route(query, landmarks, routes);
+  const Tensor experts = at::empty({p.B, p.H, p.N, p.s}, query.options().dtype(at::kInt));
+  if (experts.numel() == 0) return experts;
+  constexpr int64_t block = 2048;
+  const int64_t blocks = ceil_div(p.N, block);
+  AT_DISPATCH_FLOATING_TYPES(mita::accumulate_type(query.scalar_type()), "mita_ext.route", [&] {
+    parallel(p.B * p.H * blocks, [&](int64_t i) {
+      const int64_t b = i / blocks / p.H, h = i / blocks % p.H;
+      const int64_t n0 = i % blocks * block, rows = std::min(block, p.N - n0);
+      const Tensor S = widen(head(query, b, h).narrow(0, n0, rows)).mm(widen(head(landmarks, b, h)).t());
+      const scalar_t* scores = S.const_data_ptr<scalar_t>();
+      int32_t* chosen = head(experts, b, h).mutable_data_ptr<int32_t>() + n0 * p.s;
+      for (int64_t n = 0; n < rows; ++n) select_routes(scores + n * p.M, p.M, p.s, chosen + n * p.s);
+    });
+  });
+  return experts;
+}
+
+// ---- Attention over the shared expert and the routed experts ---------------------------------------------------------
+
+// One query head. The units of a query are the columns of a matrix: the M landmarks (if the expert is shared), then K
+// for each route.
+template <class scalar_t>
+struct Head {
+  using T = acc_t<scalar_t>;
+  Shape p;
+  Tensor q, k, v;  // slices as they come
+  Tensor Z, C;     // widened
+  const int32_t* indices;  // [M, K]
+  const int32_t* experts;  // [N, s]
+  bool shared_expert;
+  double scale, landmark_scale;
+
+  Head(const Shape& p, int64_t b, int64_t h, const Tensor& query, const Tensor& key, const Tensor& value,
+       const Tensor& landmarks, const Tensor& compressed, const Tensor& indices, const Tensor& experts,
+       bool shared_expert, double scale, double landmark_scale)
+      : p(p),
+        q(head(query, b, h)),
+        k(head(key, b, h / (p.H / p.Hkv))),
+        v(head(value, b, h / (p.H / p.Hkv))),
+        Z(widen(head(landmarks, b, h))),
+        C(widen(head(compressed, b, h))),
+        indices(head(indices, b, h).const_data_ptr<int32_t>()),
+        experts(head(experts, b, h).const_data_ptr<int32_t>()),
+        shared_expert(shared_expert),
+        scale(scale),
+        landmark_scale(landmark_scale) {}
+
+  int64_t shared_width() const { return shared_expert ? p.M : 0; }
+  int64_t width() const { return shared_width() + p.s * p.K; }
+  Tensor shared(const Tensor& matrix) const { return matrix.narrow(1, 0, p.M); }
+
+  // For queries n0 .. n0 + n: calls f(block, keys) for every route and every expert that has queries there. The queries
+  // of an expert come in ascending order (a stable counting sort); `keys` are its block.used filled slots.
+  template <class F>
+  void each_expert(int64_t n0, int64_t n, const F& f) const {
+    std::vector<int64_t> start(p.M + 1), rows(n), keys(p.K);
+    for (int64_t t = 0; t < p.s; ++t) {
+      const auto expert = [&](int64_t i) { return experts[(n0 + i) * p.s + t]; };
+      std::fill(start.begin(), start.end(), 0);
+      for (int64_t i = 0; i < n; ++i) ++start[expert(i) + 1];
+      for (int64_t e = 0; e < p.M; ++e) start[e + 1] += start[e];
+      std::vector<int64_t> next(start.begin(), start.end() - 1);
+      for (int64_t i = 0; i < n; ++i) rows[next[expert(i)]++] = i;
+      for (int64_t e = 0; e < p.M; ++e) {
+        const int64_t count = start[e + 1] - start[e];
+        if (count == 0) continue;
+        int64_t used = 0;
+        for (int64_t j = 0; j < p.K; ++j) {
+          const int64_t index = indices[e * p.K + j];
+          if (index >= 0 && index < p.L) keys[used++] = index;
+        }
+        f(Block{rows.data() + start[e], count, shared_width() + t * p.K, p.K, used}, keys.data());
+      }
+    }
+  }
+
+  // All logits of queries n0 .. n0 + n, given as q; -inf in empty slots.
+  Tensor logits(const Tensor& q, int64_t n0) const {
+    const Tensor S = at::empty({q.size(0), width()}, q.options());
+    if (shared_expert) shared(S).addmm_(q, Z.t(), 0, landmark_scale);
+    each_expert(n0, q.size(0), [&](const Block& b, const int64_t* keys) {
+      const Tensor k_e = gather_rows<scalar_t>(k, keys, b.used);
+      put_block<T>(S, b, gather_rows<T>(q, b.rows, b.n).mm(k_e.t()), static_cast<T>(scale), static_cast<T>(-kInf));
+    });
+    return S;
+  }
+
+  // -> out [n, D] and lse [n] of queries n0 .. n0 + n. A query without any unit gets 0 and -inf.
+  std::pair<Tensor, Tensor> forward(int64_t n0, int64_t n) const {
+    const Tensor P = logits(to_acc(q.narrow(0, n0, n)), n0);
+    const Tensor top = P.amax(1, true);
+    top.masked_fill_(top == -kInf, 0);
+    P.sub_(top).exp_();
+    const Tensor sum = P.sum(1, true);
+    const Tensor out = shared_expert ? shared(P).mm(C) : at::zeros({n, p.D}, P.options());
+    each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
+      add_rows<T>(out, b.rows, get_block<T>(P, b).mm(gather_rows<scalar_t>(v, keys, b.used)));
+    });
+    out.mul_(sum.reciprocal().masked_fill_(sum == 0, 0));
+    return {out, sum.log().add_(top).squeeze(1)};
+  }
+
+  // Adds to dq [N, D], dZ, dC [M, D] and the kv gradients what queries n0 .. n0 + n contribute.
+  void backward(int64_t n0, int64_t n, const Tensor& dout, const OptionalTensor& dlse, const Tensor& out,
+                const Tensor& lse, const Tensor& dq, const Tensor& dZ, const Tensor& dC, KeyValueGrad& grad) const {
+    const auto part = [&](const Tensor& t) { return t.narrow(0, n0, n); };
+    const Tensor q_n = to_acc(part(q)), do_n = to_acc(part(dout)), dq_n = part(dq);
+    Tensor delta = widen(part(out)).mul_(do_n).sum(1, true);
+    if (dlse) delta.sub_(part(*dlse).unsqueeze(1));
+
+    const Tensor lse_n = part(lse).unsqueeze(1);
+    const Tensor P = logits(q_n, n0);
+    P.sub_(lse_n.masked_fill(lse_n == -kInf, kInf)).exp_();  // without any unit: all zero
+    const Tensor dS = at::empty_like(P);
+    if (shared_expert) shared(dS).addmm_(do_n, C.t(), 0, 1);
+    each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
+      const Tensor v_e = gather_rows<scalar_t>(v, keys, b.used);
+      put_block<T>(dS, b, gather_rows<T>(do_n, b.rows, b.n).mm(v_e.t()), 1, 0);
+    });
+    dS.sub_(delta).mul_(P);
+
+    if (shared_expert) {
+      dq_n.addmm_(shared(dS), Z, 1, landmark_scale);
+      dZ.addmm_(shared(dS).t(), q_n, 1, landmark_scale);
+      dC.addmm_(shared(P).t(), do_n);
+    }
+    const T alpha = static_cast<T>(scale);
+    each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
+      const Tensor dS_e = get_block<T>(dS, b), P_e = get_block<T>(P, b);
+      add_rows<T>(dq_n, b.rows, dS_e.mm(gather_rows<scalar_t>(k, keys, b.used)), alpha);
+      add_rows<T>(grad.dk, keys, dS_e.t().mm(gather_rows<T>(q_n, b.rows, b.n)), alpha);
+      add_rows<T>(grad.dv, keys, P_e.t().mm(gather_rows<T>(do_n, b.rows, b.n)));
+    });
+  }
+};
+
+// Queries that are attended at once: about 2^20 logits, but enough queries for experts to have several each.
+int64_t query_block(const Shape& p) {
+  return std::max<int64_t>(1024, (int64_t{1} << 20) / (p.M + std::max<int64_t>(p.s * p.K, 1)));
+}
+
+// A loop over experts trusts them; on the CPU looking costs little.
+void check_experts(const char* fn, const Tensor& experts, int64_t M) {
+  if (experts.numel() == 0) return;
+  const int64_t low = experts.min().item<int64_t>(), high = experts.max().item<int64_t>();
+  TORCH_CHECK_VALUE(low >= 0 && high < M, fn, ": experts must be at least 0 and below the number of landmarks (", M,
+                    "), got ", low < 0 ? low : high);
+}
+
+std::tuple<Tensor, Tensor> expert_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                            const Tensor& landmarks, const Tensor& compressed, const Tensor& indices,
+                                            const Tensor& experts, bool shared_expert, double scale,
+                                            double landmark_scale) {
+  const Shape p = mita::check_expert_attention(query, key, value, landmarks, compressed, indices, experts,
+                                               shared_expert);
+  check_experts("mita_ext.expert_attention", experts, p.M);
+  const Tensor out = at::empty({p.B, p.H, p.N, p.D}, query.options());
+  const Tensor lse = at::empty({p.B, p.H, p.N}, acc_options(query));
+  const int64_t block = query_block(p), blocks = ceil_div(p.N, block);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "mita_ext.expert_attention", [&] {
+    parallel(p.B * p.H * blocks, [&](int64_t i) {
+      const int64_t b = i / blocks / p.H, h = i / blocks % p.H;
+      const int64_t n0 = i % blocks * block, n = std::min(block, p.N - n0);
+      const Head<scalar_t> one(p, b, h, query, key, value, landmarks, compressed, indices, experts, shared_expert,
+                               scale, landmark_scale);
+      const auto [out_n, lse_n] = one.forward(n0, n);
+      head(out, b, h).narrow(0, n0, n).copy_(out_n);
+      head(lse, b, h).narrow(0, n0, n).copy_(lse_n);
+    });
+  });
+  return {out, lse};
+}
+
+// The body of both backward ops. For each (batch, query head), in the order of the kv heads, `after(b, h, Z, C, dq, dZ,
+// dC, grad)` may carry dC and dZ further before everything is rounded and stored.
+template <class After>
+void attend_backward(const Shape& p, const Tensor& dout, const OptionalTensor& dlse, const Tensor& query,
+                     const Tensor& key, const Tensor& value, const Tensor& landmarks, const Tensor& compressed,
+                     const Tensor& indices, const Tensor& experts, const Tensor& out, const Tensor& lse,
+                     bool shared_expert, double scale, double landmark_scale, const Tensor& dquery, const Tensor& dkey,
+                     const Tensor& dvalue, const After& after) {
+  const int64_t group = p.H / p.Hkv, block = query_block(p);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "mita_ext.attention_backward", [&] {
+    parallel_backward(p.B * p.Hkv, [&](int64_t i) {
+      const int64_t b = i / p.Hkv, hk = i % p.Hkv;
+      const auto options = acc_options(query);
+      KeyValueGrad grad(p, options);
+      for (int64_t h = hk * group; h < (hk + 1) * group; ++h) {
+        const Head<scalar_t> one(p, b, h, query, key, value, landmarks, compressed, indices, experts, shared_expert,
+                                 scale, landmark_scale);
+        const Tensor dq = at::zeros({p.N, p.D}, options);
+        const Tensor dZ = at::zeros({p.M, p.D}, options), dC = at::zeros({p.M, p.D}, options);
+        for (int64_t n0 = 0; n0 < p.N; n0 += block)
+          one.backward(n0, std::min(block, p.N - n0), head(dout, b, h), optional_head(dlse, b, h), head(out, b, h),
+                       head(lse, b, h), dq, dZ, dC, grad);
+        after(b, h, one.Z, one.C, dq, dZ, dC, grad);
+        head(dquery, b, h).copy_(dq);
+      }
+      head(dkey, b, hk).copy_(grad.dk);
+      head(dvalue, b, hk).copy_(grad.dv);
+    });
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_attention_backward(
+    const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Tensor& landmarks, const Tensor& compressed, const Tensor& indices, const Tensor& experts, const Tensor& out,
+    const Tensor& lse, bool shared_expert, double scale, double landmark_scale) {
+  const Shape p = mita::check_expert_attention_backward(dout, dlse, query, key, value, landmarks, compressed, indices,
+                                                        experts, out, lse, shared_expert);
+  check_experts("mita_ext.expert_attention backward", experts, p.M);
+  const Tensor dquery = at::empty(query.sizes(), query.options());
+  const Tensor dkey = at::empty(key.sizes(), key.options()), dvalue = at::empty(key.sizes(), key.options());
+  const Tensor dlandmarks = at::empty(landmarks.sizes(), query.options());
+  const Tensor dcompressed = at::empty(landmarks.sizes(), query.options());
+  attend_backward(p, dout, dlse, query, key, value, landmarks, compressed, indices, experts, out, lse, shared_expert,
+                  scale, landmark_scale, dquery, dkey, dvalue,
+                  [&](int64_t b, int64_t h, const Tensor&, const Tensor&, const Tensor&, const Tensor& dZ,
+                      const Tensor& dC, KeyValueGrad&) {
+                    head(dlandmarks, b, h).copy_(dZ);
+                    head(dcompressed, b, h).copy_(dC);
+                  });
+  return {dquery, dkey, dvalue, dlandmarks, dcompressed};
+}
+
+// ---- Everything at once ----------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& landmarks,
+    IntArrayRef num_landmarks, IntArrayRef grid, int64_t num_prefix_tokens, int64_t topk, int64_t routes,
+    bool shared_expert, double scale, double landmark_scale) {
+  mita::check_attention(query, key, value, landmarks, num_landmarks, grid, num_prefix_tokens, topk, routes,
+                        shared_expert);
+  const Tensor Z = landmarks ? *landmarks : pool(query, num_landmarks, grid, num_prefix_tokens);
+  const auto [indices, compressed, landmark_lse] = landmark_topk(Z, key, value, topk, scale);
+  const Tensor experts = route(query, Z, routes);
+  const auto [out, lse] = expert_attention(query, key, value, Z, compressed, indices, experts, shared_expert, scale,
+                                           landmark_scale);
+  return {out, lse, landmarks ? at::empty({0}, query.options()) : Z, indices, experts, compressed, landmark_lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Tensor& landmarks, const Tensor& indices, const Tensor& experts, const Tensor& compressed,
+    const Tensor& landmark_lse, const Tensor& out, const Tensor& lse, bool pooled, IntArrayRef num_landmarks,
+    IntArrayRef grid, int64_t num_prefix_tokens, bool shared_expert, double scale, double landmark_scale) {
+  const Shape p = mita::check_attention_backward(dout, dlse, query, key, value, landmarks, indices, experts,
+                                                 compressed, landmark_lse, out, lse, pooled, num_landmarks, grid,
+                                                 num_prefix_tokens, shared_expert);
+  check_experts("mita_ext.attention backward", experts, p.M);
+  const Pooling pooling(num_landmarks, grid, num_prefix_tokens);
+  const Tensor dquery = at::empty(query.sizes(), query.options());
+  const Tensor dkey = at::empty(key.sizes(), key.options()), dvalue = at::empty(key.sizes(), key.options());
+  const Tensor dlandmarks = at::empty(pooled ? IntArrayRef{0} : landmarks.sizes(), query.options());
+  attend_backward(
+      p, dout, dlse, query, key, value, landmarks, compressed, indices, experts, out, lse, shared_expert, scale,
+      landmark_scale, dquery, dkey, dvalue,
+      [&](int64_t b, int64_t h, const Tensor& Z, const Tensor& C, const Tensor& dq, const Tensor& dZ, const Tensor& dC,
+          KeyValueGrad& grad) {
+        if (shared_expert) {
+          const int64_t hk = h / (p.H / p.Hkv);
+          compress_backward(Z, to_acc(head(key, b, hk)), to_acc(head(value, b, hk)), C, head(landmark_lse, b, h), dC,
+                            std::nullopt, scale, landmark_block(p), dZ, grad);
+        }
+        if (!pooled) {
+          head(dlandmarks, b, h).copy_(dZ);
+        } else {
+          AT_DISPATCH_FLOATING_TYPES(dZ.scalar_type(), "mita_ext.pool_backward",
+                                     [&] { pool_head_backward<scalar_t>(dZ, pooling, dq); });
+        }
+      });
+  return {dquery, dkey, dvalue, dlandmarks};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mita_ext, CPU, m) {
+  m.impl("pool", &pool);
+  m.impl("pool_backward", &pool_backward);
+  m.impl("landmark_topk", &landmark_topk);
+  m.impl("landmark_topk_backward", &landmark_topk_backward);
+  m.impl("route", &route);
+  m.impl("expert_attention", &expert_attention);
+  m.impl("expert_attention_backward", &expert_attention_backward);
+  m.impl("attention", &attention);
+  m.impl("attention_backward", &attention_backward);
+}

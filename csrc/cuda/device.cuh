@@ -1,0 +1,454 @@
+// Device vocabulary of all kernels: elements, sequences, shared-memory tiles, asynchronous row loads, the two warp-level
+// matrix products that attention is made of, and the online softmax.
+//
+// One layout rules everything: a warp owns 16 rows. In an accumulator acc[n][4], lane = 4*g + t holds
+//   acc[n][0..1] = row g,     columns 8n + 2t, 8n + 2t + 1
+//   acc[n][2..3] = row g + 8, the same columns
+// which is the fragment layout of mma.m16n8k16 and of its first operand, so that probabilities go from the first product
+// into the second without leaving the registers. fp32 uses the same layout with fused multiply-adds: exact fp32.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "dispatch.h"
+
+namespace mita {
+
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kInfinity = __builtin_huge_valf();
+
+// ---- elements ------------------------------------------------------------------------------------------------------
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <class T> __device__ inline T from_float(float x);
+template <> __device__ inline float from_float<float>(float x) { return x; }
+template <> __device__ inline __half from_float<__half>(float x) { return __float2half_rn(x); }
+template <> __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+
+template <class T> constexpr int kChunk = 16 / sizeof(T);  // elements of 16 bytes, the unit of every load
+
+// Two neighbouring columns as one register of a 16-bit mma operand.
+template <class T> __device__ inline std::uint32_t pack(float lo, float hi);
+template <> __device__ inline std::uint32_t pack<__half>(float lo, float hi) {
+  const __half2 h = __floats2half2_rn(lo, hi);
+  return reinterpret_cast<const std::uint32_t&>(h);
+}
+template <> __device__ inline std::uint32_t pack<__nv_bfloat16>(float lo, float hi) {
+  const __nv_bfloat162 h = __floats2bfloat162_rn(lo, hi);
+  return reinterpret_cast<const std::uint32_t&>(h);
+}
+
+// Logits are kept in base 2 for 16-bit elements, one multiplication less, and in base e for fp32, where that multiplication
+// would round large logits once more than the definition does. kLogit<T> scales natural logits to that base.
+template <class T> constexpr float kLogit = sizeof(T) == 2 ? kLog2e : 1.0f;
+template <class T> __device__ inline float exponential(float x) {
+  if constexpr (sizeof(T) == 2) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+  } else {
+    return expf(x);
+  }
+}
+// The natural logarithm of sum * exponential(maximum); -infinity for an empty sum.
+template <class T> __device__ inline float log_sum(float maximum, float sum) {
+  if (sum == 0.0f) return -kInfinity;
+  return sizeof(T) == 2 ? (maximum + log2f(sum)) * kLn2 : maximum + logf(sum);
+}
+
+// Scores in their total order as unsigned integers: NaN lowest (1), -0 = +0; 0 is left for "no key".
+__device__ inline std::uint32_t ordered(float score) {
+  if (score != score) return 1;
+  const std::uint32_t bits = __float_as_uint(score + 0.0f);
+  return bits ^ ((bits >> 31) ? 0xffffffffu : 0x80000000u);
+}
+
+// ---- rows and sequences --------------------------------------------------------------------------------------------
+
+struct Span {
+  std::int64_t start;  // first row in the tensor
+  int length;
+};
+
+__device__ inline Span span(const Sequences& s, int b) {
+  if (s.starts) return {s.starts[b], s.starts[b + 1] - s.starts[b]};
+  return {0, s.lengths ? s.lengths[b] : s.max_length};
+}
+
+template <class T> __device__ inline T* head_rows(const Rows& x, int b, int head, std::int64_t start) {
+  return static_cast<T*>(x.data) + b * x.batch + head * x.head + start * x.row;
+}
+
+// Token n of N lies in the windows [first, last) of M; window m covers the tokens [first, last) of N with M and N swapped.
+struct Range {
+  int first, last;
+};
+// The division is two float estimates and an exact correction: integer division of 64 bits is a call, and calls spill.
+__device__ inline int floor_div(std::int64_t a, int size) {
+  const float inverse = __frcp_rn(static_cast<float>(size));
+  std::int64_t quotient = static_cast<std::int64_t>(static_cast<float>(a) * inverse);
+  quotient += static_cast<std::int64_t>(static_cast<float>(a - quotient * size) * inverse);
+  const std::int64_t rest = a - quotient * size;
+  return static_cast<int>(quotient + (rest >= size) - (rest < 0));
+}
+__device__ inline Range overlapping(int i, int size, int other) {
+  return {floor_div(std::int64_t(i) * other, size), floor_div(std::int64_t(i + 1) * other + (size - 1), size)};
+}
+
+// Calls f(m, 1 / |window m|) for every pooling window m that holds token n, in ascending order: the gradient of pooling.
+template <class F> __device__ inline void for_each_window(const Windows& w, int n, F&& f) {
+  const int cell = n - w.prefix;
+  if (cell < 0 || cell >= w.gh * w.gw) return;
+  const Range rows = overlapping(cell / w.gw, w.gh, w.mh), columns = overlapping(cell % w.gw, w.gw, w.mw);
+  for (int i = rows.first; i < rows.last; ++i) {
+    const Range height = overlapping(i, w.mh, w.gh);
+    for (int j = columns.first; j < columns.last; ++j) {
+      const Range width = overlapping(j, w.mw, w.gw);
+      f(i * w.mw + j, 1.0f / static_cast<float>((height.last - height.first) * (width.last - width.first)));
+    }
+  }
+}
+
+// The pooling windows of a sequence: 1-D windows follow its own length.
+__device__ inline Windows windows_of(Windows w, const Sequences& queries, int length) {
+  if (queries.lengths || queries.starts) w.gw = w.gh == 1 ? length : w.gw;
+  return w;
+}
+
+// 16 bytes of a row in registers.
+template <class T> union Vector {
+  uint4 bits;
+  T element[kChunk<T>];
+};
+
+template <class T> __device__ inline Vector<T> load_vector(const T* p, bool aligned) {
+  Vector<T> v;
+  if (aligned) {
+    v.bits = *reinterpret_cast<const uint4*>(p);
+  } else {
+#pragma unroll
+    for (int e = 0; e < kChunk<T>; ++e) v.element[e] = p[e];
+  }
+  return v;
+}
+
+// ---- shared-memory tiles -------------------------------------------------------------------------------------------
+
+// ROWS x DP elements; 16-byte chunks of a row are permuted by the row number, which makes the accesses of ldmatrix, of
+// the fp32 products and of whole-row copies free of bank conflicts.
+template <class T, int DP> struct Tile {
+  static constexpr int kChunks = DP / kChunk<T>;
+  T* data;
+  __device__ T* chunk(int row, int c) const { return data + row * DP + ((c ^ (row & 7)) * kChunk<T>); }
+  __device__ Tile from_row(int row) const { return {data + row * DP}; }  // row: a multiple of 8
+};
+
+template <class T, int DP, int ROWS> struct alignas(128) TileStorage {
+  T data[ROWS * DP];
+  __device__ Tile<T, DP> tile() { return {data}; }
+};
+
+__device__ inline std::uint32_t shared_address(const void* p) { return static_cast<std::uint32_t>(__cvta_generic_to_shared(p)); }
+
+__device__ inline void commit_loads() { asm volatile("cp.async.commit_group;"); }
+template <int PENDING> __device__ inline void wait_loads() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING)); }
+
+// Start copying `rows` rows into a tile with all threads of the block; row_pointer(i) is null for absent rows, which
+// become zeros, as do the columns from D to DP (probability 0 times garbage would be NaN if the garbage is).
+template <class T, int DP, class RowPointer>
+__device__ inline void load_rows(Tile<T, DP> tile, int rows, int D, bool aligned, RowPointer row_pointer) {
+  constexpr int kChunks = Tile<T, DP>::kChunks;
+  for (int i = threadIdx.x; i < rows * kChunks; i += blockDim.x) {
+    const int row = i / kChunks, c = i % kChunks;
+    const T* source = row_pointer(row);
+    const bool valid = source != nullptr && c * kChunk<T> < D;
+    T* target = tile.chunk(row, c);
+    if (aligned) {
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)),
+                   "l"(valid ? source + c * kChunk<T> : static_cast<const T*>(nullptr)), "r"(valid ? 16 : 0)
+                   : "memory");
+    } else {
+#pragma unroll
+      for (int e = 0; e < kChunk<T>; ++e) target[e] = valid ? source[c * kChunk<T> + e] : from_float<T>(0.0f);
+    }
+  }
+}
+
+// ---- the two products ----------------------------------------------------------------------------------------------
+
+__device__ inline void ldmatrix(std::uint32_t (&r)[4], const void* p) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)) : "memory");
+}
+__device__ inline void ldmatrix_transposed(std::uint32_t (&r)[4], const void* p) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)) : "memory");
+}
+
+template <class T> __device__ inline void mma(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1);
+template <> __device__ inline void mma<__nv_bfloat16>(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <> __device__ inline void mma<__half>(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The 16 rows of a warp as the first operand of `add_product`: in shared memory, read again for every product.
+template <class T, int DP> struct SharedRows {
+  Tile<T, DP> tile;
+  __device__ void load(Tile<T, DP> rows, int) { tile = rows; }
+  __device__ void fragment(std::uint32_t (&a)[4], int k, int lane) const { ldmatrix(a, tile.chunk(lane & 15, 2 * k + (lane >> 4))); }
+};
+
+// The same, kept in registers (fp32 has no use for that: its rows stay in shared memory).
+template <class T, int DP> struct HeldRows {
+  std::uint32_t held[sizeof(T) == 2 ? DP / 16 : 1][4];
+  Tile<T, DP> tile;
+  __device__ void load(Tile<T, DP> rows, int lane) {
+    tile = rows;
+    if constexpr (sizeof(T) == 2)
+#pragma unroll
+      for (int k = 0; k < DP / 16; ++k) ldmatrix(held[k], rows.chunk(lane & 15, 2 * k + (lane >> 4)));
+  }
+  __device__ void fragment(std::uint32_t (&a)[4], int k, int) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = held[k][i];
+  }
+};
+
+// What the forward kernels use. Evidence: with 64 columns, held rows spill at the 128 registers of two blocks per multiprocessor.
+template <class T, int DP> using OwnRows = std::conditional_t<DP == 64, SharedRows<T, DP>, HeldRows<T, DP>>;
+
+// acc[16 x 8*NT] += A[16 x DP] B[8*NT x DP]^T, for example logits = queries keys^T.
+template <class T, int DP, int NT, class A>
+__device__ inline void add_product(float (&acc)[NT][4], const A& a_rows, Tile<T, DP> b_rows, int lane) {
+  if constexpr (sizeof(T) == 2) {
+    static_assert(NT % 2 == 0);
+#pragma unroll
+    for (int k = 0; k < DP / 16; ++k) {
+      std::uint32_t a[4], b[4];
+      a_rows.fragment(a, k, lane);
+#pragma unroll
+      for (int n = 0; n < NT; n += 2) {
+        ldmatrix(b, b_rows.chunk(8 * n + (lane & 7) + ((lane >> 4) << 3), 2 * k + ((lane >> 3) & 1)));
+        mma<T>(acc[n], a, b[0], b[1]);
+        mma<T>(acc[n + 1], a, b[2], b[3]);
+      }
+    }
+  } else {
+    const int g = lane >> 2, t = lane & 3;
+#pragma unroll 1
+    for (int c = 0; c < DP / 4; ++c) {
+      const float4 a0 = *reinterpret_cast<const float4*>(a_rows.tile.chunk(g, c));
+      const float4 a1 = *reinterpret_cast<const float4*>(a_rows.tile.chunk(g + 8, c));
+      const auto dot = [](float sum, float4 x, float4 y) { return fmaf(x.w, y.w, fmaf(x.z, y.z, fmaf(x.y, y.y, fmaf(x.x, y.x, sum)))); };
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        const float4 b0 = *reinterpret_cast<const float4*>(b_rows.chunk(8 * n + 2 * t, c));
+        const float4 b1 = *reinterpret_cast<const float4*>(b_rows.chunk(8 * n + 2 * t + 1, c));
+        acc[n][0] = dot(acc[n][0], a0, b0);
+        acc[n][1] = dot(acc[n][1], a0, b1);
+        acc[n][2] = dot(acc[n][2], a1, b0);
+        acc[n][3] = dot(acc[n][3], a1, b1);
+      }
+    }
+  }
+}
+
+// acc[16 x DP] += P[16 x 8*KT] V[8*KT x DP], for example output += probabilities values. P has the accumulator layout.
+template <class T, int DP, int KT>
+__device__ inline void add_weighted_rows(float (&acc)[DP / 8][4], const float (&p)[KT][4], Tile<T, DP> v_rows, int lane) {
+  if constexpr (sizeof(T) == 2) {
+    static_assert(KT % 2 == 0);
+#pragma unroll
+    for (int k = 0; k < KT / 2; ++k) {
+      const std::uint32_t a[4] = {pack<T>(p[2 * k][0], p[2 * k][1]), pack<T>(p[2 * k][2], p[2 * k][3]),
+                                  pack<T>(p[2 * k + 1][0], p[2 * k + 1][1]), pack<T>(p[2 * k + 1][2], p[2 * k + 1][3])};
+#pragma unroll
+      for (int d = 0; d < DP / 16; ++d) {
+        std::uint32_t b[4];
+        ldmatrix_transposed(b, v_rows.chunk(16 * k + (lane & 15), 2 * d + (lane >> 4)));
+        mma<T>(acc[2 * d], a, b[0], b[1]);
+        mma<T>(acc[2 * d + 1], a, b[2], b[3]);
+      }
+    }
+  } else {
+    // The chunk permutation splits into a part known at compile time and one of two lane offsets: few registers.
+    const int t = lane & 3;
+    const float* columns[2] = {v_rows.data + 4 * (t >> 1) + 2 * (t & 1), v_rows.data + 4 * ((t >> 1) ^ 1) + 2 * (t & 1)};
+#pragma unroll
+    for (int n = 0; n < KT; ++n) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int owner = (lane & ~3) | (i >> 1);
+        const float upper = __shfl_sync(0xffffffffu, p[n][i & 1], owner), lower = __shfl_sync(0xffffffffu, p[n][2 + (i & 1)], owner);
+#pragma unroll
+        for (int d = 0; d < DP / 8; ++d) {
+          const float2 v = *reinterpret_cast<const float2*>(columns[i & 1] + (8 * n + i) * DP + 4 * ((2 * d) ^ (i & 6)));
+          acc[d][0] = fmaf(upper, v.x, acc[d][0]);
+          acc[d][1] = fmaf(upper, v.y, acc[d][1]);
+          acc[d][2] = fmaf(lower, v.x, acc[d][2]);
+          acc[d][3] = fmaf(lower, v.y, acc[d][3]);
+        }
+      }
+    }
+  }
+}
+
+template <int N> __device__ inline void clear(float (&acc)[N][4]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) acc[n][i] = 0.0f;
+}
+
+// ---- online softmax ------------------------------------------------------------------------------------------------
+
+// Running maximum and sum of the two rows of a lane; a row's four lanes hold the same maximum and
+// their own shares of the sum until `finish`.
+template <class T> struct OnlineSoftmax {
+  float maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {0.0f, 0.0f};
+
+  // logits -> probabilities relative to the running maximum; rescales what was accumulated before.
+  template <int NT, int DT> __device__ void update(float (&logits)[NT][4], float (&acc)[DT][4]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float m = maximum[h];
+#pragma unroll
+      for (int n = 0; n < NT; ++n) m = fmaxf(m, fmaxf(logits[n][2 * h], logits[n][2 * h + 1]));
+      m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
+      m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
+      const float base = m == -kInfinity ? 0.0f : m;  // nothing but absent units so far: exp(-inf - 0) = 0, never NaN
+      const float rescale = exponential<T>(maximum[h] - base);
+      maximum[h] = m;
+      float s = sum[h] * rescale;
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int i = 2 * h; i < 2 * h + 2; ++i) s += logits[n][i] = exponential<T>(logits[n][i] - base);
+      sum[h] = s;
+#pragma unroll
+      for (int d = 0; d < DT; ++d) acc[d][2 * h] *= rescale, acc[d][2 * h + 1] *= rescale;
+    }
+  }
+
+  __device__ void finish() {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 1);
+      sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 2);
+    }
+  }
+};
+
+// ---- work by expert ------------------------------------------------------------------------------------------------
+
+// Some queries of one expert. With s = 0 there are no experts: the queries as they come.
+struct WorkItem {
+  int expert, entries, slots;   // slots: max(s, 1); an entry is query * slots + slot
+  const std::int32_t* list;     // null: entries are first, first + 1, ...
+  int first;
+  __device__ int entry(int i) const { return list ? list[first + i] : first + i; }
+};
+
+// The `item`-th piece of at most `rows` entries in the order of `table` (prefix sums [BH, M+1]); entries <= 0: beyond the last.
+// All threads of the block must call it.
+__device__ inline WorkItem find_work(const std::int32_t* table, const Groups& groups, const Problem& x, int bh, int length, int item, int rows) {
+  if (x.s == 0) return {0, min(rows, length - item * rows), 1, nullptr, item * rows};
+  __shared__ int found;
+  table += std::int64_t(bh) * (x.M + 1);
+  if (item >= table[x.M]) return {0, 0, x.s, nullptr, 0};
+  for (int m = threadIdx.x; m < x.M; m += blockDim.x)
+    if (table[m] <= item && item < table[m + 1]) found = m;
+  __syncthreads();
+  const int expert = found;
+  const std::int32_t* starts = groups.first + std::int64_t(bh) * (x.M + 1) + expert;
+  const int first = starts[0] + (item - table[expert]) * rows;
+  return {expert, min(rows, starts[1] - first), x.s, groups.entries + std::int64_t(bh) * x.queries.max_length * x.s, first};
+}
+
+// ---- units ---------------------------------------------------------------------------------------------------------
+
+template <class T, int DP, int UNITS> struct UnitStage {
+  TileStorage<T, DP, UNITS> k, v;
+  bool valid[UNITS];
+};
+
+// Starts loading the `tile`-th UNITS units of a query: `shared_tiles` tiles of landmarks and compressed values, then the keys
+// and values at `indices` (the row of an expert), or all keys where that is null.
+template <class T, int DP, int UNITS>
+__device__ inline void load_units(UnitStage<T, DP, UNITS>& stage, const Units& units, const Problem& x, int b, int h, const Span& keys,
+                                  const std::int32_t* indices, int tile, int shared_tiles) {
+  const bool shared = tile < shared_tiles;
+  const int u0 = (shared ? tile : tile - shared_tiles) * UNITS;
+  const auto unit = [&](int i) {  // its row, -1 where there is none
+    const int u = u0 + i;
+    if (shared) return u < x.M ? u : -1;
+    const int index = indices == nullptr ? u : u < x.K ? indices[u] : -1;
+    return static_cast<unsigned>(index) < static_cast<unsigned>(keys.length) ? index : -1;
+  };
+  const auto load = [&](Tile<T, DP> target, const Rows& rows) {
+    const T* base = shared ? head_rows<T>(rows, b, h, 0) : head_rows<T>(rows, b, h / (x.H / x.Hkv), keys.start);
+    load_rows<T, DP>(target, UNITS, x.D, rows.aligned, [&](int i) {
+      const int row = unit(i);
+      return row < 0 ? nullptr : base + row * rows.row;
+    });
+  };
+  load(stage.k.tile(), shared ? units.landmarks : units.k);
+  load(stage.v.tile(), shared ? units.compressed : units.v);
+  for (int i = threadIdx.x; i < UNITS; i += blockDim.x) stage.valid[i] = unit(i) >= 0;
+}
+
+// ---- whole rows out of accumulators --------------------------------------------------------------------------------
+
+// Writes the warp's 16 x D accumulator rows through its own 16 rows of a tile (free by now), so that global memory sees
+// whole 16-byte chunks. row_pointer(i) is null for rows not to be stored. The rows must be 16-byte aligned.
+template <class T, int DP, class RowPointer>
+__device__ inline void store_rows(Tile<T, DP> tile, const float (&acc)[DP / 8][4], const float (&factor)[2], int D, int lane, RowPointer row_pointer) {
+  const int g = lane >> 2, t = lane & 3;
+  __syncwarp();
+#pragma unroll
+  for (int d = 0; d < DP / 8; ++d)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int column = 8 * d + 2 * t;
+      T* p = tile.chunk(g + 8 * h, column / kChunk<T>) + column % kChunk<T>;
+      p[0] = from_float<T>(acc[d][2 * h] * factor[h]);
+      p[1] = from_float<T>(acc[d][2 * h + 1] * factor[h]);
+    }
+  __syncwarp();
+  const int chunks = D / kChunk<T>;
+  for (int i = lane; i < 16 * chunks; i += 32) {
+    const int row = i / chunks, c = i % chunks;
+    if (T* target = row_pointer(row)) *reinterpret_cast<uint4*>(target + c * kChunk<T>) = *reinterpret_cast<const uint4*>(tile.chunk(row, c));
+  }
+}
+
+// fp32 rows (partial sums) straight from the accumulators.
+template <int DP, class RowPointer>
+__device__ inline void store_partial_rows(const float (&acc)[DP / 8][4], const float (&factor)[2], int D, int lane, RowPointer row_pointer) {
+  const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+    if (float* target = row_pointer(g + 8 * h))
+#pragma unroll
+      for (int d = 0; d < DP / 8; ++d)
+        if (8 * d < D) *reinterpret_cast<float2*>(target + 8 * d + 2 * t) = make_float2(acc[d][2 * h] * factor[h], acc[d][2 * h + 1] * factor[h]);
+}
+
+// ---- shared memory of a launch -------------------------------------------------------------------------------------
+
+// Allows a kernel more dynamic shared memory than the default, as far as the device has it.
+template <class Kernel> inline cudaError_t allow_shared_memory(Kernel kernel, std::size_t bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
+}  // namespace mita

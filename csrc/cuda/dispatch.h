@@ -1,0 +1,68 @@
+// Run-time dtype and head dimension -> compile-time constants: the single list of what the CUDA kernels support.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include "../limits.h"
+#include "params.h"
+
+namespace mita {
+
+// Most queries that one block of the attention and of the query-gradient kernel takes, by element size and padded head
+// dimension: what fits two blocks' registers and 99 KB of shared memory.
+template <int BYTES> constexpr int kAttentionRows = BYTES == 2 ? 128 : 64;
+template <int BYTES, int DP> constexpr int kRowGradientRows = BYTES == 2 || DP == 64 ? 64 : 32;
+
+// Queries of one block: the largest tile that experts of average load still fill.
+inline int tile_rows(int most, int entries_per_expert) {
+  int rows = 16;
+  while (2 * rows <= most && 2 * rows <= entries_per_expert) rows *= 2;
+  return rows;
+}
+inline int attention_tile_rows(Dtype dtype, int entries_per_expert) {
+  return tile_rows(dtype == Dtype::fp32 ? kAttentionRows<4> : kAttentionRows<2>, entries_per_expert);
+}
+inline int row_gradient_tile_rows(Dtype dtype, int D, int entries_per_expert) {
+  const int most = dtype != Dtype::fp32 ? kRowGradientRows<2, 128> : D <= 64 ? kRowGradientRows<4, 64> : kRowGradientRows<4, 128>;
+  return tile_rows(most, entries_per_expert);
+}
+
+// Queries whose key gradients one block sums: twice the average load, so that usual experts are one segment, and one expert
+// with all queries is still the work of many blocks.
+inline int segment_rows(int entries_per_expert) { return (2 * entries_per_expert + 127) / 64 * 64; }
+
+template <class T_, int DP_>
+struct Config {
+  using T = T_;                   // element type
+  static constexpr int DP = DP_;  // padded head dimension
+};
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// Upper bound, known on the host, of the tiles of `rows` queries that one head can have whatever its routing.
+__host__ __device__ inline int max_tiles(const Problem& x, int rows) {
+  const int entries = x.queries.max_length * (x.s > 1 ? x.s : 1);
+  return entries / rows + (x.s == 0 ? 1 : entries < x.M ? entries : x.M);
+}
+
+template <class F>
+cudaError_t dispatch_dtype(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::bf16: return f(__nv_bfloat16{});
+    case Dtype::fp16: return f(__half{});
+    case Dtype::fp32: return f(float{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <class F>
+cudaError_t dispatch(Dtype dtype, int D, F&& f) {
+  if (D < kCudaHeadDimStep || D > kMaxCudaHeadDim || D % kCudaHeadDimStep != 0) return cudaErrorInvalidValue;
+  return dispatch_dtype(dtype, [&](auto element) {  // zeros fill the head up to 64 or 128 columns in shared memory
+    using T = decltype(element);
+    return D <= 64 ? f(Config<T, 64>{}) : f(Config<T, 128>{});
+  });
+}
+
+}  // namespace mita

@@ -1,0 +1,160 @@
+// Gather, softmax and product in one kernel: every query attends to the M shared units (landmarks, compressed values) and to
+// the K keys of its expert, in one online softmax.
+//
+// attention: one block per tile of queries of one expert (found in the tile table); one warp owns 16 of them. The block
+//   brings unit tiles in, two stages deep: first the shared units, as dense rows, then the expert's keys and values, gathered
+//   by index. Queries are gathered and outputs scattered as whole rows.
+// merge: with s > 1 experts per query every (query, slot) entry leaves a partial output and lse (slot 0 has the shared units);
+//   one warp per query combines its s parts in slot order.
+#include "device.cuh"
+#include "launch.h"
+
+namespace mita {
+namespace {
+
+template <class C> struct Layout : C {
+  static constexpr bool kHalf = sizeof(typename C::T) == 2;
+  static constexpr int kWarps = kAttentionRows<sizeof(typename C::T)> / 16;  // at most; groups.tile_rows says how many
+  static constexpr int kUnits = kHalf ? 64 : 32;                          // of one tile
+  struct Shared {
+    UnitStage<typename C::T, C::DP, kUnits> stage[2];
+    TileStorage<typename C::T, C::DP, 16 * kWarps> queries;  // last: only the rows in use are allocated
+  };
+  static_assert(sizeof(Shared) <= 99 * 1024);
+};
+
+template <class C>
+__global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::DP == 64 && Layout<C>::kHalf ? 2 : 1) attention_kernel(const AttentionParams p) {
+  using L = Layout<C>;
+  using T = typename C::T;
+  constexpr int DP = C::DP, kUnits = L::kUnits, kTiles = kUnits / 8;
+  extern __shared__ __align__(128) unsigned char memory[];
+  typename L::Shared& shared = *reinterpret_cast<typename L::Shared*>(memory);
+
+  const Problem& x = p.problem;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
+  const int tiles = max_tiles(x, p.groups.tile_rows), bh = blockIdx.x / tiles, b = bh / x.H, h = bh % x.H;
+  const Span queries = span(x.queries, b), keys = span(x.keys, b);
+  const WorkItem work = find_work(p.groups.tiles, p.groups, x, bh, queries.length, blockIdx.x % tiles, p.groups.tile_rows);
+  if (work.entries <= 0) return;
+
+  const std::int32_t* indices = p.units.indices + (std::int64_t(bh) * x.M + work.expert) * x.K;
+  const int shared_tiles = p.units.shared ? ceil_div(x.M, kUnits) : 0, all_tiles = shared_tiles + (x.s > 0 ? ceil_div(x.K, kUnits) : 0);
+
+  const auto load_stage = [&](int tile) {
+    load_units(shared.stage[tile & 1], p.units, x, b, h, keys, indices, tile, shared_tiles);
+  };
+
+  const T* q = head_rows<T>(p.q, b, h, queries.start);
+  load_rows<T, DP>(shared.queries.tile(), blockDim.x / 2, x.D, p.q.aligned,
+                   [&](int i) { return i < work.entries ? q + (work.entry(i) / work.slots) * p.q.row : nullptr; });
+  if (all_tiles > 0) load_stage(0);
+  commit_loads();
+  wait_loads<0>();
+  __syncthreads();
+
+  const Tile<T, DP> own_rows = shared.queries.tile().from_row(16 * warp);
+  OwnRows<T, DP> rows;
+  rows.load(own_rows, lane);
+  int entry[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) entry[i] = 16 * warp + g + 8 * i < work.entries ? work.entry(16 * warp + g + 8 * i) : -1;
+
+  OnlineSoftmax<T> softmax;
+  float out[DP / 8][4];
+  clear(out);
+  for (int tile = 0; tile < all_tiles; ++tile) {
+    if (tile + 1 < all_tiles) load_stage(tile + 1);
+    commit_loads();
+    wait_loads<1>();
+    __syncthreads();
+    auto& stage = shared.stage[tile & 1];
+    if (16 * warp < work.entries) {
+      const bool dense = tile < shared_tiles;
+      const float scale = (dense ? p.landmark_scale : p.scale) * kLogit<T>;
+      float s[kTiles][4];
+      clear(s);
+      add_product<T, DP, kTiles>(s, rows, stage.k.tile(), lane);
+      const bool attends[2] = {!dense || entry[0] % work.slots == 0, !dense || entry[1] % work.slots == 0};
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[n][i] = stage.valid[8 * n + 2 * t + (i & 1)] && attends[i / 2] ? s[n][i] * scale : -kInfinity;
+      softmax.update(s, out);
+      add_weighted_rows<T, DP, kTiles>(out, s, stage.v.tile(), lane);
+    }
+    __syncthreads();
+  }
+  softmax.finish();
+
+  const int N = x.queries.max_length;
+  float factor[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    factor[i] = softmax.sum[i] == 0.0f ? 0.0f : 1.0f / softmax.sum[i];
+    if (t == 0 && entry[i] >= 0) {
+      float* lse = (x.s > 1 ? p.partial_lse : p.lse) + std::int64_t(bh) * N * work.slots;
+      lse[entry[i]] = log_sum<T>(softmax.maximum[i], softmax.sum[i]);
+    }
+  }
+  if (x.s > 1)
+    store_partial_rows<DP>(out, factor, x.D, lane, [&](int i) {
+      return 16 * warp + i < work.entries ? p.partial_out + (std::int64_t(bh) * N * work.slots + work.entry(16 * warp + i)) * x.D : nullptr;
+    });
+  else
+    store_rows<T, DP>(own_rows, out, factor, x.D, lane, [&](int i) {
+      return 16 * warp + i < work.entries ? head_rows<T>(p.out, b, h, queries.start + work.entry(16 * warp + i)) : nullptr;
+    });
+}
+
+constexpr int kMergeWarps = 4;
+
+template <class T> __global__ void __launch_bounds__(32 * kMergeWarps) merge_kernel(const AttentionParams p) {
+  const Problem& x = p.problem;
+  const std::int64_t row = std::int64_t(blockIdx.x) * kMergeWarps + threadIdx.x / 32;
+  const int N = x.queries.max_length, lane = threadIdx.x % 32;
+  if (row >= std::int64_t(x.B) * x.H * N) return;
+  const int n = static_cast<int>(row % N), bh = static_cast<int>(row / N);
+  const Span queries = span(x.queries, bh / x.H);
+  if (n >= queries.length) return;
+  T* out = head_rows<T>(p.out, bh / x.H, bh % x.H, queries.start + n);
+  const float* lse = p.partial_lse + row * x.s;
+  float maximum = -kInfinity, sum = 0.0f, value[kMaxCudaHeadDim / 32] = {};
+  for (int i = 0; i < x.s; ++i) maximum = fmaxf(maximum, lse[i]);
+  const float base = maximum == -kInfinity ? 0.0f : maximum;
+  for (int i = 0; i < x.s; ++i) {
+    const float weight = expf(lse[i] - base);
+    sum += weight;
+#pragma unroll
+    for (int j = 0; j < kMaxCudaHeadDim / 32; ++j)
+      if (lane + 32 * j < x.D) value[j] += weight * p.partial_out[(row * x.s + i) * x.D + lane + 32 * j];
+  }
+  const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+#pragma unroll
+  for (int j = 0; j < kMaxCudaHeadDim / 32; ++j)
+    if (lane + 32 * j < x.D) out[lane + 32 * j] = from_float<T>(value[j] * factor);
+  if (lane == 0) p.lse[row] = log_sum<float>(maximum, sum);
+}
+
+}  // namespace
+
+cudaError_t launch_expert_attention(const AttentionParams& p, cudaStream_t stream) {
+  const Problem& x = p.problem;
+  return dispatch(x.dtype, x.D, [&](auto config) {
+    using C = decltype(config);
+    using L = Layout<C>;
+    const int warps = p.groups.tile_rows / 16;
+    if (warps < 1 || warps > L::kWarps) return cudaErrorInvalidValue;
+    const std::size_t bytes = sizeof(typename L::Shared) - (L::kWarps - warps) * 16 * C::DP * sizeof(typename C::T);
+    if (cudaError_t status = allow_shared_memory(attention_kernel<C>, sizeof(typename L::Shared))) return status;
+    const unsigned blocks = static_cast<unsigned>(x.B) * x.H * max_tiles(x, p.groups.tile_rows);
+    attention_kernel<C><<<blocks, 32 * warps, bytes, stream>>>(p);
+    if (cudaError_t status = cudaGetLastError()) return status;
+    if (x.s <= 1) return cudaSuccess;
+    const std::int64_t rows = std::int64_t(x.B) * x.H * x.queries.max_length;
+    merge_kernel<typename C::T><<<static_cast<unsigned>((rows + kMergeWarps - 1) / kMergeWarps), 32 * kMergeWarps, 0, stream>>>(p);
+    return cudaGetLastError();
+  });
+}
+
+}  // namespace mita

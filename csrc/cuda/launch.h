@@ -1,0 +1,21 @@
+// One launcher per stage. None allocates, synchronises, prints or throws; the status is that of the launch.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include "params.h"
+
+namespace mita {
+
+cudaError_t launch_pool(const PoolParams&, cudaStream_t);
+cudaError_t launch_pool_backward(const PoolBackwardParams&, cudaStream_t);
+cudaError_t launch_landmark_scores(const LandmarkParams&, cudaStream_t);    // scores, compressed, lse
+cudaError_t launch_landmark_topk(const LandmarkParams&, cudaStream_t);      // scores -> indices
+cudaError_t launch_route(const RouteParams&, cudaStream_t);
+cudaError_t launch_group(const GroupParams&, cudaStream_t);
+cudaError_t launch_expert_attention(const AttentionParams&, cudaStream_t);
+cudaError_t launch_delta(const DeltaParams&, cudaStream_t);
+cudaError_t launch_unit_gradient(const UnitGradientParams&, cudaStream_t);
+cudaError_t launch_row_gradient(const RowGradientParams&, cudaStream_t);
+cudaError_t launch_reduce(const ReduceParams&, cudaStream_t);
+
+}  // namespace mita

@@ -1,0 +1,466 @@
+// The CUDA backend's face to torch, and the only CUDA file that knows it: checks, allocations, params, status -> exception.
+// Stages in the order in which data flows; every op is a few of them. Nothing waits for the device.
+
+#include <ATen/ATen.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <nvtx3/nvToolsExt.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <limits>
+#include <tuple>
+
+#include "../checks.h"
+#include "dispatch.h"
+#include "launch.h"
+
+namespace mita {
+namespace {
+
+using at::IntArrayRef;
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// ---- from tensors to params ----------------------------------------------------------------------------------------
+
+// An op's device and stream, for as long as it runs.
+struct Context {
+  c10::cuda::CUDAGuard guard;
+  cudaStream_t stream;
+  explicit Context(const Tensor& x) : guard(x.device()), stream(c10::cuda::getCurrentCUDAStream()) {}
+
+  // One stage: a named range in the profiler, and its launcher's status as an exception.
+  template <class Params>
+  void run(const char* stage, cudaError_t (*launch)(const Params&, cudaStream_t), const Params& params) const {
+    nvtxRangePushA(stage);
+    const cudaError_t status = launch(params, stream);
+    nvtxRangePop();
+    TORCH_CHECK(status == cudaSuccess, stage, ": ", cudaGetErrorString(status),
+                status == cudaErrorNoKernelImageForDevice ? "; mita_ext was built for CUDA architectures " MITA_CUDA_ARCHS
+                                                            ": rebuild it with TORCH_CUDA_ARCH_LIST set to this GPU's"
+                                                          : "");
+  }
+};
+
+Rows rows(const Tensor& x) {
+  const int64_t bytes = x.element_size();
+  const auto whole = [&](int64_t elements) { return elements * bytes % 16 == 0; };
+  const bool aligned = reinterpret_cast<std::uintptr_t>(x.data_ptr()) % 16 == 0 && whole(x.stride(0)) && whole(x.stride(1)) && whole(x.stride(2));
+  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), aligned};
+}
+
+Dtype dtype_of(const Tensor& x) {
+  return x.scalar_type() == at::kBFloat16 ? Dtype::bf16 : x.scalar_type() == at::kHalf ? Dtype::fp16 : Dtype::fp32;
+}
+
+Problem problem_of(const char* fn, const Shape& p, const Tensor& like) {
+  check_cuda_limits(fn, p, like.scalar_type());
+  constexpr int64_t most = std::numeric_limits<int>::max() / 2;
+  TORCH_CHECK_VALUE(p.N * std::max<int64_t>(p.s, 1) <= most && p.L <= most, fn, ": the sequences must be shorter than 2^30 entries on CUDA, got N = ",
+                    p.N, ", L = ", p.L, ", routes = ", p.s);
+  const auto sequences = [](int64_t length) { return Sequences{static_cast<int>(length), nullptr, nullptr}; };
+  return {dtype_of(like), int(p.B), int(p.H), int(p.Hkv), int(p.M), int(p.K), int(p.s), int(p.D), sequences(p.N), sequences(p.L)};
+}
+
+Windows windows(IntArrayRef num_landmarks, IntArrayRef grid, int64_t prefix) {
+  return {int(num_landmarks[0]), int(num_landmarks[1]), int(grid[0]), int(grid[1]), int(prefix)};
+}
+
+Tensor floats(const Tensor& like, IntArrayRef sizes) { return at::empty(sizes, like.options().dtype(at::kFloat)); }
+Tensor ints(const Tensor& like, IntArrayRef sizes) { return at::empty(sizes, like.options().dtype(at::kInt)); }
+const float* data(const OptionalTensor& x) { return x ? x->const_data_ptr<float>() : nullptr; }
+
+// Parts into which the rows that a sum runs over are cut: enough blocks to fill a large GPU (132 multiprocessors with 4
+// blocks each) in one wave, not so many that the partial sums weigh. A function of shapes alone, so that results do not
+// depend on the device.
+int parts(int64_t blocks, int64_t rows) {
+  return static_cast<int>(std::max<int64_t>(1, std::min(528 / std::max<int64_t>(blocks, 1), (rows + 511) / 512)));
+}
+int64_t heads(const Problem& x) { return int64_t(x.B) * x.H; }
+int entries_per_expert(const Problem& x) { return x.s == 0 ? x.queries.max_length : int(int64_t(x.queries.max_length) * x.s / x.M); }
+
+// ---- forward stages ------------------------------------------------------------------------------------------------
+
+Tensor pool_stage(const Context& context, const Problem& x, const Windows& w, const Tensor& query) {
+  Tensor landmarks = at::empty({x.B, x.H, x.M, x.D}, query.options());
+  context.run("mita_ext::pool", launch_pool, {x, w, rows(query), landmarks.data_ptr()});
+  return landmarks;
+}
+
+struct Landmarked {
+  Tensor indices, compressed, lse;
+};
+
+Landmarked landmark_stage(const Context& context, const Problem& x, const Tensor& landmarks, const Tensor& key, const Tensor& value, float scale) {
+  const int64_t BH = heads(x), L = x.keys.max_length, pitch = (L + 7) / 8 * 8;
+  const int splits = parts(BH * ceil_div(x.M, 128), L);
+  Landmarked result{ints(landmarks, {x.B, x.H, x.M, x.K}), at::empty({x.B, x.H, x.M, x.D}, landmarks.options()), floats(landmarks, {x.B, x.H, x.M})};
+  const Tensor scores = floats(landmarks, {BH, x.M, pitch}), values = floats(landmarks, {BH, splits, x.M, x.D}), state = floats(landmarks, {BH, splits, x.M, 2});
+  LandmarkParams p{};
+  p.problem = x;
+  p.scale = scale;
+  p.landmarks = rows(landmarks), p.k = rows(key), p.v = rows(value);
+  p.splits = splits;
+  p.score_pitch = pitch;
+  p.scores = scores.data_ptr<float>();
+  p.partial_values = values.data_ptr<float>();
+  p.partial_state = state.data_ptr<float>();
+  p.indices = result.indices.data_ptr<int>();
+  p.compressed = result.compressed.data_ptr();
+  p.lse = result.lse.data_ptr<float>();
+  context.run("mita_ext::landmark_scores", launch_landmark_scores, p);
+  context.run("mita_ext::landmark_topk", launch_landmark_topk, p);
+  return result;
+}
+
+Tensor route_stage(const Context& context, const Problem& x, const Tensor& query, const Tensor& landmarks) {
+  Tensor experts = ints(query, {x.B, x.H, x.queries.max_length, x.s});
+  if (experts.numel() > 0) context.run("mita_ext::route", launch_route, {x, rows(query), rows(landmarks), experts.data_ptr<int>()});
+  return experts;
+}
+
+// Groups and the memory that they point to.
+struct Grouped {
+  Groups groups{};
+  Tensor memory;
+};
+
+Grouped group_stage(const Context& context, const Problem& x, const Tensor& experts, int tile_rows) {
+  Grouped result;
+  result.groups.tile_rows = tile_rows;
+  result.groups.segment_rows = segment_rows(entries_per_expert(x));
+  if (x.s == 0) return result;
+  const int64_t entries = int64_t(x.queries.max_length) * x.s, chunks = (entries + kGroupChunk - 1) / kGroupChunk, table = heads(x) * (x.M + 1);
+  result.memory = ints(experts, {heads(x) * (entries + x.M * chunks) + 3 * table});
+  GroupParams p{};
+  p.problem = x;
+  p.experts = experts.const_data_ptr<int>();
+  p.chunks = static_cast<int>(chunks);
+  p.first = result.memory.data_ptr<int>();
+  p.tiles = p.first + table;
+  p.segments = p.tiles + table;
+  p.entries = p.segments + table;
+  p.counts = p.entries + heads(x) * entries;
+  p.tile_rows = result.groups.tile_rows;
+  p.segment_rows = result.groups.segment_rows;
+  context.run("mita_ext::group", launch_group, p);
+  result.groups.entries = p.entries, result.groups.first = p.first, result.groups.tiles = p.tiles, result.groups.segments = p.segments;
+  return result;
+}
+
+Units units(bool shared, const Tensor& landmarks, const Tensor& compressed, const Tensor& key, const Tensor& value, const Tensor& indices) {
+  return {shared, rows(landmarks), rows(compressed), rows(key), rows(value), indices.const_data_ptr<int>()};
+}
+
+std::tuple<Tensor, Tensor> attention_stage(const Context& context, const Problem& x, const Units& units, const Tensor& query, const Tensor& experts,
+                                           float scale, float landmark_scale) {
+  const int N = x.queries.max_length;
+  Tensor out = at::empty({x.B, x.H, N, x.D}, query.options()), lse = floats(query, {x.B, x.H, N});
+  if (lse.numel() == 0) return {out, lse};
+  const Grouped grouped = group_stage(context, x, experts, attention_tile_rows(x.dtype, entries_per_expert(x)));
+  Tensor partial_out, partial_lse;
+  AttentionParams p{};
+  p.problem = x;
+  p.scale = scale, p.landmark_scale = landmark_scale;
+  p.q = rows(query);
+  p.units = units;
+  p.groups = grouped.groups;
+  if (x.s > 1) {
+    partial_out = floats(query, {heads(x), N, x.s, x.D}), partial_lse = floats(query, {heads(x), N, x.s});
+    p.partial_out = partial_out.data_ptr<float>(), p.partial_lse = partial_lse.data_ptr<float>();
+  }
+  p.out = rows(out);
+  p.lse = lse.data_ptr<float>();
+  context.run("mita_ext::expert_attention", launch_expert_attention, p);
+  return {out, lse};
+}
+
+// ---- backward stages -----------------------------------------------------------------------------------------------
+
+Tensor delta_stage(const Context& context, const Problem& x, const Tensor& dout, const Tensor& out, const OptionalTensor& dlse) {
+  Tensor delta = floats(out, out.sizes().slice(0, 3));
+  if (delta.numel() > 0)
+    context.run("mita_ext::delta", launch_delta,
+                {x.dtype, x.B, x.H, x.D, Sequences{static_cast<int>(out.size(2)), nullptr, nullptr}, rows(dout), rows(out), data(dlse), delta.data_ptr<float>()});
+  return delta;
+}
+
+// The total of `partial` [BH, parts, rows, D] plus `base`, in fp32, in the dtype of `rounded`, or both.
+void reduce_stage(const Context& context, const Problem& x, const Tensor& partial, const OptionalTensor& base, const OptionalTensor& total, const OptionalTensor& rounded) {
+  context.run("mita_ext::reduce", launch_reduce,
+              {x.dtype, int(partial.size(0)), int(partial.size(1)), int(partial.size(2)), x.D, partial.const_data_ptr<float>(), data(base),
+               total ? total->data_ptr<float>() : nullptr, rounded ? rounded->data_ptr() : nullptr});
+}
+
+// What queries gave back to the attention of `expert_attention`: one softmax with its statistics.
+struct Softmax {
+  const Tensor &query, &dout, &lse, delta;
+};
+
+struct SharedGradient {
+  Tensor dcompressed;  // in the dtype of the inputs
+  Tensor dlandmarks;   // fp32: only as keys of the shared units
+};
+
+SharedGradient shared_gradient_stage(const Context& context, const Problem& x, const Softmax& softmax, const Tensor& landmarks, const Tensor& compressed, float landmark_scale) {
+  SharedGradient result{at::empty({x.B, x.H, x.M, x.D}, landmarks.options()), floats(landmarks, {x.B, x.H, x.M, x.D})};
+  UnitGradientParams p{};
+  p.problem = x;
+  p.role = UnitRole::shared;
+  p.scale = landmark_scale;
+  p.unit_k = rows(landmarks), p.unit_v = rows(compressed);
+  p.row_q = rows(softmax.query), p.row_dout = rows(softmax.dout);
+  p.lse = softmax.lse.const_data_ptr<float>(), p.delta = softmax.delta.const_data_ptr<float>();
+  p.splits = parts(heads(x) * ceil_div(x.M, 64), x.queries.max_length);
+  const Tensor partial_dk = floats(landmarks, {heads(x), p.splits, x.M, x.D}), partial_dv = at::empty_like(partial_dk);
+  p.partial_dk = partial_dk.data_ptr<float>(), p.partial_dv = partial_dv.data_ptr<float>();
+  context.run("mita_ext::shared_gradient", launch_unit_gradient, p);
+  reduce_stage(context, x, partial_dk, {}, result.dlandmarks, {});
+  reduce_stage(context, x, partial_dv, {}, {}, result.dcompressed);
+  return result;
+}
+
+struct RoutedGradient {
+  Tensor partial_dk, partial_dv;  // [BH, max_segments, K, D]; only existing segments are written
+};
+
+RoutedGradient routed_gradient_stage(const Context& context, const Problem& x, const Softmax& softmax, const Tensor& key, const Tensor& value, const Tensor& indices,
+                                     const Groups& groups, float scale) {
+  UnitGradientParams p{};
+  p.problem = x;
+  p.role = UnitRole::routed;
+  p.scale = scale;
+  p.unit_k = rows(key), p.unit_v = rows(value);
+  p.row_q = rows(softmax.query), p.row_dout = rows(softmax.dout);
+  p.lse = softmax.lse.const_data_ptr<float>(), p.delta = softmax.delta.const_data_ptr<float>();
+  p.indices = indices.const_data_ptr<int>();
+  p.groups = groups;
+  p.max_segments = max_tiles(x, groups.segment_rows);
+  RoutedGradient result{floats(key, {heads(x), p.max_segments, x.K, x.D}), floats(key, {heads(x), p.max_segments, x.K, x.D})};
+  p.partial_dk = result.partial_dk.data_ptr<float>(), p.partial_dv = result.partial_dv.data_ptr<float>();
+  context.run("mita_ext::routed_gradient", launch_unit_gradient, p);
+  return result;
+}
+
+// dkey and dvalue: through the compressed values where `landmarks` says how, plus the routed sums where there are any.
+std::tuple<Tensor, Tensor> key_gradient_stage(const Context& context, const Problem& x, const Softmax* landmarks, const RoutedGradient* routed, const Groups& groups,
+                                              const Tensor& key, const Tensor& value, const Tensor* indices, float scale) {
+  const auto like = [&](const Tensor& t) { return at::empty({x.B, x.Hkv, x.keys.max_length, x.D}, t.options()); };
+  Tensor dkey = like(key), dvalue = like(value);
+  UnitGradientParams p{};
+  p.problem = x;
+  p.role = UnitRole::compress;
+  p.scale = scale;
+  p.unit_k = rows(key), p.unit_v = rows(value);
+  if (landmarks) {
+    p.landmark_rows = x.M;
+    p.row_q = rows(landmarks->query), p.row_dout = rows(landmarks->dout);
+    p.lse = landmarks->lse.const_data_ptr<float>(), p.delta = landmarks->delta.const_data_ptr<float>();
+  }
+  if (routed) {
+    p.indices = indices->const_data_ptr<int>();
+    p.groups = groups;
+    p.max_segments = static_cast<int>(routed->partial_dk.size(1));
+    p.partial_dk = routed->partial_dk.data_ptr<float>(), p.partial_dv = routed->partial_dv.data_ptr<float>();
+  }
+  p.dk = rows(dkey), p.dv = rows(dvalue);
+  context.run("mita_ext::key_gradient", launch_unit_gradient, p);
+  return {dkey, dvalue};
+}
+
+// The landmarks' gradient as queries of the keys, plus `base`.
+void landmark_gradient_stage(const Context& context, const Problem& x, const Softmax& landmarks, const Tensor& key, const Tensor& value, float scale,
+                             const OptionalTensor& base, const OptionalTensor& total, const OptionalTensor& rounded) {
+  RowGradientParams p{};
+  p.problem = x;
+  p.role = RowRole::landmark;
+  p.scale = scale;
+  p.q = rows(landmarks.query), p.dout = rows(landmarks.dout);
+  p.lse = landmarks.lse.const_data_ptr<float>(), p.delta = landmarks.delta.const_data_ptr<float>();
+  p.units.k = rows(key), p.units.v = rows(value);
+  p.splits = parts(heads(x) * ceil_div(x.M, 64), x.keys.max_length);
+  const Tensor partial = floats(key, {heads(x), p.splits, x.M, x.D});
+  p.partial_dq = partial.data_ptr<float>();
+  context.run("mita_ext::landmark_gradient", launch_row_gradient, p);
+  reduce_stage(context, x, partial, base, total, rounded);
+}
+
+// dquery, with the share of the pooled landmarks' gradient where `dlandmarks` is given.
+Tensor query_gradient_stage(const Context& context, const Problem& x, const Softmax& softmax, const Units& units, const Groups& groups, float scale, float landmark_scale,
+                            const OptionalTensor& dlandmarks, const Windows& w) {
+  const int N = x.queries.max_length;
+  Tensor dquery = at::empty({x.B, x.H, N, x.D}, softmax.query.options()), partial;
+  RowGradientParams p{};
+  p.problem = x;
+  p.role = RowRole::attention;
+  p.scale = scale, p.landmark_scale = landmark_scale;
+  p.q = rows(softmax.query), p.dout = rows(softmax.dout);
+  p.lse = softmax.lse.const_data_ptr<float>(), p.delta = softmax.delta.const_data_ptr<float>();
+  p.units = units;
+  p.groups = groups;
+  if (x.s > 1) {
+    partial = floats(softmax.query, {heads(x) * N, x.s, 1, x.D});
+    p.partial_dq = partial.data_ptr<float>();
+  }
+  p.dq = rows(dquery);
+  p.dlandmarks = data(dlandmarks);
+  p.windows = w;
+  context.run("mita_ext::query_gradient", launch_row_gradient, p);
+  if (x.s > 1) reduce_stage(context, x, partial, {}, {}, dquery);
+  return dquery;
+}
+
+// ---- ops -----------------------------------------------------------------------------------------------------------
+
+Tensor pool(const Tensor& query, IntArrayRef num_landmarks, IntArrayRef grid, int64_t num_prefix_tokens) {
+  const Problem x = problem_of("mita_ext.pool_landmarks", check_pool(query, num_landmarks, grid, num_prefix_tokens), query);
+  const Context context(query);
+  if (x.B == 0) return at::empty({x.B, x.H, x.M, x.D}, query.options());
+  return pool_stage(context, x, windows(num_landmarks, grid, num_prefix_tokens), query);
+}
+
+Tensor pool_backward(const Tensor& dlandmarks, int64_t N, IntArrayRef num_landmarks, IntArrayRef grid, int64_t num_prefix_tokens) {
+  const Problem x = problem_of("mita_ext.pool_landmarks backward", check_pool_backward(dlandmarks, N, num_landmarks, grid, num_prefix_tokens), dlandmarks);
+  const Context context(dlandmarks);
+  Tensor dquery = at::empty({x.B, x.H, N, x.D}, dlandmarks.options());
+  if (dquery.numel() > 0)
+    context.run("mita_ext::pool_backward", launch_pool_backward, {x, windows(num_landmarks, grid, num_prefix_tokens), rows(dlandmarks), dquery.data_ptr()});
+  return dquery;
+}
+
+std::tuple<Tensor, Tensor, Tensor> landmark_topk(const Tensor& landmarks, const Tensor& key, const Tensor& value, int64_t topk, double scale) {
+  const Problem x = problem_of("mita_ext.landmark_topk", check_landmark_topk(landmarks, key, value, topk), landmarks);
+  const Context context(landmarks);
+  if (x.B == 0) return {ints(landmarks, {0, x.H, x.M, x.K}), at::empty({0, x.H, x.M, x.D}, landmarks.options()), floats(landmarks, {0, x.H, x.M})};
+  Landmarked result = landmark_stage(context, x, landmarks, key, value, static_cast<float>(scale));
+  return {result.indices, result.compressed, result.lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> landmark_topk_backward(const Tensor& dcompressed, const OptionalTensor& dlse, const Tensor& landmarks, const Tensor& key,
+                                                          const Tensor& value, const Tensor& compressed, const Tensor& lse, double scale) {
+  const Problem x =
+      problem_of("mita_ext.landmark_topk backward", check_landmark_topk_backward(dcompressed, dlse, landmarks, key, value, compressed, lse), landmarks);
+  const Context context(landmarks);
+  Tensor dlandmarks = at::empty({x.B, x.H, x.M, x.D}, landmarks.options());
+  if (x.B == 0) return {dlandmarks, at::empty(key.sizes(), key.options()), at::empty(value.sizes(), value.options())};
+  const Softmax softmax{landmarks, dcompressed, lse, delta_stage(context, x, dcompressed, compressed, dlse)};
+  auto [dkey, dvalue] = key_gradient_stage(context, x, &softmax, nullptr, {}, key, value, nullptr, static_cast<float>(scale));
+  landmark_gradient_stage(context, x, softmax, key, value, static_cast<float>(scale), {}, {}, dlandmarks);
+  return {dlandmarks, dkey, dvalue};
+}
+
+Tensor route(const Tensor& query, const Tensor& landmarks, int64_t routes) {
+  const Problem x = problem_of("mita_ext.route", check_route(query, landmarks, routes), query);
+  return route_stage(Context(query), x, query, landmarks);
+}
+
+std::tuple<Tensor, Tensor> expert_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& landmarks, const Tensor& compressed,
+                                            const Tensor& indices, const Tensor& experts, bool shared_expert, double scale, double landmark_scale) {
+  const Problem x =
+      problem_of("mita_ext.expert_attention", check_expert_attention(query, key, value, landmarks, compressed, indices, experts, shared_expert), query);
+  return attention_stage(Context(query), x, units(shared_expert, landmarks, compressed, key, value, indices), query, experts, static_cast<float>(scale),
+                         static_cast<float>(landmark_scale));
+}
+
+// The backward of both attention ops. With `landmark_lse` the compressed values are differentiated on to landmarks and keys.
+struct AttentionGradient {
+  Tensor dquery, dkey, dvalue;
+  SharedGradient shared;
+  Tensor dlandmarks;  // fp32, complete
+};
+
+AttentionGradient attention_gradient(const Problem& x, const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& key, const Tensor& value,
+                                     const Tensor& landmarks, const Tensor& compressed, const Tensor& indices, const Tensor& experts, const Tensor& out, const Tensor& lse,
+                                     const Tensor* landmark_lse, const Windows* pooling, bool shared_expert, float scale, float landmark_scale) {
+  const Context context(query);
+  AttentionGradient result;
+  if (lse.numel() == 0) {
+    const auto zeros = [](const Tensor& t) { return at::zeros(t.sizes(), t.options()); };
+    result = {zeros(query), zeros(key), zeros(value), {zeros(compressed), zeros(landmarks).to(at::kFloat)}, {}};
+    result.dlandmarks = result.shared.dlandmarks;
+    return result;
+  }
+  const Softmax softmax{query, dout, lse, delta_stage(context, x, dout, out, dlse)};
+  const Grouped grouped = group_stage(context, x, experts, row_gradient_tile_rows(x.dtype, x.D, entries_per_expert(x)));
+  if (shared_expert) result.shared = shared_gradient_stage(context, x, softmax, landmarks, compressed, landmark_scale);
+  else result.shared = {at::zeros({x.B, x.H, x.M, x.D}, landmarks.options()), at::zeros({x.B, x.H, x.M, x.D}, landmarks.options().dtype(at::kFloat))};
+  result.dlandmarks = result.shared.dlandmarks;
+
+  std::optional<Softmax> landmark_softmax;
+  if (shared_expert && landmark_lse)
+    landmark_softmax.emplace(Softmax{landmarks, result.shared.dcompressed, *landmark_lse, delta_stage(context, x, result.shared.dcompressed, compressed, {})});
+  std::optional<RoutedGradient> routed;
+  if (x.s > 0) routed = routed_gradient_stage(context, x, softmax, key, value, indices, grouped.groups, scale);
+  std::tie(result.dkey, result.dvalue) = key_gradient_stage(context, x, landmark_softmax ? &*landmark_softmax : nullptr, routed ? &*routed : nullptr, grouped.groups,
+                                                            key, value, &indices, scale);
+  routed.reset();  // the largest of all intermediates
+  if (landmark_softmax) {
+    result.dlandmarks = at::empty_like(result.shared.dlandmarks);
+    landmark_gradient_stage(context, x, *landmark_softmax, key, value, scale, result.shared.dlandmarks, result.dlandmarks, {});
+  }
+  result.dquery = query_gradient_stage(context, x, softmax, units(shared_expert, landmarks, compressed, key, value, indices), grouped.groups, scale, landmark_scale,
+                                       pooling ? OptionalTensor(result.dlandmarks) : OptionalTensor(), pooling ? *pooling : Windows{});
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_attention_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& key,
+                                                                             const Tensor& value, const Tensor& landmarks, const Tensor& compressed,
+                                                                             const Tensor& indices, const Tensor& experts, const Tensor& out, const Tensor& lse,
+                                                                             bool shared_expert, double scale, double landmark_scale) {
+  const Problem x = problem_of("mita_ext.expert_attention backward",
+                               check_expert_attention_backward(dout, dlse, query, key, value, landmarks, compressed, indices, experts, out, lse, shared_expert), query);
+  AttentionGradient g = attention_gradient(x, dout, dlse, query, key, value, landmarks, compressed, indices, experts, out, lse, nullptr, nullptr, shared_expert,
+                                           static_cast<float>(scale), static_cast<float>(landmark_scale));
+  return {g.dquery, g.dkey, g.dvalue, g.dlandmarks.to(landmarks.scalar_type()), g.shared.dcompressed};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& landmarks,
+                                                                             IntArrayRef num_landmarks, IntArrayRef grid, int64_t num_prefix_tokens, int64_t topk,
+                                                                             int64_t routes, bool shared_expert, double scale, double landmark_scale) {
+  const Problem x = problem_of(
+      "mita_ext.attention", check_attention(query, key, value, landmarks, num_landmarks, grid, num_prefix_tokens, topk, routes, shared_expert), query);
+  const Context context(query);
+  if (x.B == 0) {
+    const Tensor like = at::empty({0, x.H, x.M, x.D}, query.options());
+    return {at::empty({0, x.H, x.queries.max_length, x.D}, query.options()), floats(query, {0, x.H, x.queries.max_length}), landmarks ? at::empty({0}, query.options()) : like,
+            ints(query, {0, x.H, x.M, x.K}), ints(query, {0, x.H, x.queries.max_length, x.s}), at::empty_like(like), floats(query, {0, x.H, x.M})};
+  }
+  const Tensor pooled = landmarks ? at::empty({0}, query.options()) : pool_stage(context, x, windows(num_landmarks, grid, num_prefix_tokens), query);
+  const Tensor& z = landmarks ? *landmarks : pooled;
+  const Landmarked landmarked = landmark_stage(context, x, z, key, value, static_cast<float>(scale));
+  const Tensor experts = route_stage(context, x, query, z);
+  auto [out, lse] = attention_stage(context, x, units(shared_expert, z, landmarked.compressed, key, value, landmarked.indices), query, experts, static_cast<float>(scale),
+                                    static_cast<float>(landmark_scale));
+  return {out, lse, pooled, landmarked.indices, experts, landmarked.compressed, landmarked.lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& key, const Tensor& value,
+                                                              const Tensor& landmarks, const Tensor& indices, const Tensor& experts, const Tensor& compressed,
+                                                              const Tensor& landmark_lse, const Tensor& out, const Tensor& lse, bool pooled, IntArrayRef num_landmarks,
+                                                              IntArrayRef grid, int64_t num_prefix_tokens, bool shared_expert, double scale, double landmark_scale) {
+  const Problem x = problem_of("mita_ext.attention backward",
+                               check_attention_backward(dout, dlse, query, key, value, landmarks, indices, experts, compressed, landmark_lse, out, lse, pooled,
+                                                        num_landmarks, grid, num_prefix_tokens, shared_expert),
+                               query);
+  const Windows w = windows(num_landmarks, grid, num_prefix_tokens);
+  AttentionGradient g = attention_gradient(x, dout, dlse, query, key, value, landmarks, compressed, indices, experts, out, lse, &landmark_lse, pooled ? &w : nullptr,
+                                           shared_expert, static_cast<float>(scale), static_cast<float>(landmark_scale));
+  return {g.dquery, g.dkey, g.dvalue, pooled ? at::empty({0}, landmarks.options()) : g.dlandmarks.to(landmarks.scalar_type())};
+}
+
+TORCH_LIBRARY_IMPL(mita_ext, CUDA, m) {
+  m.impl("pool", &pool);
+  m.impl("pool_backward", &pool_backward);
+  m.impl("landmark_topk", &landmark_topk);
+  m.impl("landmark_topk_backward", &landmark_topk_backward);
+  m.impl("route", &route);
+  m.impl("expert_attention", &expert_attention);
+  m.impl("expert_attention_backward", &expert_attention_backward);
+  m.impl("attention", &attention);
+  m.impl("attention_backward", &attention_backward);
+}
+
+}  // namespace
+}  // namespace mita

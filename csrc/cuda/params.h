@@ -1,0 +1,180 @@
+// What the host tells the kernels: plain structs, a shape after every pointer. No torch, no CUDA.
+// Letters as in the paper and the docs: B batch, H query heads, Hkv key/value heads, N queries, L keys, M landmarks,
+// K keys per expert, s experts per query, D head dimension. BH = B*H counts the (batch, query head) pairs.
+#pragma once
+#include <cstdint>
+
+namespace mita {
+
+enum class Dtype { bf16, fp16, fp32 };
+
+// A [B, heads, rows, D] tensor with any strides (in elements) and a contiguous last dimension.
+// Packed sequences have batch = 0; Sequences::starts then says where each one begins.
+struct Rows {
+  void* data;                  // read-only wherever it is an input
+  std::int64_t batch, head, row;
+  bool aligned;                // every row starts on 16 bytes: loads may be vectors
+};
+
+// Which rows belong to which batch element. `lengths` and `starts` are null where all have `max_length` rows.
+struct Sequences {
+  int max_length;
+  const std::int32_t* lengths; // [B], right-padded batches
+  const std::int32_t* starts;  // [B+1] prefix sums, packed batches (takes precedence)
+};
+
+struct Problem {
+  Dtype dtype;
+  int B, H, Hkv, M, K, s, D;
+  Sequences queries, keys;     // N = queries.max_length, L = keys.max_length
+};
+
+// Average pooling of the grid [gh, gw] of queries after `prefix` tokens into [mh, mw] windows; 1-D is gh = mh = 1.
+struct Windows {
+  int mh, mw, gh, gw, prefix;
+};
+
+struct PoolParams {
+  Problem problem;
+  Windows windows;
+  Rows q;                      // [B, H, N, D]
+  void* landmarks;             // [B, H, M, D], contiguous
+};
+
+struct PoolBackwardParams {
+  Problem problem;
+  Windows windows;
+  Rows dlandmarks;             // [B, H, M, D]
+  void* dq;                    // [B, H, N, D], contiguous
+};
+
+// Scores, compressed values and top-K keys of every landmark.
+struct LandmarkParams {
+  Problem problem;
+  float scale;
+  Rows landmarks, k, v;        // [B, H, M, D], [B, Hkv, L, D] twice
+  int splits;                  // parts of the key range, each with its own partial softmax
+  std::int64_t score_pitch;    // floats between the rows of `scores`: L rounded up to 8
+  float* scores;               // [BH, M, score_pitch], unscaled, every bit of fp32
+  float* partial_values;       // [BH, splits, M, D], not yet divided by the sums
+  float* partial_state;        // [BH, splits, M, 2]: maximum, sum
+  std::int32_t* indices;       // [B, H, M, K], ascending; -1 where a sequence has fewer keys
+  void* compressed;            // [B, H, M, D], contiguous
+  float* lse;                  // [B, H, M]
+};
+
+struct RouteParams {
+  Problem problem;
+  Rows q, landmarks;           // [B, H, N, D], [B, H, M, D]
+  std::int32_t* experts;       // [B, H, N, s], best first
+};
+
+// Queries grouped by expert. An entry is query * s + slot; entries of one expert keep their order.
+struct Groups {
+  const std::int32_t* entries; // [BH, N*s], expert after expert; null where s = 0: the queries as they come
+  const std::int32_t* first;   // [BH, M+1], where each expert's entries start
+  const std::int32_t* tiles;   // [BH, M+1], prefix sums of ceil(entries / tile_rows)
+  const std::int32_t* segments;  // [BH, M+1], prefix sums of ceil(entries / segment_rows)
+  int tile_rows;               // queries of one forward or query-gradient block
+  int segment_rows;            // queries that one block sums into a key gradient
+};
+
+struct GroupParams {
+  Problem problem;
+  const std::int32_t* experts; // [B, H, N, s], clamped to [0, M)
+  int chunks;                  // ceil(N*s / kGroupChunk)
+  std::int32_t* counts;        // [BH, M, chunks]
+  std::int32_t* entries;       // the writable side of Groups
+  std::int32_t* first;
+  std::int32_t* tiles;
+  std::int32_t* segments;
+  int tile_rows, segment_rows;
+};
+constexpr int kGroupChunk = 2048;
+
+// What a query attends to: the shared units (landmarks, compressed values) and the gathered keys and values of its experts.
+struct Units {
+  bool shared;                 // are the shared units among them?
+  Rows landmarks, compressed;  // [B, H, M, D] twice
+  Rows k, v;                   // [B, Hkv, L, D] twice
+  const std::int32_t* indices; // [B, H, M, K]; anything outside [0, L) is an empty slot. Null: all keys
+};
+
+struct AttentionParams {
+  Problem problem;
+  float scale, landmark_scale;
+  Rows q;                      // [B, H, N, D]
+  Units units;
+  Groups groups;
+  float* partial_out;          // [BH, N*s, D], only where s > 1
+  float* partial_lse;          // [BH, N*s], only where s > 1
+  Rows out;                    // [B, H, N, D], aligned
+  float* lse;                  // [B, H, N], natural logarithm
+};
+
+// delta[row] = sum_d dout * out - dlse, for the rows of `out` [B, H, rows, D].
+struct DeltaParams {
+  Dtype dtype;
+  int B, H, D;
+  Sequences sequences;
+  Rows dout, out;
+  const float* dlse;           // [B, H, rows], contiguous, or null
+  float* delta;                // [B, H, rows]
+};
+
+// Gradients of the units (keys and values) of one softmax, summed over the rows that attended to them:
+//   shared:   units = landmarks and compressed values, rows = all queries (in `splits` parts)
+//   routed:   units = the K gathered keys of an expert, rows = one segment of its queries
+//   compress: units = all keys and values, rows = the landmarks of the query heads that share them
+enum class UnitRole { shared, routed, compress };
+
+struct UnitGradientParams {
+  Problem problem;
+  UnitRole role;
+  float scale;
+  Rows unit_k, unit_v;         // landmarks and compressed, or k and v
+  Rows row_q, row_dout;        // q and dout, or landmarks and dcompressed
+  const float* lse;            // [B, H, rows]
+  const float* delta;          // [B, H, rows]
+  int splits;                  // shared: parts of the query range
+  int landmark_rows;           // compress: M, or 0 to only collect the routed gradients
+  const std::int32_t* indices; // routed, compress: [B, H, M, K] ascending (as unsigned), or null
+  Groups groups;               // routed, compress
+  int max_segments;            // routed, compress: of one (batch, head)
+  float* partial_dk;           // shared: [BH, splits, M, D]; routed (written) and compress (read): [BH, max_segments, K, D]
+  float* partial_dv;           // likewise
+  Rows dk, dv;                 // compress: [B, Hkv, L, D] twice, aligned
+};
+
+// Gradients of the rows (queries) of one softmax:
+//   attention: rows = queries grouped by expert, units = [landmarks | gathered keys]
+//   landmark:  rows = landmarks, units = all keys (in `splits` parts)
+enum class RowRole { attention, landmark };
+
+struct RowGradientParams {
+  Problem problem;
+  RowRole role;
+  float scale, landmark_scale;
+  Rows q, dout;                // [B, H, rows, D] twice
+  const float* lse;            // [B, H, rows]
+  const float* delta;          // [B, H, rows]
+  Units units;                 // landmark: only k and v
+  Groups groups;               // attention
+  int splits;                  // landmark: parts of the key range
+  float* partial_dq;           // landmark: [BH, splits, M, D]; attention with s > 1: [BH, N*s, D]
+  Rows dq;                     // attention with s <= 1: [B, H, N, D], aligned
+  const float* dlandmarks;     // attention: [BH, M, D] to spread over the pooling windows, or null
+  Windows windows;
+};
+
+// Sums of partial gradients in a fixed order: total = base + sum over parts.
+struct ReduceParams {
+  Dtype dtype;
+  int BH, parts, rows, D;
+  const float* partial;        // [BH, parts, rows, D]
+  const float* base;           // [BH, rows, D], or null
+  float* total;                // [BH, rows, D], or null
+  void* rounded;               // [BH, rows, D] in dtype, or null
+};
+
+}  // namespace mita

@@ -1,0 +1,105 @@
+// Routing: the s landmarks with the largest q . Z for every query, best first; score ties go to the lower landmark, NaN last.
+// One warp owns 16 queries and keeps the best (score, landmark) of each; landmark tiles pass through shared memory.
+// Round r finds the best pair after the one of round r - 1 in the total order, so s > 1 needs no list, only s passes.
+#include "device.cuh"
+#include "launch.h"
+
+namespace mita {
+namespace {
+
+template <class C> struct Layout : C {
+  static constexpr bool kHalf = sizeof(typename C::T) == 2;
+  static constexpr int kWarps = kHalf ? 8 : 4;
+  static constexpr int kLandmarks = kHalf ? 64 : 32;  // of one tile
+  struct Shared {
+    TileStorage<typename C::T, C::DP, 16 * kWarps> queries;
+    TileStorage<typename C::T, C::DP, kLandmarks> stage[2];
+  };
+};
+
+struct Best {
+  std::uint32_t score;
+  int landmark;
+  __device__ bool after(const Best& previous) const { return score < previous.score || (score == previous.score && landmark > previous.landmark); }
+};
+
+template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, 2) route_kernel(const RouteParams p) {
+  using L = Layout<C>;
+  using T = typename C::T;
+  constexpr int DP = C::DP, kRows = 16 * L::kWarps, kTile = L::kLandmarks, kTiles = kTile / 8;
+  extern __shared__ __align__(128) unsigned char memory[];
+  typename L::Shared& shared = *reinterpret_cast<typename L::Shared*>(memory);
+
+  const Problem& x = p.problem;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
+  const int N = x.queries.max_length, blocks = ceil_div(N, kRows), n0 = blockIdx.x % blocks * kRows, bh = blockIdx.x / blocks;
+  const int b = bh / x.H, h = bh % x.H;
+  const Span queries = span(x.queries, b);
+  const T* q = head_rows<T>(p.q, b, h, queries.start);
+  const T* z = head_rows<T>(p.landmarks, b, h, 0);
+  const int tiles = ceil_div(x.M, kTile);
+  const auto load_landmarks = [&](int step) {  // steps run through the tiles once per round
+    const int m0 = step % tiles * kTile;
+    load_rows<T, DP>(shared.stage[step & 1].tile(), kTile, x.D, p.landmarks.aligned,
+                     [&](int i) { return m0 + i < x.M ? z + (m0 + i) * p.landmarks.row : nullptr; });
+  };
+
+  load_rows<T, DP>(shared.queries.tile(), kRows, x.D, p.q.aligned,
+                   [&](int i) { return n0 + i < queries.length ? q + (n0 + i) * p.q.row : nullptr; });
+  load_landmarks(0);
+  commit_loads();
+  wait_loads<0>();
+  __syncthreads();
+  HeldRows<T, DP> rows;
+  rows.load(shared.queries.tile().from_row(16 * warp), lane);
+
+  Best previous[2] = {{0xffffffffu, -1}, {0xffffffffu, -1}}, best[2];
+  for (int step = 0; step < x.s * tiles; ++step) {
+    if (step + 1 < x.s * tiles) load_landmarks(step + 1);
+    commit_loads();
+    wait_loads<1>();
+    __syncthreads();
+    float s[kTiles][4];
+    clear(s);
+    add_product<T, DP, kTiles>(s, rows, shared.stage[step & 1].tile(), lane);
+    const int tile = step % tiles, m0 = tile * kTile + 2 * t;
+    if (tile == 0) best[0] = best[1] = {0, 0};
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const Best next = {ordered(s[n][i]), m0 + 8 * n + (i & 1)};
+        if (next.score > best[i / 2].score && next.landmark < x.M && next.after(previous[i / 2])) best[i / 2] = next;
+      }
+    __syncthreads();
+    if (tile + 1 < tiles) continue;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int d = 1; d < 4; d <<= 1) {
+        const Best other = {__shfl_xor_sync(0xffffffffu, best[i].score, d), __shfl_xor_sync(0xffffffffu, best[i].landmark, d)};
+        if (best[i].after(other)) best[i] = other;
+      }
+      previous[i] = best[i];
+      const int n = n0 + 16 * warp + g + 8 * i;
+      if (t == 0 && n < N) p.experts[(std::int64_t(bh) * N + n) * x.s + step / tiles] = n < queries.length ? best[i].landmark : -1;
+    }
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_route(const RouteParams& p, cudaStream_t stream) {
+  const Problem& x = p.problem;
+  if (x.s < 1) return cudaErrorInvalidValue;
+  return dispatch(x.dtype, x.D, [&](auto config) {
+    using C = decltype(config);
+    using L = Layout<C>;
+    if (cudaError_t status = allow_shared_memory(route_kernel<C>, sizeof(typename L::Shared))) return status;
+    const unsigned blocks = static_cast<unsigned>(x.B) * x.H * ceil_div(x.queries.max_length, 16 * L::kWarps);
+    route_kernel<C><<<blocks, 32 * L::kWarps, sizeof(typename L::Shared), stream>>>(p);
+    return cudaGetLastError();
+  });
+}
+
+}  // namespace mita

@@ -1,0 +1,147 @@
+// Gradients of the rows of a softmax, the "queries". Two sums, one kernel (RowRole):
+//   attention: rows = a tile of queries of one expert, units = [landmarks | its gathered keys]; the epilogue adds what the
+//              queries receive as parts of pooled landmarks and scatters whole rows
+//   landmark:  rows = landmarks, units = all keys, cut into parts
+//
+// One warp owns 16 rows and keeps their dq in registers; unit tiles pass by, two stages deep:
+//   P = exp(scale * q k^T - lse)    dS = scale * P * (dout v^T - delta)    dq += dS k
+#include "device.cuh"
+#include "launch.h"
+
+namespace mita {
+namespace {
+
+template <class C> struct Layout : C {
+  static constexpr bool kHalf = sizeof(typename C::T) == 2;
+  static constexpr int kWarps = kRowGradientRows<sizeof(typename C::T), C::DP> / 16;  // at most
+  static constexpr int kUnits = kHalf ? 64 : C::DP == 64 ? 32 : 16;                   // of one tile
+  struct Shared {
+    UnitStage<typename C::T, C::DP, kUnits> stage[2];
+    TileStorage<typename C::T, C::DP, 16 * kWarps> q, dout;
+  };
+  static_assert(sizeof(Shared) <= 99 * 1024);
+};
+
+template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Layout<C>::kHalf ? 2 : 1) row_gradient_kernel(const RowGradientParams p) {
+  using L = Layout<C>;
+  using T = typename C::T;
+  constexpr int DP = C::DP, kUnits = L::kUnits, kTiles = kUnits / 8;
+  extern __shared__ __align__(128) unsigned char memory[];
+  typename L::Shared& shared = *reinterpret_cast<typename L::Shared*>(memory);
+
+  const Problem& x = p.problem;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3, block_rows = blockDim.x / 2;
+  const bool landmark = p.role == RowRole::landmark;
+  const int N = x.queries.max_length;
+
+  // What this block works on: `rows` rows of one head and the unit tiles [first_tile, first_tile + all_tiles).
+  const int blocks = landmark ? ceil_div(x.M, block_rows) : max_tiles(x, block_rows), parts = landmark ? p.splits : 1;
+  const int block = blockIdx.x % blocks, part = blockIdx.x / blocks % parts, bh = blockIdx.x / blocks / parts, b = bh / x.H, h = bh % x.H;
+  const Span queries = span(x.queries, b), keys = span(x.keys, b);
+  WorkItem work = {0, min(block_rows, x.M - block * block_rows), 1, nullptr, block * block_rows};
+  if (!landmark) work = find_work(p.groups.tiles, p.groups, x, bh, queries.length, block, block_rows);
+  if (work.entries <= 0) return;
+  const int tiles_per_part = ceil_div(ceil_div(keys.length, kUnits), parts), first_tile = landmark ? part * tiles_per_part : 0;
+  const int shared_tiles = p.units.shared ? ceil_div(x.M, kUnits) : 0;
+  const int all_tiles = landmark ? max(0, min(ceil_div(keys.length, kUnits) - first_tile, tiles_per_part)) : shared_tiles + (x.s > 0 ? ceil_div(x.K, kUnits) : 0);
+  const std::int32_t* indices = landmark ? nullptr : p.units.indices + (std::int64_t(bh) * x.M + work.expert) * x.K;
+
+  const auto load_stage = [&](int tile) { load_units(shared.stage[tile & 1], p.units, x, b, h, keys, indices, first_tile + tile, shared_tiles); };
+  const auto load_own = [&](Tile<T, DP> target, const Rows& rows) {
+    const T* data = head_rows<T>(rows, b, h, landmark ? 0 : queries.start);
+    load_rows<T, DP>(target, block_rows, x.D, rows.aligned, [&](int i) { return i < work.entries ? data + (work.entry(i) / work.slots) * rows.row : nullptr; });
+  };
+  load_own(shared.q.tile(), p.q);
+  load_own(shared.dout.tile(), p.dout);
+  if (all_tiles > 0) load_stage(0);
+  commit_loads();
+
+  const SharedRows<T, DP> q{shared.q.tile().from_row(16 * warp)}, dout{shared.dout.tile().from_row(16 * warp)};
+  float lse[2], delta[2];
+  bool first_slot[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int own = 16 * warp + g + 8 * i, entry = own < work.entries ? work.entry(own) : -1;
+    const std::int64_t at = std::int64_t(bh) * (landmark ? x.M : N) + entry / work.slots;
+    lse[i] = entry < 0 ? kInfinity : p.lse[at] * kLogit<T>;
+    if (lse[i] == -kInfinity) lse[i] = kInfinity;  // attended to nothing
+    delta[i] = entry < 0 ? 0.0f : p.delta[at];
+    first_slot[i] = entry % work.slots == 0;
+  }
+  float dq[DP / 8][4];
+  clear(dq);
+  for (int tile = 0; tile < all_tiles; ++tile) {
+    if (tile + 1 < all_tiles) load_stage(tile + 1);
+    commit_loads();
+    wait_loads<1>();
+    __syncthreads();
+    auto& stage = shared.stage[tile & 1];
+    if (16 * warp < work.entries) {
+      const bool dense = tile < shared_tiles;
+      const float scale = dense ? p.landmark_scale : p.scale;
+      float s[kTiles][4], gradient[kTiles][4];
+      clear(s);
+      add_product<T, DP, kTiles>(s, q, stage.k.tile(), lane);
+      clear(gradient);
+      add_product<T, DP, kTiles>(gradient, dout, stage.v.tile(), lane);
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int r = i / 2;
+          const bool attends = stage.valid[8 * n + 2 * t + (i & 1)] && (!dense || first_slot[r]) && lse[r] != kInfinity;
+          const float probability = attends ? exponential<T>(s[n][i] * (scale * kLogit<T>) - lse[r]) : 0.0f;
+          gradient[n][i] = attends ? probability * (gradient[n][i] - delta[r]) * scale : 0.0f;
+        }
+      add_weighted_rows<T, DP, kTiles>(dq, gradient, stage.k.tile(), lane);
+    }
+    __syncthreads();
+  }
+  wait_loads<0>();
+
+  if (!landmark && p.dlandmarks != nullptr) {
+    const Windows windows = windows_of(p.windows, x.queries, queries.length);
+    const float* dlandmarks = p.dlandmarks + std::int64_t(bh) * x.M * x.D;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (16 * warp + g + 8 * i < work.entries && first_slot[i])
+        for_each_window(windows, work.entry(16 * warp + g + 8 * i) / work.slots, [&](int m, float weight) {
+#pragma unroll
+          for (int d = 0; d < DP / 8; ++d)
+            if (8 * d < x.D) {
+              const float2 z = *reinterpret_cast<const float2*>(dlandmarks + std::int64_t(m) * x.D + 8 * d + 2 * t);
+              dq[d][2 * i] += weight * z.x, dq[d][2 * i + 1] += weight * z.y;
+            }
+        });
+  }
+  const float one[2] = {1.0f, 1.0f};
+  const std::int64_t row0 = landmark ? (std::int64_t(bh) * parts + part) * x.M : std::int64_t(bh) * N * work.slots;
+  if (landmark || x.s > 1)
+    store_partial_rows<DP>(dq, one, x.D, lane, [&](int i) {
+      return 16 * warp + i < work.entries ? p.partial_dq + (row0 + work.entry(16 * warp + i)) * x.D : nullptr;
+    });
+  else
+    store_rows<T, DP>(q.tile, dq, one, x.D, lane, [&](int i) {
+      return 16 * warp + i < work.entries ? head_rows<T>(p.dq, b, h, queries.start + work.entry(16 * warp + i)) : nullptr;
+    });
+}
+
+}  // namespace
+
+cudaError_t launch_row_gradient(const RowGradientParams& p, cudaStream_t stream) {
+  const Problem& x = p.problem;
+  return dispatch(x.dtype, x.D, [&](auto config) {
+    using C = decltype(config);
+    using L = Layout<C>;
+    const bool landmark = p.role == RowRole::landmark;
+    const int warps = landmark ? std::min(L::kWarps, ceil_div(x.M, 16)) : p.groups.tile_rows / 16;
+    if (warps < 1 || warps > L::kWarps) return cudaErrorInvalidValue;
+    if (cudaError_t status = allow_shared_memory(row_gradient_kernel<C>, sizeof(typename L::Shared))) return status;
+    const unsigned heads = static_cast<unsigned>(x.B) * x.H;
+    const unsigned blocks = landmark ? heads * p.splits * ceil_div(x.M, 16 * warps) : heads * max_tiles(x, p.groups.tile_rows);
+    row_gradient_kernel<C><<<blocks, 32 * warps, sizeof(typename L::Shared), stream>>>(p);
+    return cudaGetLastError();
+  });
+}
+
+}  // namespace mita

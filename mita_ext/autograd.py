@@ -1,0 +1,127 @@
+"""The autograd Functions around the ops; no mathematics. The gradients are once differentiable, and selections (indices,
+experts) are constants. What is saved: inputs, selections, outputs and logsumexps, never probabilities."""
+
+import functools
+
+import torch
+from torch.autograd import function
+
+from . import ops
+
+
+def once_differentiable(backward):
+    """Torch's decorator, which goes quiet when the incoming gradient needs no gradient itself, made to refuse always."""
+    once = function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def refusing(ctx, *grads):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # compiled graphs refuse by themselves
+            raise RuntimeError("mita_ext: a second derivative is not defined; differentiate without create_graph=True")
+        return once(ctx, *grads)
+
+    return refusing
+
+
+def _incoming(dout, dlse, out):
+    """The gradients as the ops take them: dout always there, last dimension contiguous; dlse contiguous or absent."""
+    if dout is None:
+        dout = torch.zeros_like(out)
+    elif dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    return dout, None if dlse is None else dlse.contiguous()
+
+
+def _wanted(ctx, *grads):
+    """One gradient per input of the forward: None where none is needed, and for every option."""
+    grads += (None,) * (len(ctx.needs_input_grad) - len(grads))
+    return tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad))
+
+
+class Pool(torch.autograd.Function):
+    @staticmethod
+    def forward(query, num_landmarks, grid, num_prefix_tokens):
+        return ops.pool(query, num_landmarks, grid, num_prefix_tokens)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        query, *ctx.options = inputs
+        ctx.N = query.shape[2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlandmarks):
+        dlandmarks, _ = _incoming(dlandmarks, None, None)
+        return _wanted(ctx, ops.pool_backward(dlandmarks, ctx.N, *ctx.options))
+
+
+class LandmarkTopk(torch.autograd.Function):
+    @staticmethod
+    def forward(landmarks, key, value, topk, scale):
+        return ops.landmark_topk(landmarks, key, value, topk, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        landmarks, key, value, _, ctx.scale = inputs
+        indices, compressed, lse = output
+        ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(landmarks, key, value, compressed, lse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _, dcompressed, dlse):
+        if dcompressed is None and dlse is None:
+            return _wanted(ctx)
+        landmarks, key, value, compressed, lse = ctx.saved_tensors
+        dcompressed, dlse = _incoming(dcompressed, dlse, compressed)
+        grads = ops.landmark_topk_backward(dcompressed, dlse, landmarks, key, value, compressed, lse, ctx.scale)
+        return _wanted(ctx, *grads)
+
+
+class ExpertAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(query, key, value, landmarks, compressed, indices, experts, *options):
+        return ops.expert_attention(query, key, value, landmarks, compressed, indices, experts, *options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.options = inputs[7:]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:7], *output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dlse):
+        if dout is None and dlse is None:
+            return _wanted(ctx)
+        saved = ctx.saved_tensors  # read once: activation checkpointing allows no more
+        dout, dlse = _incoming(dout, dlse, saved[7])
+        return _wanted(ctx, *ops.expert_attention_backward(dout, dlse, *saved, *ctx.options))
+
+
+class Attention(torch.autograd.Function):
+    """-> out, lse, and for inspection only: landmarks (empty if they were given), indices, experts, compressed,
+    landmark_lse."""
+
+    @staticmethod
+    def forward(query, key, value, landmarks, *options):
+        return ops.attention(query, key, value, landmarks, *options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        query, key, value, given, *pooling, _, _, shared_expert, scale, landmark_scale = inputs
+        out, lse, pooled, indices, experts, compressed, landmark_lse = output
+        ctx.options = (given is None, *pooling, shared_expert, scale, landmark_scale)
+        ctx.mark_non_differentiable(pooled, indices, experts, compressed, landmark_lse)
+        ctx.set_materialize_grads(False)
+        landmarks = pooled if given is None else given
+        ctx.save_for_backward(query, key, value, landmarks, indices, experts, compressed, landmark_lse, out, lse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dlse, *_):
+        if dout is None and dlse is None:
+            return _wanted(ctx)
+        saved = ctx.saved_tensors
+        dout, dlse = _incoming(dout, dlse, saved[8])
+        return _wanted(ctx, *ops.attention_backward(dout, dlse, *saved, *ctx.options))

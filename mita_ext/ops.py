@@ -1,0 +1,102 @@
+"""The raw ops (schemas: csrc/ops.cpp), each with its shape-only fake right below. Private: they have no gradients, so the
+only door to them is autograd.py."""
+
+import torch
+
+from . import _C as _C  # importing it registers the ops
+
+_ops = torch.ops.mita_ext
+
+
+def _like(x):
+    return x.new_empty(x.shape)  # contiguous, whatever the strides of x
+
+
+def _lse_like(x, shape):
+    return x.new_empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+pool = _ops.pool.default
+
+
+@torch.library.register_fake("mita_ext::pool")
+def _(query, num_landmarks, grid, num_prefix_tokens):
+    B, H, _, D = query.shape
+    return query.new_empty((B, H, num_landmarks[0] * num_landmarks[1], D))
+
+
+pool_backward = _ops.pool_backward.default
+
+
+@torch.library.register_fake("mita_ext::pool_backward")
+def _(dlandmarks, N, num_landmarks, grid, num_prefix_tokens):
+    B, H, _, D = dlandmarks.shape
+    return dlandmarks.new_empty((B, H, N, D))
+
+
+landmark_topk = _ops.landmark_topk.default
+
+
+@torch.library.register_fake("mita_ext::landmark_topk")
+def _(landmarks, key, value, topk, scale):
+    rows = landmarks.shape[:3]
+    indices = landmarks.new_empty((*rows, torch.sym_min(topk, key.shape[2])), dtype=torch.int32)
+    return indices, _like(landmarks), _lse_like(landmarks, rows)
+
+
+landmark_topk_backward = _ops.landmark_topk_backward.default
+
+
+@torch.library.register_fake("mita_ext::landmark_topk_backward")
+def _(dcompressed, dlse, landmarks, key, value, compressed, lse, scale):
+    return _like(landmarks), _like(key), _like(value)
+
+
+route = _ops.route.default
+
+
+@torch.library.register_fake("mita_ext::route")
+def _(query, landmarks, routes):
+    return query.new_empty((*query.shape[:3], routes), dtype=torch.int32)
+
+
+expert_attention = _ops.expert_attention.default
+
+
+@torch.library.register_fake("mita_ext::expert_attention")
+def _(query, key, value, landmarks, compressed, indices, experts, shared_expert, scale, landmark_scale):
+    return _like(query), _lse_like(query, query.shape[:3])
+
+
+expert_attention_backward = _ops.expert_attention_backward.default
+
+
+@torch.library.register_fake("mita_ext::expert_attention_backward")
+def _(dout, dlse, query, key, value, landmarks, compressed, *rest):
+    return _like(query), _like(key), _like(value), _like(landmarks), _like(compressed)
+
+
+attention = _ops.attention.default
+
+
+@torch.library.register_fake("mita_ext::attention")
+def _(query, key, value, landmarks, num_landmarks, grid, num_prefix_tokens, topk, routes, *rest):
+    B, H, N, D = query.shape
+    M = num_landmarks[0] * num_landmarks[1] if landmarks is None else landmarks.shape[2]
+    return (
+        _like(query),
+        _lse_like(query, (B, H, N)),
+        query.new_empty((B, H, M, D) if landmarks is None else (0,)),
+        query.new_empty((B, H, M, torch.sym_min(topk, key.shape[2])), dtype=torch.int32),
+        query.new_empty((B, H, N, routes), dtype=torch.int32),
+        query.new_empty((B, H, M, D)),
+        _lse_like(query, (B, H, M)),
+    )
+
+
+attention_backward = _ops.attention_backward.default
+
+
+@torch.library.register_fake("mita_ext::attention_backward")
+def _(dout, dlse, query, key, value, landmarks, indices, experts, compressed, landmark_lse, out, lse, pooled, *rest):
+    return _like(query), _like(key), _like(value), landmarks.new_empty((0,) if pooled else landmarks.shape)

@@ -1,0 +1,226 @@
+"""The one list of cases, run on every backend and dtype, and the one rule by which results are judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from unittest.mock import patch
+
+import torch
+
+from mita_ext import reference
+
+F64 = torch.float64
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes, options and the kind of inputs; the letters are those of the definition."""
+
+    name: str
+    B: int = 2
+    H: int = 2
+    Hkv: int | None = None  # None: H
+    N: int = 50
+    L: int | None = None  # None: N
+    D: int = 32
+    M: int | tuple[int, int] = 6  # a pair is a 2-D pooling grid
+    K: int = 8
+    routes: int = 1
+    shared_expert: bool = True
+    scale: float | None = None
+    landmark_scale: float | None = None
+    pooled: bool = False  # pool the landmarks inside, else pass them
+    grid: tuple[int, int] | None = None
+    prefix: int = 0
+    values: str = "normal"  # see draw()
+    layout: str = "slice"  # see lay_out()
+    cpu_only: bool = False
+
+    @property
+    def keys(self) -> int:
+        return self.N if self.L is None else self.L
+
+    @property
+    def landmarks(self) -> int:
+        return self.M if isinstance(self.M, int) else self.M[0] * self.M[1]
+
+    @property
+    def magnitude(self) -> int:
+        return 30 if self.values == "large" else 1
+
+    @property
+    def pooling(self) -> dict:
+        return {"num_landmarks": self.M, "grid": self.grid, "num_prefix_tokens": self.prefix}
+
+    @property
+    def scales(self) -> dict:
+        return {"scale": self.scale, "landmark_scale": self.landmark_scale}
+
+    def options(self, landmarks) -> dict:
+        """Keyword arguments of `attention` for this case."""
+        own = {"topk": self.K, "routes": self.routes, "shared_expert": self.shared_expert, **self.scales}
+        return own | (self.pooling if self.pooled else {"landmarks": landmarks})
+
+
+CASES = [
+    Case("basic"),
+    Case("topk_equals_keys", K=50),
+    Case("topk_exceeds_keys", K=64),
+    Case("one_landmark", M=1),
+    Case("more_landmarks_than_queries", N=5, L=40, M=12, pooled=True),
+    Case("one_query", N=1, L=50),
+    Case("one_key", N=50, L=1),
+    Case("one_of_everything", B=1, H=1, N=1, D=8, M=1, K=1),
+    Case("empty_expert", values="empty_expert"),
+    Case("all_queries_one_expert", N=200, values="one_expert"),
+    Case("ragged_tile", N=67, L=131, D=40, M=17, K=19),
+    Case("duplicate_keys", N=70, K=16, values="duplicate_keys"),
+    Case("duplicate_landmarks", routes=2, values="duplicate_landmarks"),
+    Case("large_logits", values="large"),
+    Case("large_logits_no_shared_expert", values="large", shared_expert=False),
+    Case("clustered", N=150, M=9, K=16, values="clustered"),
+    Case("clustered_pooled", N=150, M=9, K=16, values="clustered", pooled=True),
+    Case("grouped_query", H=6, Hkv=2),
+    Case("multi_query", H=3, Hkv=1, routes=2),
+    Case("cross_attention", N=37, L=90),
+    *(Case(f"head_dim_{D}", D=D, N=70, M=9, K=20) for D in (8, 16, 24, 40, 56, 64, 72, 80, 96, 104, 120, 128)),
+    Case("head_dim_5", D=5, cpu_only=True),
+    Case("head_dim_200", D=200, cpu_only=True),
+    Case("routes_0", routes=0),
+    Case("routes_2", routes=2),
+    Case("routes_3", N=80, M=9, K=20, routes=3),
+    Case("routes_8", M=8, routes=8),
+    Case("no_shared_expert", shared_expert=False),
+    Case("no_shared_expert_routes_2", shared_expert=False, routes=2),
+    Case("no_shared_expert_topk_1", shared_expert=False, K=1),
+    Case("plain_landmark_scale", landmark_scale=32**-0.5),
+    Case("own_scales", scale=0.5, landmark_scale=0.3),
+    Case("pooled_1d", M=5, pooled=True),
+    Case("pooled_1d_overlapping_windows", N=53, M=7, pooled=True),
+    Case("pooled_2d", N=63, M=(3, 2), grid=(7, 9), pooled=True),
+    Case("pooled_2d_with_prefix", N=66, M=(3, 2), grid=(7, 9), prefix=1, pooled=True),
+    Case("pooled_2d_finer_than_grid", N=8, M=(3, 5), grid=(2, 3), prefix=1, pooled=True),
+    Case("pooled_routes_0", M=5, routes=0, pooled=True),
+    Case("pooled_no_shared_expert", M=5, shared_expert=False, pooled=True),
+    Case("deit", N=197, D=64, M=(5, 5), K=25, grid=(14, 14), prefix=1, pooled=True, layout="fused_qkv"),
+    *(Case(f"keys_{L}", B=1, N=40, L=L, M=5, K=16) for L in (31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257)),
+    *(Case(f"keys_{L}", B=1, N=40, L=L, M=5, K=64) for L in (1000, 1024, 2047, 2048, 2049, 5000, 20000)),
+    *(Case(f"queries_{N}", B=1, N=N, L=100, M=5) for N in (15, 16, 17, 63, 64, 65, 127, 128, 129, 1025)),
+    Case("long", B=1, H=1, N=4096, D=64, M=64, K=64, pooled=True),
+    *(Case(f"landmarks_{M}", B=1, N=70, L=300, D=16, M=M) for M in (15, 16, 17, 63, 64, 65, 100, 200, 1024)),
+    *(Case(f"topk_{K}", B=1, H=1, N=33, L=2500, D=16, M=3, K=K) for K in (1, 2, 63, 64, 65, 100, 256, 300, 1024, 2048)),
+    Case("topk_2048_equals_keys", B=1, H=1, N=33, L=2048, D=16, M=3, K=2048),
+    Case("fused_qkv_view", layout="fused_qkv"),
+    Case("heads_last", H=3, layout="heads_last"),
+    Case("expanded_batch", B=3, layout="expanded"),
+    Case("unaligned_rows", layout="unaligned"),
+]
+
+BY_NAME = {case.name: case for case in CASES}
+assert len(BY_NAME) == len(CASES)
+
+
+def draw(case: Case, generator: torch.Generator) -> list[torch.Tensor]:
+    """query, key, value, landmarks: float64, contiguous, on the CPU."""
+    B, H, N, L, D, M = case.B, case.H, case.N, case.keys, case.D, case.landmarks
+    Hkv = case.Hkv or H
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=F64)
+
+    q, k, v, z = normal(B, H, N, D), normal(B, Hkv, L, D), normal(B, Hkv, L, D), normal(B, H, M, D)
+    if case.values == "large":
+        q, k, v, z = (case.magnitude * x for x in (q, k, v, z))
+    elif case.values == "clustered":  # near-tied scores, skewed routing
+
+        def clustered(like, centres):
+            which = torch.randint(16, like.shape[:-1], generator=generator)
+            return torch.take_along_dim(centres, which[..., None], 2) + 0.3 * like
+
+        q, k = clustered(q, normal(B, H, 16, D)), clustered(k, normal(B, Hkv, 16, D))
+        z = clustered(z, normal(B, H, 16, D))
+    elif case.values == "duplicate_keys":
+        k = k[:, :, torch.arange(L) % 5]
+    elif case.values == "duplicate_landmarks":
+        z = z[:, :, torch.arange(M) % 2]
+    elif case.values == "one_expert":
+        q[..., 0] = 4
+        z[..., 0] = 0
+        z[:, :, M // 2, 0] = 20
+    elif case.values == "empty_expert":
+        q[..., 0] = 4
+        z[:, :, M // 2, 0] = -20
+    else:
+        assert case.values == "normal"
+    return [q, k, v, z]
+
+
+def lay_out(tensors: list[torch.Tensor], layout: str) -> list[torch.Tensor]:
+    """The same values as views of larger tensors, so that strides are always exercised."""
+    if layout == "fused_qkv":
+        q, k, v, z = tensors
+        qkv = torch.stack([x.transpose(1, 2) for x in (q, k, v)], 2)  # [B, N, 3, H, D]
+        return [*(x.transpose(1, 2) for x in qkv.unbind(2)), z]
+
+    def view(x):
+        B, H, N, D = x.shape
+        if layout == "heads_last":
+            return x.transpose(1, 2).contiguous().transpose(1, 2)
+        if layout == "expanded":
+            return x[:1].expand(x.shape)
+        if layout == "unaligned":  # every row starts at an odd element
+            larger = x.new_full((B, H, N, D + 1 + D % 2), torch.nan)
+            return larger[..., 1 : D + 1].copy_(x) if D % 2 == 0 else larger[..., :D].copy_(x)
+        assert layout == "slice"
+        larger = x.new_full((B + 1, H + 1, N + 3, D + 8), torch.nan)
+        return larger[1:, :-1, 1:-2, :D].copy_(x)
+
+    return [view(x) for x in tensors]
+
+
+def make_inputs(case: Case, device="cpu", dtype=F64, *, requires_grad=False, seed=0) -> list[torch.Tensor]:
+    """query, key, value, landmarks of one case; the values do not depend on the device."""
+    tensors = draw(case, torch.Generator().manual_seed(seed))
+    tensors = lay_out([x.to(device, dtype) for x in tensors], case.layout)
+    return [x.detach().requires_grad_(requires_grad) for x in tensors]
+
+
+def case_of(name: str, **changes) -> Case:
+    return replace(BY_NAME[name], **changes)
+
+
+def given_selection(case: Case, aux, query, key, value, landmarks, *, rounded_scores=False):
+    """The definition on the selection (and the landmarks' rounding) that `aux` reports: out, lse.
+
+    The reference keeps scores in float32 at least. With `rounded_scores` it is the program that anybody would write:
+    every product is rounded to the dtype of its factors, `query @ key.mT` as well.
+    """
+    Z = reference.pool_landmarks(query, case.M, grid=case.grid, num_prefix_tokens=case.prefix) if case.pooled else landmarks
+    Z = Z + (aux.landmarks.detach().to(Z.dtype) - Z).detach()
+    with patch.object(reference, "widen", (lambda x: x) if rounded_scores else reference.widen):
+        return reference.attention_given(
+            query, key, value, Z, aux.topk_indices, aux.experts, shared_expert=case.shared_expert, **case.scales
+        )
+
+
+def assert_same(got, expected):
+    """Equal up to the last bits: for what is promised up to rounding only."""
+    fine = torch.finfo(torch.promote_types(got.dtype, torch.float32)).eps
+    torch.testing.assert_close(got, expected, rtol=max(8 * fine, 2 * torch.finfo(got.dtype).eps), atol=8 * fine)
+
+
+def assert_rivals(name: str, got, exact, rival, *, terms: float = 1.0):
+    """error(got) <= 2 error(rival) + tiny, for the largest and the mean error; NaN fails.
+
+    `exact` is the float64 definition, `rival` the same definition in the dtype of the test. `tiny` is a few float32
+    roundings of the result or of `terms`, the size of what cancels in it: where a rival is exact by luck
+    (one key: softmax = 1), another order of the same sums is still right. In float64 the definition itself rounds, so
+    there is no rival: `tiny` is 1e-11.
+    """
+    assert got.shape == exact.shape, name
+    eps = 1e-12 if got.dtype == F64 else torch.finfo(torch.float32).eps
+    size = max(terms, exact.abs().max().item())
+    error, rivals = (got.to(F64) - exact).abs(), (rival.to(F64) - exact).abs()
+    for what, of, tiny in (("largest", torch.amax, 16 * eps * size), ("mean", torch.mean, 2 * eps * size)):
+        err, bound = of(error).item(), 2 * of(rivals).item() + tiny
+        assert err <= bound, f"{name}: {what} error {err:.3g}, bound {bound:.3g}, values up to {size:.3g}"

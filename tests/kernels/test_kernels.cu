@@ -1,0 +1,688 @@
+// Every CUDA launcher on small ragged shapes against plain double loops, without torch: quick natively, small enough for
+// compute-sanitizer. Each stage is given what the stage before it really computed, so that a check tells which one is wrong.
+//
+//   nvcc -std=c++17 -O2 -lineinfo -gencode arch=compute_90a,code=sm_90a -I csrc tests/kernels/test_kernels.cu csrc/cuda/*.cu
+//        -o build/test_kernels && build/test_kernels && compute-sanitizer build/test_kernels
+//
+// All device memory starts as 0xFF bytes (NaN, or index -1), also between the rows of the inputs and behind short sequences.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda/dispatch.h"
+#include "cuda/launch.h"
+
+using namespace mita;
+
+namespace {
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+
+void cuda_check(cudaError_t status, const char* what, int line) {
+  if (status == cudaSuccess) return;
+  std::printf("FAIL line %d: %s: %s\n", line, what, cudaGetErrorString(status));
+  std::exit(2);
+}
+#define CUDA(call) cuda_check(call, #call, __LINE__)
+// A launch, and the end of its kernels: the next line reads what they wrote.
+#define RUN(launch) (cuda_check(launch, #launch, __LINE__), cuda_check(cudaDeviceSynchronize(), #launch, __LINE__))
+
+int parts_of(int size, int part) { return (size + part - 1) / part; }
+
+// ---- memory --------------------------------------------------------------------------------------------------------
+
+template <class T> struct Buffer {
+  T* data = nullptr;
+  std::size_t count;
+  explicit Buffer(std::size_t n) : count(n) {
+    CUDA(cudaMalloc(&data, std::max<std::size_t>(1, n * sizeof(T))));
+    CUDA(cudaMemset(data, 0xFF, std::max<std::size_t>(1, n * sizeof(T))));
+  }
+  explicit Buffer(const std::vector<T>& host) : Buffer(host.size()) {
+    CUDA(cudaMemcpy(data, host.data(), count * sizeof(T), cudaMemcpyHostToDevice));
+  }
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { CUDA(cudaFree(data)); }
+  std::vector<T> get() const {
+    std::vector<T> host(count);
+    CUDA(cudaMemcpy(host.data(), data, count * sizeof(T), cudaMemcpyDeviceToHost));
+    return host;
+  }
+};
+
+std::size_t bytes_of(Dtype dtype) { return dtype == Dtype::fp32 ? 4 : 2; }
+
+template <class T> void encode_as(double x, unsigned char* to) {
+  const T value = static_cast<T>(static_cast<float>(x));
+  std::memcpy(to, &value, sizeof(T));
+}
+template <class T> double decode_as(const unsigned char* from) {
+  T value;
+  std::memcpy(&value, from, sizeof(T));
+  return static_cast<float>(value);
+}
+void encode(Dtype dtype, double x, unsigned char* to) {
+  dtype == Dtype::bf16 ? encode_as<__nv_bfloat16>(x, to) : dtype == Dtype::fp16 ? encode_as<__half>(x, to) : encode_as<float>(x, to);
+}
+double decode(Dtype dtype, const unsigned char* from) {
+  return dtype == Dtype::bf16 ? decode_as<__nv_bfloat16>(from) : dtype == Dtype::fp16 ? decode_as<__half>(from) : decode_as<float>(from);
+}
+
+// A [B, heads, rows, D] tensor of doubles.
+struct Host {
+  int B, heads, rows, D;
+  std::vector<double> x;
+  Host(int B, int heads, int rows, int D) : B(B), heads(heads), rows(rows), D(D), x(std::size_t(B) * heads * rows * D, 0.0) {}
+  Host(int B, int heads, int rows, int D, std::vector<double> values) : B(B), heads(heads), rows(rows), D(D), x(std::move(values)) {}
+  double* row(int b, int h, int r) { return x.data() + ((std::size_t(b) * heads + h) * rows + r) * D; }
+  const double* row(int b, int h, int r) const { return const_cast<Host*>(this)->row(b, h, r); }
+};
+
+// An output tensor in the dtype of the problem, contiguous.
+// One side's sequences: all full, right-padded batches, or packed one after the other.
+enum class Batch { full, padded, packed };
+
+struct Lengths {
+  Batch batch;
+  int longest;
+  std::vector<std::int32_t> each, starts;
+  Buffer<std::int32_t> each_device, starts_device;
+  Lengths(Batch batch, int longest, std::vector<std::int32_t> lengths)
+      : batch(batch), longest(longest), each(std::move(lengths)), starts(prefix_sums(each)), each_device(each), starts_device(starts) {}
+  Sequences view() const {
+    return {longest, batch == Batch::padded ? each_device.data : nullptr, batch == Batch::packed ? starts_device.data : nullptr};
+  }
+  static std::vector<std::int32_t> prefix_sums(const std::vector<std::int32_t>& lengths) {
+    std::vector<std::int32_t> sums(1, 0);
+    for (const auto length : lengths) sums.push_back(sums.back() + length);
+    return sums;
+  }
+};
+
+// A kernel's output, [B, heads, rows, D], or [all rows, heads, D] where its sequences are packed.
+struct Output {
+  Dtype dtype;
+  int B, heads, rows, D;
+  const Lengths* packed;
+  Buffer<unsigned char> memory;
+  Output(Dtype dtype, int B, int heads, int rows, int D, const Lengths* lengths = nullptr)
+      : dtype(dtype), B(B), heads(heads), rows(rows), D(D), packed(lengths && lengths->batch == Batch::packed ? lengths : nullptr),
+        memory(std::size_t(packed ? packed->starts.back() : B * rows) * heads * D * bytes_of(dtype)) {}
+  Host get() const {
+    const auto bytes = memory.get();
+    const Rows at = view();
+    Host host(B, heads, rows, D);
+    for (int b = 0; b < B; ++b)
+      for (int h = 0; h < heads; ++h)
+        for (int r = 0; r < (packed ? packed->each[b] : rows); ++r)
+          for (int d = 0; d < D; ++d)
+            host.row(b, h, r)[d] = decode(dtype, &bytes[(at.batch * b + at.head * h + at.row * ((packed ? packed->starts[b] : 0) + r) + d) * bytes_of(dtype)]);
+    return host;
+  }
+  Rows view() const {
+    if (packed) return {memory.data, 0, D, std::int64_t(heads) * D, true};
+    return {memory.data, std::int64_t(heads) * rows * D, std::int64_t(rows) * D, D, true};
+  }
+};
+
+// An input tensor laid out [B, rows, heads, D + gap] (packed: [all rows, heads, D + gap]), as a slice of a fused projection.
+// A gap of 8 elements keeps the rows 16-byte aligned, any odd one does not.
+struct Input {
+  Host host;  // rounded to the dtype; zeros behind short sequences, where the device has NaN
+  Buffer<unsigned char> memory;
+  Rows rows;
+  Input(Dtype dtype, Host values, const Lengths& lengths, int gap)
+      : host(std::move(values)), memory(std::size_t(lengths.batch == Batch::packed ? lengths.starts.back() : host.B * host.rows) *
+                                        host.heads * (host.D + gap) * bytes_of(dtype)) {
+    const std::int64_t head = host.D + gap, row = host.heads * head, batch = lengths.batch == Batch::packed ? 0 : host.rows * row;
+    std::vector<unsigned char> bytes(memory.count, 0xFF);
+    for (int b = 0; b < host.B; ++b)
+      for (int h = 0; h < host.heads; ++h)
+        for (int r = 0; r < host.rows; ++r) {
+          const std::int64_t first = batch * b + row * ((lengths.batch == Batch::packed ? lengths.starts[b] : 0) + r) + head * h;
+          for (int d = 0; d < host.D; ++d) {
+            double& x = host.row(b, h, r)[d];
+            if (r >= lengths.each[b]) {
+              x = 0;
+              continue;
+            }
+            encode(dtype, x, &bytes[(first + d) * bytes_of(dtype)]);
+            x = decode(dtype, &bytes[(first + d) * bytes_of(dtype)]);
+          }
+        }
+    CUDA(cudaMemcpy(memory.data, bytes.data(), bytes.size(), cudaMemcpyHostToDevice));
+    rows = {memory.data, batch, head, row, head * bytes_of(dtype) % 16 == 0};
+  }
+};
+
+// ---- checks --------------------------------------------------------------------------------------------------------
+
+int failures = 0, checks = 0;
+std::string context;
+
+void expect(bool right, const std::string& what) {
+  ++checks;
+  failures += !right;
+  std::printf("%s %s: %s\n", right ? "PASS" : "FAIL", context.c_str(), what.c_str());
+}
+
+// Relative error of the whole and of the worst element (against the largest one); NaN fails, infinities must agree.
+void expect_close(const std::string& what, const std::vector<double>& got, const std::vector<double>& want, double tolerance) {
+  double difference = 0, size = 0, worst = 0, largest = 0;
+  bool agree = got.size() == want.size();
+  for (std::size_t i = 0; agree && i < got.size(); ++i) {
+    if (std::isinf(want[i])) {
+      agree = got[i] == want[i];
+      continue;
+    }
+    const double off = std::fabs(got[i] - want[i]);
+    agree = off < kInf;
+    difference += off * off, size += want[i] * want[i];
+    worst = std::max(worst, off), largest = std::max(largest, std::fabs(want[i]));
+  }
+  const double relative = size > 0 ? std::sqrt(difference / size) : std::sqrt(difference), maximum = largest > 0 ? worst / largest : worst;
+  char numbers[96];
+  std::snprintf(numbers, sizeof numbers, " (relative %.1e, worst %.1e, allowed %.0e)%s", relative, maximum, tolerance, agree ? "" : " NaN or infinite");
+  expect(agree && relative <= tolerance && maximum <= 4 * tolerance, what + numbers);
+}
+
+std::vector<double> widen(const std::vector<float>& x) { return {x.begin(), x.end()}; }
+
+// ---- the problems --------------------------------------------------------------------------------------------------
+
+struct Case {
+  const char* name;
+  Dtype dtype;
+  int B, H, Hkv, N, L, M, K, s, D;
+  bool shared = true;
+  Batch batch = Batch::full;
+  bool integers = false;      // small integers: every score is exact, ties abound, selections have one right answer
+  int gap = 8;
+  Windows windows = {0, 0, 0, 0, 0};  // zeros: one dimension
+};
+
+const Case kCases[] = {
+    {"plain", Dtype::bf16, 2, 2, 2, 150, 150, 20, 24, 1, 64},
+    {"fp16_wide_heads", Dtype::fp16, 1, 2, 2, 133, 133, 17, 40, 1, 128},
+    {"fp32", Dtype::fp32, 1, 2, 2, 101, 101, 9, 16, 1, 64},
+    {"fp32_wide_heads", Dtype::fp32, 1, 1, 1, 70, 75, 18, 33, 1, 96},
+    {"grouped_query_heads", Dtype::bf16, 2, 6, 2, 90, 90, 16, 16, 1, 40},
+    {"cross_attention", Dtype::bf16, 1, 2, 1, 50, 210, 12, 48, 1, 64},
+    {"grid_with_prefix", Dtype::bf16, 1, 3, 3, 101, 101, 12, 20, 1, 64, true, Batch::full, false, 8, {3, 4, 10, 10, 1}},
+    {"unaligned_rows", Dtype::bf16, 1, 2, 2, 77, 77, 10, 12, 1, 72, true, Batch::full, false, 1},
+    {"unaligned_rows_fp32", Dtype::fp32, 1, 2, 1, 45, 60, 8, 12, 1, 24, true, Batch::full, false, 1},
+    {"compress_only", Dtype::bf16, 1, 2, 2, 100, 80, 16, 8, 0, 64},
+    {"two_routes", Dtype::bf16, 2, 2, 1, 120, 110, 14, 20, 2, 64},
+    {"two_routes_fp32", Dtype::fp32, 1, 2, 2, 60, 60, 7, 9, 2, 32},
+    {"route_only", Dtype::fp16, 1, 2, 2, 90, 90, 11, 30, 1, 64, false},
+    {"topk_equals_keys", Dtype::bf16, 1, 2, 2, 64, 37, 8, 37, 1, 64},
+    {"topk_exceeds_keys_by_length", Dtype::bf16, 3, 2, 1, 80, 60, 9, 50, 1, 64, true, Batch::padded},
+    {"more_landmarks_than_queries", Dtype::bf16, 1, 2, 2, 13, 40, 130, 8, 1, 64},
+    {"one_query_one_key", Dtype::bf16, 2, 1, 1, 1, 1, 1, 1, 1, 8},
+    {"one_landmark", Dtype::fp16, 1, 2, 2, 200, 200, 1, 70, 1, 64},
+    {"ties", Dtype::bf16, 1, 2, 2, 140, 140, 16, 24, 2, 16, true, Batch::full, true},
+    {"ties_fp32", Dtype::fp32, 1, 1, 1, 90, 300, 12, 100, 1, 16, true, Batch::full, true},
+    {"padded", Dtype::bf16, 3, 2, 2, 150, 130, 20, 24, 1, 64, true, Batch::padded},
+    {"packed", Dtype::bf16, 3, 4, 2, 150, 130, 20, 24, 1, 64, true, Batch::packed},
+    {"packed_two_routes_fp32", Dtype::fp32, 3, 2, 1, 70, 80, 6, 10, 2, 32, true, Batch::packed},
+    {"long_sequence", Dtype::bf16, 1, 1, 1, 2500, 3000, 65, 64, 1, 64},
+};
+
+// ---- the definition, in double -------------------------------------------------------------------------------------
+
+double dot(const double* a, const double* b, int D) { return std::inner_product(a, a + D, b, 0.0); }
+void add(double* to, double factor, const double* x, int D) {
+  for (int d = 0; d < D; ++d) to[d] += factor * x[d];
+}
+
+// Calls f(m, token) for every token of every pooling window.
+void for_each_pooled(const Windows& w, const std::function<void(int, int)>& f) {
+  const auto first = [](int i, int size, int tokens) { return i * tokens / size; };
+  for (int m = 0; m < w.mh * w.mw; ++m)
+    for (int y = first(m / w.mw, w.mh, w.gh); y * w.mh < (m / w.mw + 1) * w.gh; ++y)
+      for (int x = first(m % w.mw, w.mw, w.gw); x * w.mw < (m % w.mw + 1) * w.gw; ++x) f(m, w.prefix + y * w.gw + x);
+}
+
+// The units (logit scale, key, value) that one row attends to, and what the softmax over them gives: out and lse, or the
+// gradients added to dq and, through `grads`, to each unit's key and value.
+struct Unit {
+  double scale;
+  const double *k, *v;
+  double *dk, *dv;  // null in the forward
+};
+
+double attend(const double* q, const std::vector<Unit>& units, int D, double* out) {
+  double maximum = -kInf, sum = 0;
+  for (const Unit& u : units) maximum = std::max(maximum, u.scale * dot(q, u.k, D));
+  if (units.empty()) return -kInf;
+  for (const Unit& u : units) {
+    const double p = std::exp(u.scale * dot(q, u.k, D) - maximum);
+    sum += p;
+    add(out, p, u.v, D);
+  }
+  for (int d = 0; d < D; ++d) out[d] /= sum;
+  return maximum + std::log(sum);
+}
+
+void attend_backward(const double* q, const std::vector<Unit>& units, int D, const double* dout, double lse, double delta, double* dq) {
+  for (const Unit& u : units) {
+    const double p = std::exp(u.scale * dot(q, u.k, D) - lse), ds = p * (dot(dout, u.v, D) - delta);
+    add(dq, u.scale * ds, u.k, D);
+    add(u.dk, u.scale * ds, q, D);
+    add(u.dv, p, dout, D);
+  }
+}
+
+// Larger score, then lower index; NaN last.
+std::vector<int> best(const std::vector<double>& scores, int k) {
+  std::vector<int> order(scores.size());
+  std::iota(order.begin(), order.end(), 0);
+  const auto rank = [&](int i) { return std::isnan(scores[i]) ? -kInf : scores[i]; };
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
+    return std::isnan(scores[a]) != std::isnan(scores[b]) ? std::isnan(scores[b]) : rank(a) > rank(b);
+  });
+  order.resize(std::min<std::size_t>(k, order.size()));
+  return order;
+}
+
+// ---- one problem through all stages --------------------------------------------------------------------------------
+
+constexpr int kSplits = 3;        // some of them empty on small problems
+constexpr int kSegmentRows = 32;  // small, so that experts have several segments
+
+struct Grouping {
+  int tile_rows, chunks;
+  Buffer<std::int32_t> counts, entries, first, tiles, segments;
+  Grouping(const Problem& x, int tile_rows)
+      : tile_rows(tile_rows), chunks(std::max(1, parts_of(x.queries.max_length * x.s, kGroupChunk))), counts(std::size_t(x.B) * x.H * x.M * chunks),
+        entries(std::size_t(x.B) * x.H * x.queries.max_length * x.s), first(x.B * x.H * (x.M + 1)), tiles(first.count), segments(first.count) {}
+  GroupParams params(const Problem& x, const std::int32_t* experts) const {
+    return {x, experts, chunks, counts.data, entries.data, first.data, tiles.data, segments.data, tile_rows, kSegmentRows};
+  }
+  Groups view() const { return {entries.data, first.data, tiles.data, segments.data, tile_rows, kSegmentRows}; }
+};
+
+std::vector<std::int32_t> lengths_of(Batch batch, int B, int longest, bool longest_first) {
+  std::vector<std::int32_t> lengths(B, longest);
+  if (batch == Batch::full) return lengths;
+  lengths[longest_first ? 1 : 0] = longest / 2 + 1;
+  lengths[2] = 0;
+  return lengths;
+}
+
+double tolerance_of(Dtype dtype) { return dtype == Dtype::bf16 ? 5e-3 : dtype == Dtype::fp16 ? 8e-4 : 1e-5; }
+
+void run(const Case& c) {
+  context = c.name;
+  const Dtype dtype = c.dtype;
+  const int B = c.B, H = c.H, Hkv = c.Hkv, N = c.N, L = c.L, M = c.M, K = std::min(c.K, L), s = c.s, D = c.D, BH = B * H;
+  const float scale = 1 / std::sqrt(float(D)), landmark_scale = 0.5f * scale;
+  const double tolerance = tolerance_of(dtype), gradient_tolerance = 2 * tolerance;
+
+  const Lengths queries(c.batch, N, lengths_of(c.batch, B, N, true)), keys(c.batch, L, lengths_of(c.batch, B, L, false));
+  const Lengths all_landmarks(Batch::full, M, std::vector<std::int32_t>(B, M));
+  std::mt19937_64 generator(std::hash<std::string>{}(c.name));
+  const auto random = [&](int heads, int rows, int columns) {
+    Host host(B, heads, rows, columns);
+    std::normal_distribution<double> normal;
+    std::uniform_int_distribution<int> integer(-1, 1);
+    for (double& x : host.x) x = c.integers ? integer(generator) : normal(generator);
+    return host;
+  };
+  const auto random_floats = [&](int rows) {
+    const Host host = random(H, rows, 1);
+    return std::vector<float>(host.x.begin(), host.x.end());
+  };
+  const Input q(dtype, random(H, N, D), queries, c.gap), dout(dtype, random(H, N, D), queries, c.gap);
+  const Input k(dtype, random(Hkv, L, D), keys, c.gap), v(dtype, random(Hkv, L, D), keys, c.gap);
+  const Problem problem{dtype, B, H, Hkv, M, K, s, D, queries.view(), keys.view()};
+  const Windows windows = c.windows.mh ? c.windows : Windows{1, M, 1, N, 0};
+  const auto windows_of_batch = [&](int b) {
+    Windows w = windows;
+    if (w.gh == 1) w.gw = queries.each[b];
+    return w;
+  };
+  const auto each_head = [&](const auto& f) {
+    for (int b = 0; b < B; ++b)
+      for (int h = 0; h < H; ++h) f(b, h, b * H + h, h / (H / Hkv));
+  };
+  // Only the rows that there are: what is behind a short sequence may be anything.
+  const auto valid = [&](Host host, const Lengths& lengths) {
+    for (int b = 0; b < B; ++b)
+      for (int h = 0; h < host.heads; ++h)
+        for (int r = lengths.each[b]; r < host.rows; ++r) std::fill_n(host.row(b, h, r), host.D, 0.0);
+    return host.x;
+  };
+
+  // pooling
+  const Output pooled(dtype, B, H, M, D);
+  RUN(launch_pool({problem, windows, q.rows, pooled.memory.data}, 0));
+  Host want_pooled(B, H, M, D);
+  each_head([&](int b, int h, int, int) {
+    const Windows w = windows_of_batch(b);
+    if (w.gw == 0) return;
+    std::vector<int> tokens(M, 0);
+    for_each_pooled(w, [&](int m, int) { ++tokens[m]; });
+    for_each_pooled(w, [&](int m, int n) { add(want_pooled.row(b, h, m), 1.0 / tokens[m], q.host.row(b, h, n), D); });
+  });
+  expect_close("pool", pooled.get().x, want_pooled.x, tolerance);
+
+  // Integer problems get integer landmarks, so that all their scores are exact.
+  const Input given(dtype, random(H, M, D), all_landmarks, c.gap);
+  const Host z = c.integers ? given.host : pooled.get();
+  const Rows z_rows = c.integers ? given.rows : pooled.view();
+
+  // landmark scores, compressed values, lse
+  const int pitch = (L + 7) / 8 * 8;
+  Buffer<float> scores(std::size_t(BH) * M * pitch), partial_values(std::size_t(BH) * kSplits * M * D), partial_state(std::size_t(BH) * kSplits * M * 2);
+  Buffer<std::int32_t> indices(std::size_t(BH) * M * K);
+  Buffer<float> landmark_lse(std::size_t(BH) * M);
+  const Output compressed(dtype, B, H, M, D);
+  const LandmarkParams landmark{problem, scale, z_rows, k.rows, v.rows, kSplits, pitch, scores.data, partial_values.data, partial_state.data,
+                                indices.data, compressed.memory.data, landmark_lse.data};
+  RUN(launch_landmark_scores(landmark, 0));
+  const auto got_scores = scores.get();
+  std::vector<double> want_scores, seen_scores;
+  Host want_compressed(B, H, M, D);
+  std::vector<double> want_landmark_lse(std::size_t(BH) * M);
+  const auto landmark_units = [&](int b, int g, Host* dk, Host* dv) {
+    std::vector<Unit> units;
+    for (int j = 0; j < keys.each[b]; ++j)
+      units.push_back({scale, k.host.row(b, g, j), v.host.row(b, g, j), dk ? dk->row(b, g, j) : nullptr, dv ? dv->row(b, g, j) : nullptr});
+    return units;
+  };
+  each_head([&](int b, int h, int bh, int g) {
+    const auto units = landmark_units(b, g, nullptr, nullptr);
+    for (int m = 0; m < M; ++m) {
+      for (int j = 0; j < keys.each[b]; ++j) {
+        want_scores.push_back(dot(z.row(b, h, m), k.host.row(b, g, j), D));
+        seen_scores.push_back(got_scores[(std::size_t(bh) * M + m) * pitch + j]);
+      }
+      want_landmark_lse[std::size_t(bh) * M + m] = attend(z.row(b, h, m), units, D, want_compressed.row(b, h, m));
+    }
+  });
+  expect_close("landmark scores, full fp32", seen_scores, want_scores, c.integers ? 0 : 2e-6);
+  expect_close("compressed values", compressed.get().x, want_compressed.x, tolerance);
+  expect_close("landmark lse", widen(landmark_lse.get()), want_landmark_lse, 1e-5);
+
+  // top-K, exactly, by the scores that are there
+  RUN(launch_landmark_topk(landmark, 0));
+  const auto chosen_keys = indices.get();
+  std::vector<std::int32_t> want_keys;
+  each_head([&](int b, int, int bh, int) {
+    for (int m = 0; m < M; ++m) {
+      const auto row = got_scores.begin() + (std::size_t(bh) * M + m) * pitch;
+      auto order = best({row, row + keys.each[b]}, K);
+      std::sort(order.begin(), order.end());
+      order.resize(K, -1);
+      want_keys.insert(want_keys.end(), order.begin(), order.end());
+    }
+  });
+  expect(chosen_keys == want_keys, "top-K indices, exactly");
+
+  // routing
+  Buffer<std::int32_t> experts(std::size_t(BH) * N * s);
+  if (s) {
+    RUN(launch_route({problem, q.rows, z_rows, experts.data}, 0));
+    const auto routed = experts.get();
+    bool right = true;
+    each_head([&](int b, int h, int bh, int) {
+      for (int n = 0; n < queries.each[b]; ++n) {
+        std::vector<double> logits(M);
+        double size = 0;
+        for (int m = 0; m < M; ++m) {
+          logits[m] = dot(q.host.row(b, h, n), z.row(b, h, m), D);
+          size = std::max(size, std::fabs(logits[m]));
+        }
+        const auto order = best(logits, s);
+        std::vector<int> got(&routed[(std::size_t(bh) * N + n) * s], &routed[(std::size_t(bh) * N + n) * s] + s);
+        for (int i = 0; i < s; ++i) {
+          right &= got[i] >= 0 && got[i] < M && std::count(got.begin(), got.end(), got[i]) == 1;
+          right &= right && (c.integers ? got[i] == order[i] : logits[order[i]] - logits[got[i]] <= 1e-5 * (1 + size));
+        }
+      }
+    });
+    expect(right, c.integers ? "experts, exactly" : "experts, up to fp32 rounding");
+  }
+  const auto routed = experts.get();
+
+  // grouping of the queries by expert: one table of tiles for the forward, one for the backward
+  const int per_expert = std::max(1, N * s / M);
+  const Grouping grouping(problem, attention_tile_rows(dtype, per_expert)), backward_grouping(problem, row_gradient_tile_rows(dtype, D, per_expert));
+  int max_segments = 2;  // room that stays unused: nothing may be read there
+  for (const Grouping* g : {&grouping, &backward_grouping}) {
+    if (s == 0) break;
+    RUN(launch_group(g->params(problem, experts.data), 0));
+    const auto entries = g->entries.get(), first = g->first.get(), tiles = g->tiles.get(), segments = g->segments.get();
+    bool right = true;
+    each_head([&](int b, int, int bh, int) {
+      int entry = 0, tile = 0, segment = 0;
+      const std::size_t row = std::size_t(bh) * (M + 1);
+      for (int m = 0; m <= M; ++m) {
+        right &= first[row + m] == entry && tiles[row + m] == tile && segments[row + m] == segment;
+        const int before = entry;
+        for (int i = 0; m < M && i < queries.each[b] * s; ++i)
+          if (routed[std::size_t(bh) * N * s + i] == m) right &= entries[std::size_t(bh) * N * s + entry++] == i;
+        tile += parts_of(entry - before, g->tile_rows), segment += parts_of(entry - before, kSegmentRows);
+      }
+      max_segments = std::max(max_segments, segment + 2);
+    });
+    expect(right, "queries grouped by expert, in order, tiles of " + std::to_string(g->tile_rows));
+  }
+
+  // attention
+  const Output out(dtype, B, H, N, D, &queries);
+  Buffer<float> lse(std::size_t(BH) * N), partial_out(s > 1 ? std::size_t(BH) * N * s * D : 0), partial_lse(s > 1 ? std::size_t(BH) * N * s : 0);
+  const Units attended{c.shared, z_rows, compressed.view(), k.rows, v.rows, indices.data};
+  RUN(launch_expert_attention({problem, scale, landmark_scale, q.rows, attended, grouping.view(), partial_out.data, partial_lse.data, out.view(),
+                               lse.data}, 0));
+  const Host values = compressed.get();
+  Host want_out(B, H, N, D), want_lse(B, H, N, 1);
+  struct Gradients {
+    Host shared_k, shared_v, routed_k, routed_v;
+  };
+  const auto query_units = [&](int b, int h, int n, Gradients* to) {
+    const int g = h / (H / Hkv), bh = b * H + h;
+    std::vector<Unit> units;
+    if (c.shared)
+      for (int m = 0; m < M; ++m)
+        units.push_back({landmark_scale, z.row(b, h, m), values.row(b, h, m), to ? to->shared_k.row(b, h, m) : nullptr, to ? to->shared_v.row(b, h, m) : nullptr});
+    for (int i = 0; i < s; ++i) {
+      const int e = routed[(std::size_t(bh) * N + n) * s + i];
+      for (int slot = 0; slot < K; ++slot)
+        if (const int j = chosen_keys[(std::size_t(bh) * M + e) * K + slot]; j >= 0)
+          units.push_back({scale, k.host.row(b, g, j), v.host.row(b, g, j), to ? to->routed_k.row(b, g, j) : nullptr, to ? to->routed_v.row(b, g, j) : nullptr});
+    }
+    return units;
+  };
+  each_head([&](int b, int h, int, int) {
+    for (int n = 0; n < queries.each[b]; ++n)
+      *want_lse.row(b, h, n) = attend(q.host.row(b, h, n), query_units(b, h, n, nullptr), D, want_out.row(b, h, n));
+  });
+  expect_close("out", valid(out.get(), queries), want_out.x, tolerance);
+  const Host got_lse(B, H, N, 1, widen(lse.get()));
+  expect_close("lse", valid(got_lse, queries), want_lse.x, 1e-5);
+
+  // ---- backward
+  const Buffer<float> dlse(random_floats(N)), dlandmark_lse(random_floats(M));
+  Buffer<float> delta(std::size_t(BH) * N);
+  const Host got_out(B, H, N, D, valid(out.get(), queries));
+  RUN(launch_delta({dtype, B, H, D, queries.view(), dout.rows, out.view(), dlse.data, delta.data}, 0));
+  Host want_delta(B, H, N, 1);
+  const auto dlse_host = dlse.get();
+  each_head([&](int b, int h, int bh, int) {
+    for (int n = 0; n < queries.each[b]; ++n)
+      *want_delta.row(b, h, n) = dot(dout.host.row(b, h, n), got_out.row(b, h, n), D) - dlse_host[std::size_t(bh) * N + n];
+  });
+  expect_close("delta", valid(Host(B, H, N, 1, widen(delta.get())), queries), want_delta.x, 1e-5);
+
+  Gradients want{Host(B, H, M, D), Host(B, H, M, D), Host(B, Hkv, L, D), Host(B, Hkv, L, D)};
+  Host want_dq(B, H, N, D);
+  each_head([&](int b, int h, int, int) {
+    for (int n = 0; n < queries.each[b]; ++n)
+      attend_backward(q.host.row(b, h, n), query_units(b, h, n, &want), D, dout.host.row(b, h, n), *got_lse.row(b, h, n), *want_delta.row(b, h, n),
+                      want_dq.row(b, h, n));
+  });
+
+  // gradients of the shared units, summed over the parts of the query range
+  const std::size_t per_landmark = std::size_t(BH) * M * D;
+  Buffer<float> shared_dk(kSplits * per_landmark), shared_dv(kSplits * per_landmark), dlandmarks_shared(per_landmark), dlandmarks(per_landmark);
+  const Output dcompressed(dtype, B, H, M, D), dlandmarks_rounded(dtype, B, H, M, D);
+  if (c.shared) {
+    UnitGradientParams p{};
+    p.problem = problem, p.role = UnitRole::shared, p.scale = landmark_scale, p.splits = kSplits;
+    p.unit_k = z_rows, p.unit_v = compressed.view(), p.row_q = q.rows, p.row_dout = dout.rows, p.lse = lse.data, p.delta = delta.data;
+    p.partial_dk = shared_dk.data, p.partial_dv = shared_dv.data;
+    RUN(launch_unit_gradient(p, 0));
+    RUN(launch_reduce({dtype, BH, kSplits, M, D, shared_dk.data, nullptr, dlandmarks_shared.data, nullptr}, 0));
+    RUN(launch_reduce({dtype, BH, kSplits, M, D, shared_dv.data, nullptr, nullptr, dcompressed.memory.data}, 0));
+    expect_close("gradient of the landmarks as shared keys", widen(dlandmarks_shared.get()), want.shared_k.x, gradient_tolerance);
+    expect_close("gradient of the compressed values", dcompressed.get().x, want.shared_v.x, gradient_tolerance);
+  }
+
+  // gradients of keys and values: routed pairs, and the dense softmax of the landmarks
+  Buffer<float> landmark_delta(std::size_t(BH) * M);
+  Host want_landmark_delta(B, H, M, 1), want_dz(B, H, M, D);
+  if (c.shared) {
+    RUN(launch_delta({dtype, B, H, D, all_landmarks.view(), dcompressed.view(), compressed.view(), dlandmark_lse.data, landmark_delta.data}, 0));
+    const auto dlse_of_landmarks = dlandmark_lse.get();
+    const auto lse_of_landmarks = landmark_lse.get();
+    const Host dvalues = dcompressed.get();
+    want_dz.x = widen(dlandmarks_shared.get());
+    each_head([&](int b, int h, int bh, int g) {
+      for (int m = 0; m < M; ++m) {
+        const std::size_t row = std::size_t(bh) * M + m;
+        *want_landmark_delta.row(b, h, m) = dot(dvalues.row(b, h, m), values.row(b, h, m), D) - dlse_of_landmarks[row];
+        attend_backward(z.row(b, h, m), landmark_units(b, g, &want.routed_k, &want.routed_v), D, dvalues.row(b, h, m), lse_of_landmarks[row],
+                        *want_landmark_delta.row(b, h, m), want_dz.row(b, h, m));
+      }
+    });
+    expect_close("delta of the landmarks", widen(landmark_delta.get()), want_landmark_delta.x, 1e-5);
+  }
+  const std::size_t routed_rows = std::size_t(BH) * max_segments * K * D;
+  Buffer<float> routed_dk(s ? routed_rows : 0), routed_dv(s ? routed_rows : 0);
+  const Output dk(dtype, B, Hkv, L, D, &keys), dv(dtype, B, Hkv, L, D, &keys);
+  UnitGradientParams units{};
+  units.problem = problem, units.scale = scale, units.unit_k = k.rows, units.unit_v = v.rows;
+  units.indices = s ? indices.data : nullptr, units.groups = backward_grouping.view(), units.max_segments = max_segments;
+  units.partial_dk = routed_dk.data, units.partial_dv = routed_dv.data;
+  if (s) {
+    UnitGradientParams p = units;
+    p.role = UnitRole::routed, p.row_q = q.rows, p.row_dout = dout.rows, p.lse = lse.data, p.delta = delta.data;
+    RUN(launch_unit_gradient(p, 0));
+  }
+  units.role = UnitRole::compress, units.landmark_rows = c.shared ? M : 0, units.row_q = z_rows, units.row_dout = dcompressed.view();
+  units.lse = landmark_lse.data, units.delta = landmark_delta.data, units.dk = dk.view(), units.dv = dv.view();
+  RUN(launch_unit_gradient(units, 0));
+  expect_close("dk", valid(dk.get(), keys), want.routed_k.x, gradient_tolerance);
+  expect_close("dv", valid(dv.get(), keys), want.routed_v.x, gradient_tolerance);
+
+  // gradient of the landmarks as queries of the dense softmax
+  if (c.shared) {
+    Buffer<float> partial_dz(kSplits * per_landmark);
+    RowGradientParams p{};
+    p.problem = problem, p.role = RowRole::landmark, p.scale = scale, p.units.k = k.rows, p.units.v = v.rows;
+    p.q = z_rows, p.dout = dcompressed.view(), p.lse = landmark_lse.data, p.delta = landmark_delta.data;
+    p.splits = kSplits, p.partial_dq = partial_dz.data;
+    RUN(launch_row_gradient(p, 0));
+    RUN(launch_reduce({dtype, BH, kSplits, M, D, partial_dz.data, dlandmarks_shared.data, dlandmarks.data, dlandmarks_rounded.memory.data}, 0));
+    expect_close("dlandmarks", widen(dlandmarks.get()), want_dz.x, gradient_tolerance);
+    expect_close("dlandmarks, rounded", dlandmarks_rounded.get().x, want_dz.x, gradient_tolerance);
+  }
+
+  // gradient of the queries, without and with the landmarks' gradient spread over the pooling windows
+  for (const bool pool : {false, true}) {
+    if (pool && !c.shared) continue;
+    const Output dq(dtype, B, H, N, D, s > 1 ? nullptr : &queries);  // the sum over slots is padded
+    Buffer<float> partial_dq(s > 1 ? std::size_t(BH) * N * s * D : 0);
+    RowGradientParams p{};
+    p.problem = problem, p.role = RowRole::attention, p.scale = scale, p.landmark_scale = landmark_scale, p.units = attended;
+    p.q = q.rows, p.dout = dout.rows, p.lse = lse.data, p.delta = delta.data, p.groups = backward_grouping.view(), p.partial_dq = partial_dq.data;
+    p.dq = dq.view(), p.windows = windows, p.dlandmarks = pool ? dlandmarks.data : nullptr;
+    RUN(launch_row_gradient(p, 0));
+    if (s > 1) RUN(launch_reduce({dtype, BH * N, s, 1, D, partial_dq.data, nullptr, nullptr, dq.memory.data}, 0));
+    const auto spread = [&](const Host& from, Host& to) {
+      each_head([&](int b, int h, int, int) {
+        const Windows w = windows_of_batch(b);
+        if (w.gw == 0) return;
+        std::vector<int> tokens(M, 0);
+        for_each_pooled(w, [&](int m, int) { ++tokens[m]; });
+        for_each_pooled(w, [&](int m, int n) { add(to.row(b, h, n), 1.0 / tokens[m], from.row(b, h, m), D); });
+      });
+    };
+    if (pool) spread(Host(B, H, M, D, widen(dlandmarks.get())), want_dq);
+    expect_close(pool ? "dq with pooled landmarks" : "dq", valid(dq.get(), queries), want_dq.x, gradient_tolerance);
+    if (pool) {
+      const Output pooled_only(dtype, B, H, N, D);
+      Host want_pooled_only(B, H, N, D);
+      spread(dlandmarks_rounded.get(), want_pooled_only);
+      RUN(launch_pool_backward({problem, windows, dlandmarks_rounded.view(), pooled_only.memory.data}, 0));
+      expect_close("pool backward", pooled_only.get().x, want_pooled_only.x, tolerance);
+    }
+  }
+}
+
+// ---- top-K on rows that no product would make ----------------------------------------------------------------------
+
+void run_topk(const char* name, int L, int K, const std::function<float(int row, int key)>& score) {
+  context = std::string("topk ") + name + " L=" + std::to_string(L) + " K=" + std::to_string(K);
+  constexpr int M = 3;
+  const int pitch = (L + 7) / 8 * 8;
+  std::vector<float> host(std::size_t(M) * pitch, NAN);
+  for (int m = 0; m < M; ++m)
+    for (int j = 0; j < L; ++j) host[std::size_t(m) * pitch + j] = score(m, j);
+  Buffer<float> scores(host);
+  Buffer<std::int32_t> indices(std::size_t(M) * K);
+  LandmarkParams p{};
+  p.problem = {Dtype::fp32, 1, 1, 1, M, K, 1, 8, {L, nullptr, nullptr}, {L, nullptr, nullptr}};
+  p.score_pitch = pitch, p.scores = scores.data, p.indices = indices.data;
+  RUN(launch_landmark_topk(p, 0));
+  std::vector<std::int32_t> want;
+  for (int m = 0; m < M; ++m) {
+    const auto row = host.begin() + std::size_t(m) * pitch;
+    auto order = best({row, row + L}, K);
+    std::sort(order.begin(), order.end());
+    want.insert(want.end(), order.begin(), order.end());
+  }
+  expect(indices.get() == want, "indices, exactly");
+}
+
+void run_topk_rows() {
+  const int sizes[][2] = {{40, 7}, {256, 256}, {1000, 64}, {2048, 2048}, {3000, 64}, {5001, 2048}, {20000, 128}, {70000, 256}};
+  for (const auto& size : sizes) {
+    const int L = size[0], K = size[1];
+    const auto noise = [](int m, int j) {
+      std::uint32_t x = (j + 1) * 2654435761u ^ (m + 1) * 40503u;
+      x ^= x >> 15, x *= 2246822519u, x ^= x >> 13;
+      return static_cast<float>(static_cast<std::int32_t>(x)) * 0x1p-31f;
+    };
+    run_topk("noise", L, K, noise);
+    run_topk("all equal", L, K, [](int, int) { return 1.0f; });
+    run_topk("three plateaus", L, K, [](int m, int j) { return static_cast<float>((j + m) % 3); });
+    run_topk("ascending", L, K, [](int, int j) { return static_cast<float>(j); });
+    run_topk("descending", L, K, [](int, int j) { return -static_cast<float>(j); });
+    run_topk("best at the end", L, K, [&](int m, int j) { return noise(m, j) + (j > L - K - 5 ? 10.0f : 0.0f); });
+    run_topk("zeros of both signs", L, K, [](int m, int j) { return (j + m) % 2 ? 0.0f : -0.0f; });
+    run_topk("NaN and infinities", L, K, [&](int m, int j) {
+      return j % 5 == m ? NAN : j % 7 == 0 ? INFINITY : j % 11 == 0 ? -INFINITY : noise(m, j);
+    });
+    run_topk("nearly all NaN", L, K, [](int m, int j) { return j % 97 == m ? 1.0f : NAN; });
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (const Case& c : kCases) run(c);
+  run_topk_rows();
+  std::printf("%d checks, %d failed\n", checks, failures);
+  return failures ? 1 : 0;
+}

@@ -1,0 +1,266 @@
+"""Are the gradients right? Against finite differences in float64, and against the honest rival in every dtype."""
+
+import pytest
+import torch
+from cases import BY_NAME, assert_rivals, assert_same, case_of, given_selection, make_inputs
+
+import mita_ext
+
+NAMES = ("dq", "dk", "dv", "dlandmarks")
+
+
+def generator(seed=7):
+    return torch.Generator().manual_seed(seed)
+
+
+def grad_outputs(case, device, dtype):
+    """dout transposed in memory; dlse in the dtype of lse."""
+    dout = torch.randn(case.B, case.N, case.H, case.D, generator=generator(), dtype=torch.float64).transpose(1, 2)
+    dlse = torch.randn(case.B, case.H, case.N, generator=generator(8), dtype=torch.float64)
+    return dout.to(device, dtype), dlse.to(device, torch.promote_types(dtype, torch.float32))
+
+
+def inputs_of(case, tensors):
+    """The tensors that the case differentiates: pooled landmarks are no input."""
+    return tensors[:3] if case.pooled else tensors
+
+
+def grads_given_selection(case, aux, tensors, dtype, dout, dlse):
+    """By autograd through the definition. Where logits are in the thousands the low-precision rival rounds them as well:
+    its softmax is then often exactly one unit, whose gradient cancels exactly, while a backward pass from the saved,
+    rounded `out` (as in every fused attention) leaves a rounding of `out` behind: 2 to 5 times the mean error of the
+    rival with float32 scores, and a tenth of this one's.
+    """
+    leaves = [x.detach().to(dtype, copy=True).requires_grad_() for x in tensors]
+    out, lse = given_selection(case, aux, *leaves, rounded_scores=case.values == "large" and dtype.itemsize == 2)
+    grads = torch.autograd.grad(
+        (out, lse), inputs_of(case, leaves), (dout.to(out.dtype), dlse.to(lse.dtype)), allow_unused=True
+    )
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs_of(case, leaves), grads, strict=True)]
+
+
+def test_gradients_given_the_selection(case, backend):
+    device, dtype = backend
+    tensors = make_inputs(case, device, dtype, requires_grad=True)
+    q, k, v, z = tensors
+    out, aux = mita_ext.attention(q, k, v, **case.options(z), return_aux=True)
+    dout, dlse = grad_outputs(case, device, dtype)
+    grads = torch.autograd.grad((out, aux.lse), inputs_of(case, tensors), (dout, dlse))
+    exact = grads_given_selection(case, aux, tensors, torch.float64, dout, dlse)
+    rival = grads_given_selection(case, aux, tensors, dtype, dout, dlse)
+    for name, x, got, *others in zip(NAMES, tensors, grads, exact, rival, strict=False):
+        assert got.dtype == dtype
+        assert got.shape == x.shape
+        assert_rivals(name, got, *others, terms=case.magnitude**2)
+
+
+EXPANDED = ["basic", "grouped_query", "pooled_2d_with_prefix", "routes_2", "ragged_tile", "no_shared_expert"]
+
+
+@pytest.mark.parametrize("name", EXPANDED)
+def test_expanded_grad_out(name, backend):
+    """Stride 0 everywhere (`out.sum()`), in rows, and in the last dimension only."""
+    device, dtype = backend
+    case = BY_NAME[name]
+    tensors = make_inputs(case, device, dtype, requires_grad=True)
+    inputs = inputs_of(case, tensors)
+    out = mita_ext.attention(*tensors[:3], **case.options(tensors[3]))
+    for shape in ((1, 1, 1, 1), (case.B, 1, 1, case.D), (case.B, case.H, case.N, 1)):
+        dout = torch.randn(shape, generator=generator()).to(device, dtype).expand(out.shape)
+        got = torch.autograd.grad(out, inputs, dout, retain_graph=True)
+        expected = torch.autograd.grad(out, inputs, dout.contiguous(), retain_graph=True)
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["basic", "pooled_1d", "routes_0", "no_shared_expert"])
+def test_only_what_is_needed(name, device):
+    """Any subset of the inputs may need gradients; the others get none, and nothing else changes."""
+    case = BY_NAME[name]
+    dout, dlse = grad_outputs(case, device, torch.float32)
+    full = None
+    for needed in (0b1111, 0b0001, 0b0010, 0b0100, 0b1000, 0b0110, 0b1001):
+        tensors = make_inputs(case, device, torch.float32)
+        wanted = [x for i, x in enumerate(inputs_of(case, tensors)) if needed >> i & 1]
+        if not wanted:
+            continue
+        for x in wanted:
+            x.requires_grad_()
+        out, aux = mita_ext.attention(*tensors[:3], **case.options(tensors[3]), return_aux=True)
+        torch.autograd.backward((out, aux.lse), (dout, dlse))
+        grads = [x.grad for x in inputs_of(case, tensors)]
+        full = full or grads
+        for i, (got, expected) in enumerate(zip(grads, full, strict=True)):
+            assert torch.equal(got, expected) if needed >> i & 1 else got is None
+
+
+def test_nothing_needed(device):
+    case = BY_NAME["basic"]
+    q, k, v, z = make_inputs(case, device, torch.float32)
+    out, aux = mita_ext.attention(q, k, v, landmarks=z, return_aux=True)
+    assert not any(x.requires_grad for x in (out, *aux))
+    q.requires_grad_()
+    out, aux = mita_ext.attention(q, k, v, landmarks=z, return_aux=True)
+    assert out.requires_grad
+    assert aux.lse.requires_grad
+    assert not any(x.requires_grad for x in (aux.topk_indices, aux.experts, aux.compressed))
+
+
+@pytest.mark.parametrize("name", ["basic", "pooled_1d", "grouped_query", "no_shared_expert"])
+def test_lse_alone_and_out_alone(name, backend):
+    """Gradients are linear in (dout, dlse), each of which may be missing."""
+    device, dtype = backend
+    case = BY_NAME[name]
+    tensors = make_inputs(case, device, dtype, requires_grad=True)
+    inputs = inputs_of(case, tensors)
+    out, aux = mita_ext.attention(*tensors[:3], **case.options(tensors[3]), return_aux=True)
+    dout, dlse = grad_outputs(case, device, dtype)
+
+    def grads(**outputs):
+        pairs = {"out": (out, dout), "lse": (aux.lse, dlse)}
+        of, with_respect = zip(*(pairs[name] for name in outputs), strict=True)
+        return torch.autograd.grad(of, inputs, with_respect, retain_graph=True, allow_unused=True)
+
+    for a, b in zip(
+        grads(out=1), torch.autograd.grad((out, aux.lse), inputs, (dout, 0 * dlse), retain_graph=True), strict=True
+    ):
+        assert torch.equal(a, b)
+    lse_only = grads(lse=1)
+    exact = [grads_given_selection(case, aux, tensors, at, 0 * dout, dlse) for at in (torch.float64, dtype)]
+    for name, got, *others in zip(NAMES, lse_only, *exact, strict=False):
+        assert_rivals(name, got, *others)
+
+
+# ---- gradcheck: float64 on the CPU
+
+
+def smallest_gap(case, tensors):
+    """How far the nearest selection is from changing."""
+    q, k, _, z = tensors
+    Z = mita_ext.pool_landmarks(q, **case.pooling) if case.pooled else z
+    keys = k.repeat_interleave(case.H // k.shape[1], 1)
+    gaps = []
+    for scores, count in ((Z @ keys.mT, case.K), (q @ Z.mT, case.routes)):
+        ranked = scores.sort(-1, descending=True).values
+        gaps += [(ranked[..., :-1] - ranked[..., 1:])[..., :count].min().item()] if count and ranked.shape[-1] > 1 else []
+    return min(gaps, default=1.0)
+
+
+SMALL = {"B": 1, "H": 2, "N": 7, "L": 9, "D": 4, "M": 3, "K": 3}
+CHECKED = {
+    "given": case_of("basic", **SMALL),
+    "given_routes_0": case_of("routes_0", **SMALL),
+    "given_routes_2": case_of("routes_2", **SMALL),
+    "given_no_shared_expert": case_of("no_shared_expert", **SMALL),
+    "given_no_shared_routes_2": case_of("no_shared_expert_routes_2", **SMALL),
+    "given_grouped_query": case_of("grouped_query", **SMALL | {"H": 4, "Hkv": 2}),
+    "given_own_scales": case_of("own_scales", **SMALL),
+    "given_topk_exceeds_keys": case_of("basic", **SMALL | {"K": 20}),
+    "given_fused_qkv": case_of("fused_qkv_view", **SMALL | {"L": 7}),
+    "pooled_1d": case_of("pooled_1d", **SMALL),
+    "pooled_1d_routes_0": case_of("pooled_routes_0", **SMALL),
+    "pooled_1d_routes_2": case_of("pooled_1d", **SMALL, routes=2),
+    "pooled_1d_no_shared_expert": case_of("pooled_no_shared_expert", **SMALL),
+    "pooled_more_landmarks_than_queries": case_of("pooled_1d", **SMALL | {"N": 3, "M": 5}),
+    "pooled_2d_with_prefix": case_of("pooled_2d_with_prefix", **SMALL | {"N": 9, "M": (2, 2)}, grid=(2, 3), prefix=2),
+}
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_gradcheck(name):
+    """out and lse together, by central differences; the selection must be too firm to change under them."""
+    case = CHECKED[name]
+    seed = next(s for s in range(100) if smallest_gap(case, make_inputs(case, seed=s)) > 1e-3)
+    tensors = make_inputs(case, seed=seed, requires_grad=True)
+
+    def attend(q, k, v, z=None):
+        out, aux = mita_ext.attention(q, k, v, **case.options(z), return_aux=True)
+        return out, aux.lse
+
+    assert torch.autograd.gradcheck(attend, inputs_of(case, tensors))
+
+
+def test_gradcheck_pool_landmarks():
+    q = make_inputs(case_of("basic", B=1, N=11, D=3), requires_grad=True)[0]
+    for M, options in ((4, {}), (13, {}), ((2, 2), {"grid": (3, 3), "num_prefix_tokens": 1})):
+        assert torch.autograd.gradcheck(lambda x, M=M, options=options: mita_ext.pool_landmarks(x, M, **options), q)
+
+
+@pytest.mark.parametrize("name", ["given", "given_grouped_query"])
+def test_gradcheck_landmark_topk(name):
+    _, k, v, z = make_inputs(CHECKED[name], requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *x: mita_ext.landmark_topk(*x, topk=3, scale=0.4)[1:], (z, k, v))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("name", ["given", "given_routes_2", "given_grouped_query"])
+def test_gradcheck_expert_attention(name, shared):
+    """The compressed values are an input of their own here; one slot is empty, and the order is the caller's."""
+    case = CHECKED[name]
+    q, k, v, z = make_inputs(case, requires_grad=True)
+    T, C, _ = (x.detach() for x in mita_ext.landmark_topk(z, k, v, topk=case.K))
+    T[:, :, 0, 0] = -1
+    T = T.flip(-1)
+    r = mita_ext.route(q, z, routes=case.routes)
+
+    def attend(q, k, v, z, C):
+        return mita_ext.expert_attention(q, k, v, z, C, T, r, shared_expert=shared, scale=0.6, landmark_scale=0.4)
+
+    inputs = (q, k, v, z, C.requires_grad_())
+    if not shared:  # the landmarks and their values take no part
+        grads = torch.autograd.grad(attend(*inputs)[0].sum(), inputs, allow_unused=True)
+        assert all(g is None or (g == 0).all() for g in grads[3:])
+    assert torch.autograd.gradcheck(attend, inputs)
+
+
+def test_stages_give_the_gradients_of_attention(backend):
+    device, dtype = backend
+    case = case_of("ragged_tile", N=68, M=(2, 3), grid=(6, 11), prefix=1, pooled=True, Hkv=1, routes=2)
+    dout, dlse = grad_outputs(case, device, dtype)
+
+    def fused(q, k, v):
+        out, aux = mita_ext.attention(q, k, v, **case.options(None), return_aux=True)
+        return out, aux.lse
+
+    def staged(q, k, v):
+        Z = mita_ext.pool_landmarks(q, **case.pooling)
+        T, C, _ = mita_ext.landmark_topk(Z, k, v, topk=case.K)
+        return mita_ext.expert_attention(q, k, v, Z, C, T, mita_ext.route(q, Z, routes=2))
+
+    grads = []
+    for attend in (fused, staged):
+        tensors = make_inputs(case, device, dtype, requires_grad=True)[:3]
+        grads.append(torch.autograd.grad(attend(*tensors), tensors, (dout, dlse)))
+    aux = mita_ext.attention(*tensors, **case.options(None), return_aux=True)[1]
+    exact, rival = (grads_given_selection(case, aux, [*tensors, tensors[0]], at, dout, dlse) for at in (torch.float64, dtype))
+    for name, got, *others in zip(NAMES, grads[1], exact, rival, strict=False):
+        assert_rivals(name, got, *others)
+    if dtype in (torch.float32, torch.float64):
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_shared_dense_gradient_reaches_keys_of_no_expert():
+    """A key that no landmark chose still has its share of the compressed values."""
+    case = case_of("basic", M=1, K=2, routes=1)
+    q, k, v, z = make_inputs(case, requires_grad=True)
+    out, aux = mita_ext.attention(q, k, v, landmarks=z, topk=2, return_aux=True)
+    out.square().sum().backward()
+    rest = torch.ones(2, 2, 50, dtype=torch.bool).scatter_(-1, aux.topk_indices[:, :, 0].long(), False)
+    assert (k.grad[rest].abs().amax(-1) > 0).all()
+    k.grad = None
+    mita_ext.attention(q, k, v, landmarks=z, topk=2, shared_expert=False).square().sum().backward()
+    assert (k.grad[rest] == 0).all()
+
+
+def test_batch_entries_do_not_mix(backend):
+    device, dtype = backend
+    case = case_of("clustered_pooled", H=4, Hkv=2)
+    tensors = make_inputs(case, device, dtype, requires_grad=True)[:3]
+    dout, _ = grad_outputs(case, device, dtype)
+    together = torch.autograd.grad(mita_ext.attention(*tensors, **case.options(None)), tensors, dout)
+    for b in range(case.B):
+        part = [x[b : b + 1].detach().requires_grad_() for x in tensors]
+        alone = torch.autograd.grad(mita_ext.attention(*part, **case.options(None)), part, dout[b : b + 1])
+        for a, t in zip(alone, together, strict=True):
+            assert_same(a[0], t[b])

@@ -1,0 +1,335 @@
+"""What torch expects of an operator: opcheck, compile, autocast, checkpointing, graphs, streams, repeatability."""
+
+import pytest
+import torch
+from cases import BY_NAME, case_of, make_inputs
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import mita_ext
+
+OPS = torch.ops.mita_ext
+SHAPES = {"B": 2, "H": 4, "Hkv": 2, "N": 20, "L": 30, "D": 16, "M": 6, "K": 5}
+
+
+# ---- the raw ops
+
+
+def op_arguments(device, dtype):
+    """(op, arguments) for every registered op, forward and backward."""
+    q, k, v, z = make_inputs(case_of("basic", **SHAPES), device, dtype)
+    pooling = ((2, 3), (3, 6), 1)
+    scales = (0.3, 0.2)
+    T, C, landmark_lse = OPS.landmark_topk(z, k, v, 5, 0.3)
+    r = OPS.route(q, z, 2)
+    out, lse = OPS.expert_attention(q, k, v, z, C, T, r, True, *scales)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    dC, dlandmark_lse = torch.randn_like(C), torch.randn_like(landmark_lse)
+    return {
+        "pool": [(q, *pooling)],
+        "pool_backward": [(z, 20, *pooling)],
+        "landmark_topk": [(z, k, v, 5, 0.3), (z, k, v, 64, 0.3)],
+        "landmark_topk_backward": [(dC, d, z, k, v, C, landmark_lse, 0.3) for d in (dlandmark_lse, None)],
+        "route": [(q, z, s) for s in (0, 1, 2)],
+        "expert_attention": [(q, k, v, z, C, T, r, shared, *scales) for shared in (True, False)],
+        "expert_attention_backward": [
+            (dout, d, q, k, v, z, C, T, r, out, lse, shared, *scales) for d, shared in ((dlse, True), (None, False))
+        ],
+        "attention": [
+            (q, k, v, z, (1, 6), (1, 20), 0, 5, 1, True, *scales),
+            (q, k, v, None, *pooling, 64, 2, True, *scales),
+            (q, k, v, None, *pooling, 5, 0, True, *scales),
+            (q, k, v, None, *pooling, 5, 1, False, *scales),
+        ],
+        "attention_backward": [
+            (dout, d, q, k, v, z, T, r, C, landmark_lse, out, lse, pooled, *pooling, True, *scales)
+            for d, pooled in ((dlse, True), (None, False))
+        ],
+    }
+
+
+OP_NAMES = [
+    "pool",
+    "pool_backward",
+    "landmark_topk",
+    "landmark_topk_backward",
+    "route",
+    "expert_attention",
+    "expert_attention_backward",
+    "attention",
+    "attention_backward",
+]
+
+
+@pytest.mark.parametrize("name", OP_NAMES)
+def test_opcheck(name, backend):
+    for arguments in op_arguments(*backend)[name]:
+        torch.library.opcheck(getattr(OPS, name).default, arguments)
+
+
+def test_every_op_is_checked():
+    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("mita_ext::")}
+    assert registered == set(OP_NAMES)
+
+
+def test_ops_return_fresh_contiguous_tensors(device):
+    arguments = op_arguments(device, torch.float32)
+    for name in OP_NAMES:
+        for args in arguments[name]:
+            results = getattr(OPS, name)(*args)
+            results = results if isinstance(results, tuple) else (results,)
+            inputs = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+            for x in results:
+                assert x.is_contiguous(), name
+                assert x.numel() == 0 or x.untyped_storage().data_ptr() not in inputs, name
+
+
+# ---- attention as a function
+
+
+def fused(q, k, v, z):
+    return mita_ext.attention(q, k, v, landmarks=z, topk=5, routes=2)
+
+
+def with_lse(q, k, v, z):
+    out, aux = mita_ext.attention(q, k, v, landmarks=z, topk=64, return_aux=True)
+    return out * aux.lse[..., None].sigmoid().to(out.dtype)
+
+
+def pooled(q, k, v, z):
+    return mita_ext.attention(q, k, v, num_landmarks=(2, 3), grid=(3, 6), num_prefix_tokens=1, topk=5) + 0 * z.sum()
+
+
+def stages(q, k, v, z):
+    Z = mita_ext.pool_landmarks(q, 6)
+    T, C, _ = mita_ext.landmark_topk(z, k, v, topk=5)
+    return mita_ext.expert_attention(q, k, v, Z, C, T, mita_ext.route(q, Z))[0]
+
+
+FUNCTIONS = pytest.mark.parametrize("function", [fused, with_lse, pooled, stages], ids=lambda f: f.__name__)
+
+
+def run(function, tensors, dout=None):
+    tensors = [x.detach().clone().requires_grad_() for x in tensors]
+    out = function(*tensors)
+    return out.detach(), *torch.autograd.grad(out, tensors, torch.ones_like(out) if dout is None else dout)
+
+
+def assert_all_equal(got, expected):
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_without_a_graph_break(function, dynamic, device):
+    """fullgraph raises on a break; a second batch size and length follow the first."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for B in (2, 3):
+        tensors = make_inputs(case_of("basic", **SHAPES | {"B": B, "L": 30 + B}), device, torch.float32)
+        assert_all_equal(run(compiled, tensors), run(function, tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compile_with_inductor(device, dtype):
+    torch._dynamo.reset()
+    tensors = make_inputs(case_of("basic", **SHAPES), device, dtype)
+    got, expected = run(torch.compile(fused, fullgraph=True), tensors), run(fused, tensors)
+    assert_all_equal(got, expected)
+
+
+@FUNCTIONS
+def test_fake_tensors_have_the_shapes_of_real_ones(function, device):
+    tensors = make_inputs(case_of("basic", **SHAPES), device, torch.float32)
+    real = run(function, tensors)
+    with FakeTensorMode() as mode:
+        fake = run(function, [mode.from_tensor(x) for x in tensors])
+    for a, b in zip(fake, real, strict=True):
+        assert (a.shape, a.dtype, a.device, a.stride()) == (b.shape, b.dtype, b.device, b.stride())
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_the_autocast_dtype(function, half, device):
+    tensors = make_inputs(case_of("basic", **SHAPES), device, torch.float32)
+    with torch.autocast(device, dtype=half):
+        out, *grads = run(function, tensors, torch.ones(2, 4, 20, 16, device=device, dtype=half))
+    expected = run(lambda *x: function(*(y.to(half) for y in x)), tensors)
+    assert out.dtype == half
+    assert torch.equal(out, expected[0])
+    for got, want in zip(grads, expected[1:], strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, want, rtol=2 * torch.finfo(half).eps, atol=1e-3)
+
+
+def test_autocast_joins_mixed_dtypes(device):
+    q, k, v, z = make_inputs(case_of("basic", **SHAPES), device, torch.float32)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        mixed = fused(q, k.bfloat16(), v, z.bfloat16())
+        assert torch.equal(mixed, fused(*(x.bfloat16() for x in (q, k, v, z))))
+        with torch.autocast(device, enabled=False):
+            assert fused(q, k, v, z).dtype == torch.float32
+
+
+def test_autocast_leaves_float64_alone():
+    tensors = make_inputs(case_of("basic", **SHAPES))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(fused(*tensors), fused(*tensors))
+        assert fused(*tensors).dtype == torch.float64
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_gives_the_same_gradients(function, reentrant, device):
+    tensors = make_inputs(case_of("basic", **SHAPES), device, torch.float32)
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    out = checkpoint(function, *leaves, use_reentrant=reentrant)
+    out.backward(torch.ones_like(out))
+    assert_all_equal((out.detach(), *(x.grad for x in leaves)), run(function, tensors))
+
+
+def test_saved_tensors_are_inputs_and_small_results(device):
+    """Memory between forward and backward: no probabilities, no scores, no gathered keys."""
+    case = case_of("basic", N=300, L=400, M=20, K=16)
+    tensors = make_inputs(case, device, torch.float32, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        fused(*tensors)
+    given = {x.untyped_storage().data_ptr() for x in tensors}
+    extra = sum(x.numel() * x.element_size() for x in saved if x.untyped_storage().data_ptr() not in given)
+    rows = case.B * case.H
+    out, lse, experts = case.N * case.D, case.N, case.N * 2
+    landmarks = case.landmarks * (case.D + 1 + 5)  # compressed values, lse, five keys
+    assert extra <= 4 * rows * (out + lse + experts + landmarks)
+
+
+@FUNCTIONS
+def test_second_derivative_is_refused(function, device):
+    tensors = make_inputs(case_of("basic", **SHAPES), device, torch.float32, requires_grad=True)
+    out = function(*tensors).square().sum()
+    with pytest.raises(RuntimeError, match="second derivative|differentiate twice"):
+        torch.autograd.grad(torch.autograd.grad(out, tensors[:1], create_graph=True)[0].sum(), tensors)
+
+
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])
+def test_functional_transforms_are_refused(transform, device):
+    tensors = make_inputs(case_of("basic", **SHAPES), device, torch.float32)
+    with pytest.raises(RuntimeError, match=r"torch\.func|functorch|forward mode|vmap"):
+        if transform == "vmap":
+            torch.func.vmap(fused)(*(x[None] for x in tensors))
+        elif transform == "grad":
+            torch.func.grad(lambda q: fused(q, *tensors[1:]).sum())(tensors[0])
+        else:
+            torch.func.jvp(lambda q: fused(q, *tensors[1:]), (tensors[0],), (tensors[0],))
+
+
+def test_in_place_change_before_backward_is_noticed(device):
+    tensors = [x.clone() for x in make_inputs(case_of("basic", **SHAPES), device, torch.float32, requires_grad=True)]
+    out = fused(*tensors)
+    tensors[1].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+# ---- the same bits, every time
+
+REPEATED = [
+    (case_of("deit", B=8, H=12, N=1601, M=(7, 7), K=49, grid=(40, 40)), "cuda", torch.bfloat16, 100),
+    (case_of("all_queries_one_expert", B=4, H=8, N=4096, D=64, M=64, K=64), "cuda", torch.bfloat16, 100),
+    (case_of("clustered", B=4, H=8, N=3000, D=128, M=65, K=100, Hkv=2, routes=2), "cuda", torch.float16, 100),
+    (case_of("clustered", B=2, H=4, N=1000, D=40, M=33, K=50), "cuda", torch.float32, 100),
+    *(
+        (case_of(name), "cpu", dtype, 5)
+        for name in ("deit", "clustered", "routes_3")
+        for dtype in (torch.float32, torch.bfloat16)
+    ),
+    (case_of("all_queries_one_expert", N=1000), "cpu", torch.float32, 5),
+    (case_of("grouped_query", B=3, N=400, L=3000, M=33, K=50), "cpu", torch.float32, 5),
+]
+REPEATED = [
+    pytest.param(*row, marks=[pytest.mark.gpu] if row[1] == "cuda" else [], id=f"{row[0].name}-{row[1]}-{row[2]}")
+    for row in REPEATED
+]
+
+
+@pytest.mark.parametrize("case,device,dtype,repeats", REPEATED)
+def test_repeats_are_bitwise_equal(case, device, dtype, repeats):
+    """Forward and backward, while other work churns the memory that the allocator hands out."""
+    tensors = make_inputs(case, device, dtype, requires_grad=True)
+    inputs = tensors[:3] if case.pooled else tensors
+
+    def results():
+        out, aux = mita_ext.attention(*tensors[:3], **case.options(tensors[3]), return_aux=True)
+        dout = out.detach() * 0.5 + 1
+        return out, *aux, *torch.autograd.grad((out, aux.lse), inputs, (dout, torch.ones_like(aux.lse)))
+
+    first = [x.detach().clone() for x in results()]
+    for _ in range(repeats):
+        noise = torch.full((first[0].numel() // 3,), torch.nan, device=device)
+        del noise
+        again = results()
+        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+
+
+# ---- CUDA graphs, host synchronisation
+
+
+@pytest.mark.gpu
+@FUNCTIONS
+def test_graph_replays_with_changed_inputs(function):
+    """Captured forward and backward, replayed on inputs with another selection."""
+    case = case_of("basic", **SHAPES | {"D": 64, "N": 20, "L": 300})
+    static = make_inputs(case, "cuda", torch.bfloat16)
+    leaves = [x.clone().requires_grad_() for x in static]
+    dout = torch.ones(2, 4, 20, 64, device="cuda", dtype=torch.bfloat16)
+
+    def step():
+        out = function(*leaves)
+        return out, *torch.autograd.grad(out, leaves, dout)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (0, 1, 2):
+        fresh = make_inputs(case, "cuda", torch.bfloat16, seed=seed)
+        with torch.no_grad():
+            for x, y in zip(leaves, fresh, strict=True):
+                x.copy_(y)
+        graph.replay()
+        assert_all_equal([x.detach() for x in captured], run(function, fresh, dout))
+
+
+@pytest.mark.gpu
+@FUNCTIONS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_host_synchronisation(function, dtype):
+    tensors = make_inputs(case_of("basic", **SHAPES), "cuda", dtype)
+    run(function, tensors)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(function, tensors)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_no_host_synchronisation_in_the_kernels():
+    """The debug mode sees torch's own synchronisations only: a call must return while the GPU is still busy before it."""
+    tensors = make_inputs(BY_NAME["deit"], "cuda", torch.bfloat16)
+    call = lambda *x: mita_ext.attention(*x[:3], num_landmarks=25, topk=25) + 0 * x[3].sum()  # noqa: E731
+    for _ in range(3):
+        run(call, tensors)
+    torch.cuda.synchronize()
+    done = torch.cuda.Event()
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    done.record()
+    run(call, tensors)
+    assert not done.query(), "the call waited for the GPU"
+    torch.cuda.synchronize()
