@@ -16,7 +16,10 @@ def once_differentiable(backward):
     @functools.wraps(backward)
     def refusing(ctx, *grads):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # compiled graphs refuse by themselves
-            raise RuntimeError("mita_ext: a second derivative is not defined; differentiate without create_graph=True")
+            raise RuntimeError(
+                "mita_ext: a second derivative is not defined; differentiate without create_graph=True"
+                " (transforms of torch.func are not supported: they ask for one)"
+            )
         return once(ctx, *grads)
 
     return refusing

@@ -62,6 +62,13 @@ template <class T> __device__ inline float log_sum(float maximum, float sum) {
   return sizeof(T) == 2 ? (maximum + log2f(sum)) * kLn2 : maximum + logf(sum);
 }
 
+// Gradients of a softmax over many units are products with probabilities of 1e-5 and less, where fp16 has few bits left:
+// as operands they are scaled by powers of two, and the sums scaled back. A probability cannot exceed 1; the gradient of a
+// logit is its product with a difference of order 1, and 2^6 leaves it room up to 1000.
+template <class T> constexpr int kProbabilityShift = std::is_same_v<T, __half> ? 14 : 0;
+template <class T> constexpr int kGradientShift = std::is_same_v<T, __half> ? 6 : 0;
+__host__ __device__ constexpr float power_of_2(int n) { return n < 0 ? 0.5f * power_of_2(n + 1) : n > 0 ? 2.0f * power_of_2(n - 1) : 1.0f; }
+
 // Scores in their total order as unsigned integers: NaN lowest (1), -0 = +0; 0 is left for "no key".
 __device__ inline std::uint32_t ordered(float score) {
   if (score != score) return 1;
@@ -149,7 +156,7 @@ template <class T, int DP> struct Tile {
   __device__ Tile from_row(int row) const { return {data + row * DP}; }  // row: a multiple of 8
 };
 
-template <class T, int DP, int ROWS> struct alignas(128) TileStorage {
+template <class T, int DP, int ROWS> struct alignas(256) TileStorage {
   T data[ROWS * DP];
   __device__ Tile<T, DP> tile() { return {data}; }
 };
@@ -159,36 +166,59 @@ __device__ inline std::uint32_t shared_address(const void* p) { return static_ca
 __device__ inline void commit_loads() { asm volatile("cp.async.commit_group;"); }
 template <int PENDING> __device__ inline void wait_loads() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING)); }
 
-// Start copying `rows` rows into a tile with all threads of the block; row_pointer(i) is null for absent rows, which
-// become zeros, as do the columns from D to DP (probability 0 times garbage would be NaN if the garbage is).
-template <class T, int DP, class RowPointer>
-__device__ inline void load_rows(Tile<T, DP> tile, int rows, int D, bool aligned, RowPointer row_pointer) {
-  constexpr int kChunks = Tile<T, DP>::kChunks;
-  for (int i = threadIdx.x; i < rows * kChunks; i += blockDim.x) {
-    const int row = i / kChunks, c = i % kChunks;
-    const T* source = row_pointer(row);
-    const bool valid = source != nullptr && c * kChunk<T> < D;
-    T* target = tile.chunk(row, c);
+// Rows of a tensor on their way into a tile.
+template <class T, int DP> struct Copy {
+  Tile<T, DP> target;
+  const T* source;       // row 0
+  std::int64_t pitch;    // elements from row to row
+  bool aligned;
+
+  // One chunk; zeros for absent rows (negative index) and for the columns from D to DP: probability 0 times garbage would be
+  // NaN if the garbage is.
+  __device__ void chunk(int row, int c, int index, bool inside) const {
+    T* to = target.chunk(row, c);
+    const bool valid = inside && index >= 0;
+    const T* from = source + (valid ? index * pitch + c * kChunk<T> : 0);
     if (aligned) {
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)),
-                   "l"(valid ? source + c * kChunk<T> : static_cast<const T*>(nullptr)), "r"(valid ? 16 : 0)
-                   : "memory");
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
     } else {
 #pragma unroll
-      for (int e = 0; e < kChunk<T>; ++e) target[e] = valid ? source[c * kChunk<T> + e] : from_float<T>(0.0f);
+      for (int e = 0; e < kChunk<T>; ++e) to[e] = valid ? from[e] : from_float<T>(0.0f);
     }
+  }
+};
+
+template <class T, int DP> __device__ inline Copy<T, DP> copy_of(Tile<T, DP> target, const Rows& rows, int b, int head, std::int64_t start) {
+  return {target, head_rows<T>(rows, b, head, start), rows.row, rows.aligned};
+}
+
+// Starts copying `rows` rows into one or more tiles with all threads of the block; index(i) is the row of the tensors that
+// becomes row i, or -1. A thread keeps its column and asks for kBatch indices before it uses the first: they may come from memory.
+template <class T, int DP, int kBatch = 4, class Index, class... Copies>
+__device__ inline void load_rows(int rows, int D, Index index, const Copies&... copies) {
+  constexpr int kChunks = Tile<T, DP>::kChunks;
+  const int c = threadIdx.x % kChunks, step = blockDim.x / kChunks;
+  const bool inside = c * kChunk<T> < D;
+#pragma unroll 1
+  for (int row = threadIdx.x / kChunks; row < rows; row += kBatch * step) {
+    int source[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) source[i] = row + i * step < rows ? index(row + i * step) : -1;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      if (row + i * step < rows) (copies.chunk(row + i * step, c, source[i], inside), ...);
   }
 }
 
 // ---- the two products ----------------------------------------------------------------------------------------------
 
-__device__ inline void ldmatrix(std::uint32_t (&r)[4], const void* p) {
+__device__ inline void ldmatrix(std::uint32_t (&r)[4], std::uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)) : "memory");
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
-__device__ inline void ldmatrix_transposed(std::uint32_t (&r)[4], const void* p) {
+__device__ inline void ldmatrix_transposed(std::uint32_t (&r)[4], std::uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)) : "memory");
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
 
 template <class T> __device__ inline void mma(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1);
@@ -201,24 +231,33 @@ template <> __device__ inline void mma<__half>(float (&c)[4], const std::uint32_
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// In these tiles, aligned as their rows are long, chunk 2k + b of a row lies at (address of chunk b) ^ 32k: one instruction,
+// and no register per k.
+__device__ inline std::uint32_t at_step(std::uint32_t address, int k) { return address ^ (32 * k); }
+
 // The 16 rows of a warp as the first operand of `add_product`: in shared memory, read again for every product.
 template <class T, int DP> struct SharedRows {
   Tile<T, DP> tile;
-  __device__ void load(Tile<T, DP> rows, int) { tile = rows; }
-  __device__ void fragment(std::uint32_t (&a)[4], int k, int lane) const { ldmatrix(a, tile.chunk(lane & 15, 2 * k + (lane >> 4))); }
+  std::uint32_t address;
+  __device__ void load(Tile<T, DP> rows, int lane) {
+    tile = rows;
+    address = shared_address(rows.chunk(lane & 15, lane >> 4));
+  }
+  __device__ void fragment(std::uint32_t (&a)[4], int k) const { ldmatrix(a, at_step(address, k)); }
 };
 
 // The same, kept in registers (fp32 has no use for that: its rows stay in shared memory).
 template <class T, int DP> struct HeldRows {
-  std::uint32_t held[sizeof(T) == 2 ? DP / 16 : 1][4];
   Tile<T, DP> tile;
+  std::uint32_t held[sizeof(T) == 2 ? DP / 16 : 1][4];
   __device__ void load(Tile<T, DP> rows, int lane) {
     tile = rows;
+    const std::uint32_t address = shared_address(rows.chunk(lane & 15, lane >> 4));
     if constexpr (sizeof(T) == 2)
 #pragma unroll
-      for (int k = 0; k < DP / 16; ++k) ldmatrix(held[k], rows.chunk(lane & 15, 2 * k + (lane >> 4)));
+      for (int k = 0; k < DP / 16; ++k) ldmatrix(held[k], at_step(address, k));
   }
-  __device__ void fragment(std::uint32_t (&a)[4], int k, int) const {
+  __device__ void fragment(std::uint32_t (&a)[4], int k) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[i] = held[k][i];
   }
@@ -232,13 +271,14 @@ template <class T, int DP, int NT, class A>
 __device__ inline void add_product(float (&acc)[NT][4], const A& a_rows, Tile<T, DP> b_rows, int lane) {
   if constexpr (sizeof(T) == 2) {
     static_assert(NT % 2 == 0);
+    const std::uint32_t address = shared_address(b_rows.chunk((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1));
 #pragma unroll
     for (int k = 0; k < DP / 16; ++k) {
       std::uint32_t a[4], b[4];
-      a_rows.fragment(a, k, lane);
+      a_rows.fragment(a, k);
 #pragma unroll
       for (int n = 0; n < NT; n += 2) {
-        ldmatrix(b, b_rows.chunk(8 * n + (lane & 7) + ((lane >> 4) << 3), 2 * k + ((lane >> 3) & 1)));
+        ldmatrix(b, at_step(address, k) + n * 8 * DP * sizeof(T));
         mma<T>(acc[n], a, b[0], b[1]);
         mma<T>(acc[n + 1], a, b[2], b[3]);
       }
@@ -249,7 +289,8 @@ __device__ inline void add_product(float (&acc)[NT][4], const A& a_rows, Tile<T,
     for (int c = 0; c < DP / 4; ++c) {
       const float4 a0 = *reinterpret_cast<const float4*>(a_rows.tile.chunk(g, c));
       const float4 a1 = *reinterpret_cast<const float4*>(a_rows.tile.chunk(g + 8, c));
-      const auto dot = [](float sum, float4 x, float4 y) { return fmaf(x.w, y.w, fmaf(x.z, y.z, fmaf(x.y, y.y, fmaf(x.x, y.x, sum)))); };
+      // Four terms apart from the sum: a quarter of the roundings meets the large numbers.
+      const auto dot = [](float sum, float4 x, float4 y) { return sum + fmaf(x.w, y.w, fmaf(x.z, y.z, fmaf(x.y, y.y, x.x * y.x))); };
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
         const float4 b0 = *reinterpret_cast<const float4*>(b_rows.chunk(8 * n + 2 * t, c));
@@ -268,6 +309,7 @@ template <class T, int DP, int KT>
 __device__ inline void add_weighted_rows(float (&acc)[DP / 8][4], const float (&p)[KT][4], Tile<T, DP> v_rows, int lane) {
   if constexpr (sizeof(T) == 2) {
     static_assert(KT % 2 == 0);
+    const std::uint32_t address = shared_address(v_rows.chunk(lane & 15, lane >> 4));
 #pragma unroll
     for (int k = 0; k < KT / 2; ++k) {
       const std::uint32_t a[4] = {pack<T>(p[2 * k][0], p[2 * k][1]), pack<T>(p[2 * k][2], p[2 * k][3]),
@@ -275,7 +317,7 @@ __device__ inline void add_weighted_rows(float (&acc)[DP / 8][4], const float (&
 #pragma unroll
       for (int d = 0; d < DP / 16; ++d) {
         std::uint32_t b[4];
-        ldmatrix_transposed(b, v_rows.chunk(16 * k + (lane & 15), 2 * d + (lane >> 4)));
+        ldmatrix_transposed(b, at_step(address, d) + k * 16 * DP * sizeof(T));
         mma<T>(acc[2 * d], a, b[0], b[1]);
         mma<T>(acc[2 * d + 1], a, b[2], b[3]);
       }
@@ -319,6 +361,8 @@ template <class T> struct OnlineSoftmax {
 
   // logits -> probabilities relative to the running maximum; rescales what was accumulated before.
   template <int NT, int DT> __device__ void update(float (&logits)[NT][4], float (&acc)[DT][4]) {
+    float base[2], rescale[2];
+    bool grown = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float m = maximum[h];
@@ -326,18 +370,24 @@ template <class T> struct OnlineSoftmax {
       for (int n = 0; n < NT; ++n) m = fmaxf(m, fmaxf(logits[n][2 * h], logits[n][2 * h + 1]));
       m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
       m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
-      const float base = m == -kInfinity ? 0.0f : m;  // nothing but absent units so far: exp(-inf - 0) = 0, never NaN
-      const float rescale = exponential<T>(maximum[h] - base);
+      base[h] = m == -kInfinity ? 0.0f : m;  // nothing but absent units so far: exp(-inf - 0) = 0, never NaN
+      rescale[h] = exponential<T>(maximum[h] - base[h]);
+      grown |= m > maximum[h];
       maximum[h] = m;
-      float s = sum[h] * rescale;
+    }
+    if (__any_sync(0xffffffffu, grown))  // seldom, after the first tiles
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        sum[h] *= rescale[h];
+#pragma unroll
+        for (int d = 0; d < DT; ++d) acc[d][2 * h] *= rescale[h], acc[d][2 * h + 1] *= rescale[h];
+      }
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
 #pragma unroll
       for (int n = 0; n < NT; ++n)
 #pragma unroll
-        for (int i = 2 * h; i < 2 * h + 2; ++i) s += logits[n][i] = exponential<T>(logits[n][i] - base);
-      sum[h] = s;
-#pragma unroll
-      for (int d = 0; d < DT; ++d) acc[d][2 * h] *= rescale, acc[d][2 * h + 1] *= rescale;
-    }
+        for (int i = 2 * h; i < 2 * h + 2; ++i) sum[h] += logits[n][i] = exponential<T>(logits[n][i] - base[h]);
   }
 
   __device__ void finish() {
@@ -357,6 +407,7 @@ struct WorkItem {
   const std::int32_t* list;     // null: entries are first, first + 1, ...
   int first;
   __device__ int entry(int i) const { return list ? list[first + i] : first + i; }
+  __device__ int query(int i) const { return slots == 1 ? entry(i) : entry(i) / slots; }
 };
 
 // The `item`-th piece of at most `rows` entries in the order of `table` (prefix sums [BH, M+1]); entries <= 0: beyond the last.
@@ -379,32 +430,37 @@ __device__ inline WorkItem find_work(const std::int32_t* table, const Groups& gr
 
 template <class T, int DP, int UNITS> struct UnitStage {
   TileStorage<T, DP, UNITS> k, v;
-  bool valid[UNITS];
+  float bias[UNITS];  // 0, or -infinity where there is no unit
 };
 
 // Starts loading the `tile`-th UNITS units of a query: `shared_tiles` tiles of landmarks and compressed values, then the keys
 // and values at `indices` (the row of an expert), or all keys where that is null.
 template <class T, int DP, int UNITS>
-__device__ inline void load_units(UnitStage<T, DP, UNITS>& stage, const Units& units, const Problem& x, int b, int h, const Span& keys,
+__device__ inline void load_units(UnitStage<T, DP, UNITS>& stage, const Units& units, const Problem& x, int b, int h,
                                   const std::int32_t* indices, int tile, int shared_tiles) {
   const bool shared = tile < shared_tiles;
-  const int u0 = (shared ? tile : tile - shared_tiles) * UNITS;
+  const Span keys = span(x.keys, b);  // here and not in the caller, where it would hold registers all the time
+  const int u0 = (shared ? tile : tile - shared_tiles) * UNITS, head = shared ? h : h / (x.H / x.Hkv);
+  const std::int64_t start = shared ? 0 : keys.start;
   const auto unit = [&](int i) {  // its row, -1 where there is none
     const int u = u0 + i;
     if (shared) return u < x.M ? u : -1;
     const int index = indices == nullptr ? u : u < x.K ? indices[u] : -1;
     return static_cast<unsigned>(index) < static_cast<unsigned>(keys.length) ? index : -1;
   };
-  const auto load = [&](Tile<T, DP> target, const Rows& rows) {
-    const T* base = shared ? head_rows<T>(rows, b, h, 0) : head_rows<T>(rows, b, h / (x.H / x.Hkv), keys.start);
-    load_rows<T, DP>(target, UNITS, x.D, rows.aligned, [&](int i) {
-      const int row = unit(i);
-      return row < 0 ? nullptr : base + row * rows.row;
-    });
-  };
-  load(stage.k.tile(), shared ? units.landmarks : units.k);
-  load(stage.v.tile(), shared ? units.compressed : units.v);
-  for (int i = threadIdx.x; i < UNITS; i += blockDim.x) stage.valid[i] = unit(i) >= 0;
+  load_rows<T, DP>(UNITS, x.D, unit, copy_of(stage.k.tile(), shared ? units.landmarks : units.k, b, head, start),
+                   copy_of(stage.v.tile(), shared ? units.compressed : units.v, b, head, start));
+  for (int i = threadIdx.x; i < UNITS; i += blockDim.x) stage.bias[i] = unit(i) >= 0 ? 0.0f : -kInfinity;
+}
+
+// logits = products * scale, -infinity where there is no unit.
+template <int NT> __device__ inline void scale_logits(float (&s)[NT][4], float scale, const float* bias, int lane) {
+#pragma unroll
+  for (int n = 0; n < NT; ++n) {
+    const float2 two = *reinterpret_cast<const float2*>(bias + 8 * n + 2 * (lane & 3));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[n][i] = fmaf(s[n][i], scale, i & 1 ? two.y : two.x);
+  }
 }
 
 // ---- whole rows out of accumulators --------------------------------------------------------------------------------

@@ -14,10 +14,11 @@ namespace mita {
 template <int BYTES> constexpr int kAttentionRows = BYTES == 2 ? 128 : 64;
 template <int BYTES, int DP> constexpr int kRowGradientRows = BYTES == 2 || DP == 64 ? 64 : 32;
 
-// Queries of one block: the largest tile that experts of average load still fill.
+// Queries of one block: the smallest tile that takes an expert of average load, as the units that a block brings in cost more
+// than the rows that it leaves empty.
 inline int tile_rows(int most, int entries_per_expert) {
   int rows = 16;
-  while (2 * rows <= most && 2 * rows <= entries_per_expert) rows *= 2;
+  while (2 * rows <= most && rows < entries_per_expert) rows *= 2;
   return rows;
 }
 inline int attention_tile_rows(Dtype dtype, int entries_per_expert) {

@@ -28,13 +28,13 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::DP == 64 && Layout<
   using L = Layout<C>;
   using T = typename C::T;
   constexpr int DP = C::DP, kUnits = L::kUnits, kTiles = kUnits / 8;
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(256) unsigned char memory[];
   typename L::Shared& shared = *reinterpret_cast<typename L::Shared*>(memory);
 
   const Problem& x = p.problem;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
   const int tiles = max_tiles(x, p.groups.tile_rows), bh = blockIdx.x / tiles, b = bh / x.H, h = bh % x.H;
-  const Span queries = span(x.queries, b), keys = span(x.keys, b);
+  const Span queries = span(x.queries, b);
   const WorkItem work = find_work(p.groups.tiles, p.groups, x, bh, queries.length, blockIdx.x % tiles, p.groups.tile_rows);
   if (work.entries <= 0) return;
 
@@ -42,24 +42,19 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::DP == 64 && Layout<
   const int shared_tiles = p.units.shared ? ceil_div(x.M, kUnits) : 0, all_tiles = shared_tiles + (x.s > 0 ? ceil_div(x.K, kUnits) : 0);
 
   const auto load_stage = [&](int tile) {
-    load_units(shared.stage[tile & 1], p.units, x, b, h, keys, indices, tile, shared_tiles);
+    load_units(shared.stage[tile & 1], p.units, x, b, h, indices, tile, shared_tiles);
   };
 
-  const T* q = head_rows<T>(p.q, b, h, queries.start);
-  load_rows<T, DP>(shared.queries.tile(), blockDim.x / 2, x.D, p.q.aligned,
-                   [&](int i) { return i < work.entries ? q + (work.entry(i) / work.slots) * p.q.row : nullptr; });
+  load_rows<T, DP>(blockDim.x / 2, x.D, [&](int i) { return i < work.entries ? work.query(i) : -1; }, copy_of(shared.queries.tile(), p.q, b, h, queries.start));
   if (all_tiles > 0) load_stage(0);
   commit_loads();
   wait_loads<0>();
   __syncthreads();
 
-  const Tile<T, DP> own_rows = shared.queries.tile().from_row(16 * warp);
   OwnRows<T, DP> rows;
-  rows.load(own_rows, lane);
-  int entry[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) entry[i] = 16 * warp + g + 8 * i < work.entries ? work.entry(16 * warp + g + 8 * i) : -1;
+  rows.load(shared.queries.tile().from_row(16 * warp), lane);
 
+  const auto own = [&](int i) { return 16 * warp + g + 8 * i; };  // of the lane's two rows
   OnlineSoftmax<T> softmax;
   float out[DP / 8][4];
   clear(out);
@@ -75,11 +70,13 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::DP == 64 && Layout<
       float s[kTiles][4];
       clear(s);
       add_product<T, DP, kTiles>(s, rows, stage.k.tile(), lane);
-      const bool attends[2] = {!dense || entry[0] % work.slots == 0, !dense || entry[1] % work.slots == 0};
+      scale_logits(s, scale, stage.bias, lane);
+      if (dense && work.slots > 1)  // only the first slot of a query has the shared units
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n)
+        for (int i = 0; i < 2; ++i)
+          if (own(i) < work.entries && work.entry(own(i)) % work.slots != 0)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) s[n][i] = stage.valid[8 * n + 2 * t + (i & 1)] && attends[i / 2] ? s[n][i] * scale : -kInfinity;
+            for (int n = 0; n < kTiles; ++n) s[n][2 * i] = s[n][2 * i + 1] = -kInfinity;
       softmax.update(s, out);
       add_weighted_rows<T, DP, kTiles>(out, s, stage.v.tile(), lane);
     }
@@ -92,9 +89,9 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::DP == 64 && Layout<
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     factor[i] = softmax.sum[i] == 0.0f ? 0.0f : 1.0f / softmax.sum[i];
-    if (t == 0 && entry[i] >= 0) {
+    if (t == 0 && own(i) < work.entries) {
       float* lse = (x.s > 1 ? p.partial_lse : p.lse) + std::int64_t(bh) * N * work.slots;
-      lse[entry[i]] = log_sum<T>(softmax.maximum[i], softmax.sum[i]);
+      lse[work.entry(own(i))] = log_sum<T>(softmax.maximum[i], softmax.sum[i]);
     }
   }
   if (x.s > 1)
@@ -102,8 +99,8 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::DP == 64 && Layout<
       return 16 * warp + i < work.entries ? p.partial_out + (std::int64_t(bh) * N * work.slots + work.entry(16 * warp + i)) * x.D : nullptr;
     });
   else
-    store_rows<T, DP>(own_rows, out, factor, x.D, lane, [&](int i) {
-      return 16 * warp + i < work.entries ? head_rows<T>(p.out, b, h, queries.start + work.entry(16 * warp + i)) : nullptr;
+    store_rows<T, DP>(shared.queries.tile().from_row(16 * warp), out, factor, x.D, lane, [&](int i) {
+      return 16 * warp + i < work.entries ? head_rows<T>(p.out, b, h, span(x.queries, b).start + work.entry(16 * warp + i)) : nullptr;
     });
 }
 

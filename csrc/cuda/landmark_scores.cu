@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::DP == 64 ? 2 : 1) s
   using L = Layout<C>;
   using T = typename C::T;
   constexpr int DP = C::DP, kKeys = L::kKeys, kTiles = kKeys / 8;
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(256) unsigned char memory[];
   typename L::Shared& shared = *reinterpret_cast<typename L::Shared*>(memory);
 
   const Problem& x = p.problem;
@@ -41,21 +41,14 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::DP == 64 ? 2 : 1) s
   const int tiles = ceil_div(keys.length, kKeys), per_split = ceil_div(tiles, p.splits);
   const int first_tile = split * per_split, last_tile = min(tiles, first_tile + per_split);
 
-  const T* z = head_rows<T>(p.landmarks, b, h, 0);
-  const T* k = head_rows<T>(p.k, b, h / (x.H / x.Hkv), keys.start);
-  const T* v = head_rows<T>(p.v, b, h / (x.H / x.Hkv), keys.start);
   const auto load_stage = [&](int tile) {
     auto& stage = shared.stage[tile & 1];
-    const int key0 = tile * kKeys;
-    const auto row_of = [&](const Rows& rows, const T* base) {
-      return [=](int i) { return key0 + i < keys.length ? base + (key0 + i) * rows.row : nullptr; };
-    };
-    load_rows<T, DP>(stage.k.tile(), kKeys, x.D, p.k.aligned, row_of(p.k, k));
-    load_rows<T, DP>(stage.v.tile(), kKeys, x.D, p.v.aligned, row_of(p.v, v));
+    const int head = h / (x.H / x.Hkv), key0 = tile * kKeys;
+    load_rows<T, DP, 2>(kKeys, x.D, [&](int i) { return key0 + i < keys.length ? key0 + i : -1; }, copy_of(stage.k.tile(), p.k, b, head, keys.start),
+                     copy_of(stage.v.tile(), p.v, b, head, keys.start));
   };
 
-  load_rows<T, DP>(shared.landmarks.tile(), block_rows, x.D, p.landmarks.aligned,
-                   [&](int i) { return m0 + i < x.M ? z + (m0 + i) * p.landmarks.row : nullptr; });
+  load_rows<T, DP>(block_rows, x.D, [&](int i) { return m0 + i < x.M ? m0 + i : -1; }, copy_of(shared.landmarks.tile(), p.landmarks, b, h, 0));
   if (first_tile < last_tile) load_stage(first_tile);
   commit_loads();
   wait_loads<0>();
@@ -88,10 +81,11 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::DP == 64 ? 2 : 1) s
         for (int n = 0; n < kTiles; ++n)
           if (key0 + 8 * n < p.score_pitch) *reinterpret_cast<float2*>(scores + 8 * n) = make_float2(s[n][2 * i], s[n][2 * i + 1]);
       }
+    const bool ragged = (tile + 1) * kKeys > keys.length;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) s[n][i] = key0 + 8 * n + (i & 1) < keys.length ? s[n][i] * scale : -kInfinity;
+      for (int i = 0; i < 4; ++i) s[n][i] = ragged && key0 + 8 * n + (i & 1) >= keys.length ? -kInfinity : s[n][i] * scale;
     softmax.update(s, values);
     add_weighted_rows<T, DP, kTiles>(values, s, stage.v.tile(), lane);
     __syncthreads();

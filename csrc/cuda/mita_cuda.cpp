@@ -249,6 +249,7 @@ std::tuple<Tensor, Tensor> key_gradient_stage(const Context& context, const Prob
                                               const Tensor& key, const Tensor& value, const Tensor* indices, float scale) {
   const auto like = [&](const Tensor& t) { return at::empty({x.B, x.Hkv, x.keys.max_length, x.D}, t.options()); };
   Tensor dkey = like(key), dvalue = like(value);
+  Tensor key_starts;
   UnitGradientParams p{};
   p.problem = x;
   p.role = UnitRole::compress;
@@ -260,6 +261,8 @@ std::tuple<Tensor, Tensor> key_gradient_stage(const Context& context, const Prob
     p.lse = landmarks->lse.const_data_ptr<float>(), p.delta = landmarks->delta.const_data_ptr<float>();
   }
   if (routed) {
+    key_starts = ints(key, {heads(x), x.M, ceil_div(x.keys.max_length, kKeyBlock) + 1});
+    p.key_starts = key_starts.data_ptr<int>();
     p.indices = indices->const_data_ptr<int>();
     p.groups = groups;
     p.max_segments = static_cast<int>(routed->partial_dk.size(1));

@@ -127,6 +127,7 @@ struct DeltaParams {
 //   routed:   units = the K gathered keys of an expert, rows = one segment of its queries
 //   compress: units = all keys and values, rows = the landmarks of the query heads that share them
 enum class UnitRole { shared, routed, compress };
+constexpr int kKeyBlock = 64;
 
 struct UnitGradientParams {
   Problem problem;
@@ -141,6 +142,7 @@ struct UnitGradientParams {
   const std::int32_t* indices; // routed, compress: [B, H, M, K] ascending (as unsigned), or null
   Groups groups;               // routed, compress
   int max_segments;            // routed, compress: of one (batch, head)
+  std::int32_t* key_starts;    // compress with indices, scratch: [BH, M, ceil(L / kKeyBlock) + 1]
   float* partial_dk;           // shared: [BH, splits, M, D]; routed (written) and compress (read): [BH, max_segments, K, D]
   float* partial_dv;           // likewise
   Rows dk, dv;                 // compress: [B, Hkv, L, D] twice, aligned

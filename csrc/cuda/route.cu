@@ -1,6 +1,7 @@
 // Routing: the s landmarks with the largest q . Z for every query, best first; score ties go to the lower landmark, NaN last.
-// One warp owns 16 queries and keeps the best (score, landmark) of each; landmark tiles pass through shared memory.
-// Round r finds the best pair after the one of round r - 1 in the total order, so s > 1 needs no list, only s passes.
+// One warp owns 16 queries; landmark tiles pass through shared memory once per round, and round r finds the best pair
+// (score, landmark) after the one of round r - 1 in the total order: s > 1 needs no list. Round 0 compares floats, which is
+// three instructions a score; later rounds compare the order itself.
 #include "device.cuh"
 #include "launch.h"
 
@@ -27,7 +28,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, 2) 
   using L = Layout<C>;
   using T = typename C::T;
   constexpr int DP = C::DP, kRows = 16 * L::kWarps, kTile = L::kLandmarks, kTiles = kTile / 8;
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(256) unsigned char memory[];
   typename L::Shared& shared = *reinterpret_cast<typename L::Shared*>(memory);
 
   const Problem& x = p.problem;
@@ -35,17 +36,13 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, 2) 
   const int N = x.queries.max_length, blocks = ceil_div(N, kRows), n0 = blockIdx.x % blocks * kRows, bh = blockIdx.x / blocks;
   const int b = bh / x.H, h = bh % x.H;
   const Span queries = span(x.queries, b);
-  const T* q = head_rows<T>(p.q, b, h, queries.start);
-  const T* z = head_rows<T>(p.landmarks, b, h, 0);
   const int tiles = ceil_div(x.M, kTile);
   const auto load_landmarks = [&](int step) {  // steps run through the tiles once per round
     const int m0 = step % tiles * kTile;
-    load_rows<T, DP>(shared.stage[step & 1].tile(), kTile, x.D, p.landmarks.aligned,
-                     [&](int i) { return m0 + i < x.M ? z + (m0 + i) * p.landmarks.row : nullptr; });
+    load_rows<T, DP>(kTile, x.D, [&](int i) { return m0 + i < x.M ? m0 + i : -1; }, copy_of(shared.stage[step & 1].tile(), p.landmarks, b, h, 0));
   };
 
-  load_rows<T, DP>(shared.queries.tile(), kRows, x.D, p.q.aligned,
-                   [&](int i) { return n0 + i < queries.length ? q + (n0 + i) * p.q.row : nullptr; });
+  load_rows<T, DP>(kRows, x.D, [&](int i) { return n0 + i < queries.length ? n0 + i : -1; }, copy_of(shared.queries.tile(), p.q, b, h, queries.start));
   load_landmarks(0);
   commit_loads();
   wait_loads<0>();
@@ -53,7 +50,9 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, 2) 
   HeldRows<T, DP> rows;
   rows.load(shared.queries.tile().from_row(16 * warp), lane);
 
-  Best previous[2] = {{0xffffffffu, -1}, {0xffffffffu, -1}}, best[2];
+  Best previous[2], best[2];
+  float highest[2] = {-kInfinity, -kInfinity};
+  best[0].landmark = best[1].landmark = -1;
   for (int step = 0; step < x.s * tiles; ++step) {
     if (step + 1 < x.s * tiles) load_landmarks(step + 1);
     commit_loads();
@@ -63,22 +62,54 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, 2) 
     clear(s);
     add_product<T, DP, kTiles>(s, rows, shared.stage[step & 1].tile(), lane);
     const int tile = step % tiles, m0 = tile * kTile + 2 * t;
-    if (tile == 0) best[0] = best[1] = {0, 0};
+    if (step < tiles) {
+      if ((tile + 1) * kTile > x.M)
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n)
+        for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const Best next = {ordered(s[n][i]), m0 + 8 * n + (i & 1)};
-        if (next.score > best[i / 2].score && next.landmark < x.M && next.after(previous[i / 2])) best[i / 2] = next;
+          for (int i = 0; i < 4; ++i)
+            if (m0 + 8 * n + (i & 1) >= x.M) s[n][i] = -kInfinity;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float score = -kInfinity;  // the highest of the row in this tile, and the lowest landmark that has it
+        int landmark = x.M;
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) score = fmaxf(score, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
+        score = fmaxf(score, __shfl_xor_sync(0xffffffffu, score, 1));
+        score = fmaxf(score, __shfl_xor_sync(0xffffffffu, score, 2));
+#pragma unroll
+        for (int n = kTiles - 1; n >= 0; --n) {
+          if (s[n][2 * h + 1] == score) landmark = m0 + 8 * n + 1;
+          if (s[n][2 * h] == score) landmark = m0 + 8 * n;
+        }
+        landmark = min(landmark, __shfl_xor_sync(0xffffffffu, landmark, 1));
+        landmark = min(landmark, __shfl_xor_sync(0xffffffffu, landmark, 2));
+        const bool higher = score > highest[h] || (best[h].landmark < 0 && score == highest[h]);  // -infinity is a score too
+        if (higher && landmark < x.M) highest[h] = score, best[h].landmark = landmark;
       }
+    } else {
+      if (tile == 0) best[0] = best[1] = {0, 0};
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const Best next = {ordered(s[n][i]), m0 + 8 * n + (i & 1)};
+          if (next.score > best[i / 2].score && next.landmark < x.M && next.after(previous[i / 2])) best[i / 2] = next;
+        }
+    }
     __syncthreads();
     if (tile + 1 < tiles) continue;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+      if (step < tiles) {
+        best[i].score = best[i].landmark < 0 ? 1 : ordered(highest[i]);  // nothing but NaN: the first landmark
+        best[i].landmark = max(best[i].landmark, 0);
+      } else {
 #pragma unroll
-      for (int d = 1; d < 4; d <<= 1) {
-        const Best other = {__shfl_xor_sync(0xffffffffu, best[i].score, d), __shfl_xor_sync(0xffffffffu, best[i].landmark, d)};
-        if (best[i].after(other)) best[i] = other;
+        for (int d = 1; d < 4; d <<= 1) {
+          const Best other = {__shfl_xor_sync(0xffffffffu, best[i].score, d), __shfl_xor_sync(0xffffffffu, best[i].landmark, d)};
+          if (best[i].after(other)) best[i] = other;
+        }
       }
       previous[i] = best[i];
       const int n = n0 + 16 * warp + g + 8 * i;

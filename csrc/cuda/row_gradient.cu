@@ -26,7 +26,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   using L = Layout<C>;
   using T = typename C::T;
   constexpr int DP = C::DP, kUnits = L::kUnits, kTiles = kUnits / 8;
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(256) unsigned char memory[];
   typename L::Shared& shared = *reinterpret_cast<typename L::Shared*>(memory);
 
   const Problem& x = p.problem;
@@ -46,27 +46,27 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   const int all_tiles = landmark ? max(0, min(ceil_div(keys.length, kUnits) - first_tile, tiles_per_part)) : shared_tiles + (x.s > 0 ? ceil_div(x.K, kUnits) : 0);
   const std::int32_t* indices = landmark ? nullptr : p.units.indices + (std::int64_t(bh) * x.M + work.expert) * x.K;
 
-  const auto load_stage = [&](int tile) { load_units(shared.stage[tile & 1], p.units, x, b, h, keys, indices, first_tile + tile, shared_tiles); };
-  const auto load_own = [&](Tile<T, DP> target, const Rows& rows) {
-    const T* data = head_rows<T>(rows, b, h, landmark ? 0 : queries.start);
-    load_rows<T, DP>(target, block_rows, x.D, rows.aligned, [&](int i) { return i < work.entries ? data + (work.entry(i) / work.slots) * rows.row : nullptr; });
-  };
-  load_own(shared.q.tile(), p.q);
-  load_own(shared.dout.tile(), p.dout);
+  const auto load_stage = [&](int tile) { load_units(shared.stage[tile & 1], p.units, x, b, h, indices, first_tile + tile, shared_tiles); };
+  const std::int64_t start = landmark ? 0 : queries.start;
+  load_rows<T, DP>(block_rows, x.D, [&](int i) { return i < work.entries ? work.query(i) : -1; }, copy_of(shared.q.tile(), p.q, b, h, start),
+                   copy_of(shared.dout.tile(), p.dout, b, h, start));
   if (all_tiles > 0) load_stage(0);
   commit_loads();
 
-  const SharedRows<T, DP> q{shared.q.tile().from_row(16 * warp)}, dout{shared.dout.tile().from_row(16 * warp)};
+  SharedRows<T, DP> q, dout;
+  q.load(shared.q.tile().from_row(16 * warp), lane);
+  dout.load(shared.dout.tile().from_row(16 * warp), lane);
   float lse[2], delta[2];
   bool first_slot[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int own = 16 * warp + g + 8 * i, entry = own < work.entries ? work.entry(own) : -1;
-    const std::int64_t at = std::int64_t(bh) * (landmark ? x.M : N) + entry / work.slots;
-    lse[i] = entry < 0 ? kInfinity : p.lse[at] * kLogit<T>;
+    const int own = 16 * warp + g + 8 * i;
+    const bool present = own < work.entries;
+    const std::int64_t at = std::int64_t(bh) * (landmark ? x.M : N) + (present ? work.query(own) : 0);
+    lse[i] = present ? p.lse[at] * kLogit<T> : kInfinity;
     if (lse[i] == -kInfinity) lse[i] = kInfinity;  // attended to nothing
-    delta[i] = entry < 0 ? 0.0f : p.delta[at];
-    first_slot[i] = entry % work.slots == 0;
+    delta[i] = present ? p.delta[at] : 0.0f;
+    first_slot[i] = work.slots == 1 || (present && work.entry(own) % work.slots == 0);
   }
   float dq[DP / 8][4];
   clear(dq);
@@ -84,20 +84,25 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
       add_product<T, DP, kTiles>(s, q, stage.k.tile(), lane);
       clear(gradient);
       add_product<T, DP, kTiles>(gradient, dout, stage.v.tile(), lane);
+      scale_logits(s, scale * kLogit<T>, stage.bias, lane);
+      const float own_lse[2] = {!dense || first_slot[0] ? lse[0] : kInfinity, !dense || first_slot[1] ? lse[1] : kInfinity};
 #pragma unroll
       for (int n = 0; n < kTiles; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int r = i / 2;
-          const bool attends = stage.valid[8 * n + 2 * t + (i & 1)] && (!dense || first_slot[r]) && lse[r] != kInfinity;
-          const float probability = attends ? exponential<T>(s[n][i] * (scale * kLogit<T>) - lse[r]) : 0.0f;
-          gradient[n][i] = attends ? probability * (gradient[n][i] - delta[r]) * scale : 0.0f;
+          const float probability = exponential<T>(s[n][i] - own_lse[i / 2]);
+          gradient[n][i] = probability * (gradient[n][i] - delta[i / 2]) * (scale * power_of_2(kGradientShift<T>));
         }
       add_weighted_rows<T, DP, kTiles>(dq, gradient, stage.k.tile(), lane);
     }
     __syncthreads();
   }
   wait_loads<0>();
+  if constexpr (kGradientShift<T> != 0)
+#pragma unroll
+    for (int d = 0; d < DP / 8; ++d)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) dq[d][i] *= power_of_2(-kGradientShift<T>);
 
   if (!landmark && p.dlandmarks != nullptr) {
     const Windows windows = windows_of(p.windows, x.queries, queries.length);
@@ -105,7 +110,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       if (16 * warp + g + 8 * i < work.entries && first_slot[i])
-        for_each_window(windows, work.entry(16 * warp + g + 8 * i) / work.slots, [&](int m, float weight) {
+        for_each_window(windows, work.query(16 * warp + g + 8 * i), [&](int m, float weight) {
 #pragma unroll
           for (int d = 0; d < DP / 8; ++d)
             if (8 * d < x.D) {

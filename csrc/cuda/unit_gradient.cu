@@ -20,63 +20,130 @@ template <class C> struct Layout : C {
   struct Shared {
     struct {
       TileStorage<typename C::T, C::DP, kRows> q, dout;
-      float lse[kRows], delta[kRows];  // lse in the base of T, +infinity for absent rows
+      float lse[kRows], delta[kRows];  // lse in the base of T, shifted for fp16; +infinity for absent rows
     } stage[2];
     TileStorage<typename C::T, C::DP, 16 * kWarps> k, v;
   };
   static_assert(sizeof(Shared) <= 99 * 1024);
 };
 
-// Adds the routed gradients of the keys [key0 + 16 * warp, + 16) to dk and dv: landmark after landmark, slot after slot,
-// segment after segment. `starts` is scratch for M numbers.
-template <int DP>
-__device__ void add_routed(const UnitGradientParams& p, int bh, int key0, int block_units, int* starts, float (&dk)[DP / 8][4], float (&dv)[DP / 8][4]) {
+// starts[block] = the first slot of an expert's ascending indices that lies in key block `block` or behind it.
+__global__ void __launch_bounds__(128) key_starts_kernel(const UnitGradientParams p) {
   const Problem& x = p.problem;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
-  const std::int32_t* segments = p.groups.segments + std::int64_t(bh) * (x.M + 1);
-  const std::int32_t* indices = p.indices + std::int64_t(bh) * x.M * x.K;
-  __syncthreads();  // the scratch was something else before
-  for (int m = threadIdx.x; m < x.M; m += blockDim.x) {  // each landmark's first slot at or after key0; K if not in this block
-    const std::int32_t* row = indices + std::int64_t(m) * x.K;
-    int low = 0, high = segments[m] < segments[m + 1] ? x.K : 0;  // an expert without queries has left no sums
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (static_cast<unsigned>(row[middle]) < static_cast<unsigned>(key0)) low = middle + 1;
-      else high = middle;
-    }
-    const bool here = segments[m] < segments[m + 1] && low < x.K && static_cast<unsigned>(row[low]) < static_cast<unsigned>(key0 + block_units);
-    starts[m] = here ? low : x.K;
-  }
-  __syncthreads();
-  for (int m0 = 0; m0 < x.M; m0 += 32) {
-    unsigned present = __ballot_sync(0xffffffffu, m0 + lane < x.M && starts[min(m0 + lane, x.M - 1)] < x.K);
-    for (; present; present &= present - 1) {
-      const int m = m0 + __ffs(present) - 1;
-      for (int slot = starts[m]; slot < x.K; ++slot) {
-        const unsigned unit = static_cast<unsigned>(indices[std::int64_t(m) * x.K + slot]) - key0;
-        if (unit >= static_cast<unsigned>(block_units)) break;
-        if (static_cast<int>(unit / 16) != warp || static_cast<int>(unit & 7) != g) continue;
-        for (int segment = segments[m]; segment < segments[m + 1]; ++segment) {
-          const std::int64_t at = ((std::int64_t(bh) * p.max_segments + segment) * x.K + slot) * x.D + 2 * t;
-#pragma unroll
-          for (int d = 0; d < DP / 8; ++d) {
-            if (8 * d >= x.D) break;
-            const float2 a = *reinterpret_cast<const float2*>(p.partial_dk + at + 8 * d), b = *reinterpret_cast<const float2*>(p.partial_dv + at + 8 * d);
-            const bool upper = (unit & 8) == 0;
-            dk[d][0] += upper ? a.x : 0.0f, dk[d][1] += upper ? a.y : 0.0f, dk[d][2] += upper ? 0.0f : a.x, dk[d][3] += upper ? 0.0f : a.y;
-            dv[d][0] += upper ? b.x : 0.0f, dv[d][1] += upper ? b.y : 0.0f, dv[d][2] += upper ? 0.0f : b.x, dv[d][3] += upper ? 0.0f : b.y;
-          }
-        }
-      }
-    }
+  const int bh = blockIdx.x / x.M, length = span(x.keys, bh / x.H).length, blocks = ceil_div(x.keys.max_length, kKeyBlock);
+  const std::int32_t* indices = p.indices + std::int64_t(blockIdx.x) * x.K;
+  std::int32_t* starts = p.key_starts + std::int64_t(blockIdx.x) * (blocks + 1);
+  const auto present = [&](int slot) { return static_cast<unsigned>(indices[slot]) < static_cast<unsigned>(length); };
+  for (int slot = threadIdx.x; slot <= x.K; slot += blockDim.x) {
+    if (slot > 0 && !present(slot - 1)) continue;
+    const int first = slot > 0 ? indices[slot - 1] / kKeyBlock + 1 : 0, last = slot < x.K && present(slot) ? indices[slot] / kKeyBlock : blocks;
+    for (int block = first; block <= last; ++block) starts[block] = slot;
   }
 }
+
+// What the routed sums left for the keys of one block, gathered in shared memory: landmark after landmark, slot after slot,
+// segment after segment. An entry is one slot of one landmark whose key is in the block.
+template <class C> struct RoutedSums {
+  static constexpr int kEntries = 2048, kUnits = 16 * Layout<C>::kWarps;
+  float dk[kUnits][C::DP], dv[kUnits][C::DP];
+  int offset[kMaxLandmarks + 1];  // of each landmark's entries
+  int entry[kEntries];            // unit << 21 | landmark << 11 | slot, or -1; the entries that fit at a time
+  static_assert(kUnits <= 64 && kMaxLandmarks <= 1 << 10 && kMaxTopk <= 1 << 11);
+
+  __device__ void clear() {
+    for (int i = threadIdx.x; i < 2 * kUnits * C::DP; i += blockDim.x) dk[0][i] = 0.0f;  // dv lies right behind dk
+  }
+
+  __device__ void add(const UnitGradientParams& p, int bh, int key0, int block_units) {
+    const Problem& x = p.problem;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = ceil_div(x.keys.max_length, kKeyBlock), block = key0 / kKeyBlock;
+    const std::int32_t* segments = p.groups.segments + std::int64_t(bh) * (x.M + 1);
+    const std::int32_t* starts = p.key_starts + std::int64_t(bh) * x.M * (blocks + 1) + block;
+    __syncthreads();
+    for (int m = threadIdx.x; m < x.M; m += blockDim.x) {  // an expert without queries has left no sums
+      const std::int32_t* start = starts + std::int64_t(m) * (blocks + 1);
+      offset[m] = segments[m] < segments[m + 1] ? start[1] - start[0] : 0;
+    }
+    __syncthreads();
+    if (warp == 0) {
+      int total = 0;
+      for (int m = lane; m - lane < x.M; m += 32) {
+        const int count = m < x.M ? offset[m] : 0;
+        int through = count;
+        for (int d = 1; d < 32; d <<= 1) {
+          const int other = __shfl_up_sync(0xffffffffu, through, d);
+          if (lane >= d) through += other;
+        }
+        if (m < x.M) offset[m] = total + through - count;
+        total += __shfl_sync(0xffffffffu, through, 31);
+      }
+      if (lane == 0) offset[x.M] = total;
+    }
+    __syncthreads();
+    for (int first = 0; first < offset[x.M]; first += kEntries) {
+      for (int m = threadIdx.x; m < x.M; m += blockDim.x) {
+        const int slot0 = starts[std::int64_t(m) * (blocks + 1)] - offset[m];
+        for (int i = max(first, offset[m]); i < min(first + kEntries, offset[m + 1]); ++i) {
+          const int slot = slot0 + i, unit = p.indices[(std::int64_t(bh) * x.M + m) * x.K + slot] - key0;
+          entry[i - first] = unit >= 0 && unit < block_units ? unit << 21 | m << 11 | slot : -1;
+        }
+      }
+      __syncthreads();
+      const int count = min(kEntries, offset[x.M] - first);
+      for (int i = lane; i - lane < count; i += 32) {
+        const int mine = i < count ? entry[i] : -1;
+        unsigned left = __ballot_sync(0xffffffffu, mine >= 0 && mine >> 25 == warp);
+        while (left) left = add_four(p, bh, segments, mine, left, lane);
+      }
+      __syncthreads();
+    }
+  }
+
+  // The first four entries of a warp's `left` lanes: four rows are on their way before the first one is added.
+  __device__ unsigned add_four(const UnitGradientParams& p, int bh, const std::int32_t* segments, int mine, unsigned left, int lane) {
+    using Columns = std::conditional_t<C::DP == 64, float2, float4>;  // of one lane
+    constexpr int kColumns = C::DP / 32;
+    const Problem& x = p.problem;
+    const int column = kColumns * lane;
+    const auto add = [](float* sum, const Columns& more) {
+      const float* m = reinterpret_cast<const float*>(&more);
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) sum[i] += m[i];
+    };
+    int unit[4], segment[4], last[4];
+    std::int64_t row[4];
+    Columns k[4], v[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int from = __ffs(left) - 1, one = from < 0 ? -1 : __shfl_sync(0xffffffffu, mine, from), m = one >> 11 & 1023;
+      unit[i] = one >> 21;
+      segment[i] = from < 0 ? 0 : segments[m], last[i] = from < 0 ? 0 : segments[m + 1];
+      row[i] = (std::int64_t(bh) * p.max_segments * x.K + (one & 2047)) * x.D + column;
+      if (segment[i] < last[i] && column < x.D) {
+        k[i] = *reinterpret_cast<const Columns*>(p.partial_dk + row[i] + std::int64_t(segment[i]) * x.K * x.D);
+        v[i] = *reinterpret_cast<const Columns*>(p.partial_dv + row[i] + std::int64_t(segment[i]) * x.K * x.D);
+      }
+      left &= left - 1;
+    }
+    if (column < x.D)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (segment[i] >= last[i]) continue;
+        add(&dk[unit[i]][column], k[i]), add(&dv[unit[i]][column], v[i]);
+        for (int s = segment[i] + 1; s < last[i]; ++s) {
+          add(&dk[unit[i]][column], *reinterpret_cast<const Columns*>(p.partial_dk + row[i] + std::int64_t(s) * x.K * x.D));
+          add(&dv[unit[i]][column], *reinterpret_cast<const Columns*>(p.partial_dv + row[i] + std::int64_t(s) * x.K * x.D));
+        }
+      }
+    return left;
+  }
+};
 
 template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Layout<C>::kHalf ? 2 : 1) unit_gradient_kernel(const UnitGradientParams p) {
   using L = Layout<C>;
   using T = typename C::T;
   constexpr int DP = C::DP, kRows = L::kRows, kTiles = kRows / 8;
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(256) unsigned char memory[];
   typename L::Shared& shared = *reinterpret_cast<typename L::Shared*>(memory);
 
   const Problem& x = p.problem;
@@ -109,40 +176,29 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
     auto& stage = shared.stage[step & 1];
     const int row_head = compress ? h * group + step / tiles : h, base = first_row + (compress ? step % tiles : step) * kRows;
     const std::int64_t row_start = compress ? 0 : queries.start, stats = (std::int64_t(b) * x.H + row_head) * (compress ? x.M : x.queries.max_length);
-    const auto row = [&](int i) { return base + i >= last_row ? -1 : routed ? work.entry(base + i) / work.slots : base + i; };
-    const auto load = [&](Tile<T, DP> target, const Rows& rows) {
-      const T* data = head_rows<T>(rows, b, row_head, row_start);
-      load_rows<T, DP>(target, kRows, x.D, rows.aligned, [&](int i) {
-        const int r = row(i);
-        return r < 0 ? nullptr : data + r * rows.row;
-      });
-    };
-    load(stage.q.tile(), p.row_q);
-    load(stage.dout.tile(), p.row_dout);
+    const auto row = [&](int i) { return base + i >= last_row ? -1 : routed ? work.query(base + i) : base + i; };
+    load_rows<T, DP>(kRows, x.D, row, copy_of(stage.q.tile(), p.row_q, b, row_head, row_start), copy_of(stage.dout.tile(), p.row_dout, b, row_head, row_start));
     for (int i = threadIdx.x; i < kRows; i += blockDim.x) {
       const int r = row(i);
       const float lse = r < 0 ? kInfinity : p.lse[stats + r] * kLogit<T>;
-      stage.lse[i] = lse == -kInfinity ? kInfinity : lse;  // a row that attended to nothing gives nothing
+      stage.lse[i] = lse == -kInfinity ? kInfinity : lse - kProbabilityShift<T>;  // a row that attended to nothing gives nothing
       stage.delta[i] = r < 0 ? 0.0f : p.delta[stats + r];
     }
   };
-  const auto load_units = [&](Tile<T, DP> target, const Rows& rows) {
-    const T* data = routed ? head_rows<T>(rows, b, h / group, keys.start) : head_rows<T>(rows, b, h, compress ? keys.start : 0);
-    load_rows<T, DP>(target, block_units, x.D, rows.aligned, [&](int i) {
-      const int r = unit_row(i);
-      return r < 0 ? nullptr : data + r * rows.row;
-    });
-  };
-  load_units(shared.k.tile(), p.unit_k);
-  load_units(shared.v.tile(), p.unit_v);
+  const int unit_head = routed ? h / group : h;
+  const std::int64_t unit_start = routed || compress ? keys.start : 0;
+  load_rows<T, DP>(block_units, x.D, unit_row, copy_of(shared.k.tile(), p.unit_k, b, unit_head, unit_start), copy_of(shared.v.tile(), p.unit_v, b, unit_head, unit_start));
   if (steps > 0) load_stage(0);
   commit_loads();
 
-  const SharedRows<T, DP> k{shared.k.tile().from_row(16 * warp)}, v{shared.v.tile().from_row(16 * warp)};
+  SharedRows<T, DP> k, v;
+  k.load(shared.k.tile().from_row(16 * warp), lane);
+  v.load(shared.v.tile().from_row(16 * warp), lane);
   float dk[DP / 8][4], dv[DP / 8][4];
   clear(dk);
   clear(dv);
   const float scale = p.scale * kLogit<T>;
+  constexpr float kRescale = power_of_2(kGradientShift<T> - kProbabilityShift<T>);
   for (int step = 0; step < steps; ++step) {
     if (step + 1 < steps) load_stage(step + 1);
     commit_loads();
@@ -156,10 +212,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
     for (int n = 0; n < kTiles; ++n) {
       const float2 lse = *reinterpret_cast<const float2*>(&stage.lse[8 * n + 2 * (lane & 3)]);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float l = i & 1 ? lse.y : lse.x;
-        probability[n][i] = l == kInfinity ? 0.0f : exponential<T>(probability[n][i] * scale - l);
-      }
+      for (int i = 0; i < 4; ++i) probability[n][i] = exponential<T>(fmaf(probability[n][i], scale, i & 1 ? -lse.y : -lse.x));
     }
     add_weighted_rows<T, DP, kTiles>(dv, probability, stage.dout.tile(), lane);
     clear(gradient);
@@ -168,7 +221,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
     for (int n = 0; n < kTiles; ++n) {
       const float2 delta = *reinterpret_cast<const float2*>(&stage.delta[8 * n + 2 * (lane & 3)]);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) gradient[n][i] = probability[n][i] * (gradient[n][i] - (i & 1 ? delta.y : delta.x));
+      for (int i = 0; i < 4; ++i) gradient[n][i] = probability[n][i] * kRescale * (gradient[n][i] - (i & 1 ? delta.y : delta.x));
     }
     add_weighted_rows<T, DP, kTiles>(dk, gradient, stage.q.tile(), lane);
     __syncthreads();
@@ -178,7 +231,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
 #pragma unroll
   for (int d = 0; d < DP / 8; ++d)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) dk[d][i] *= p.scale;
+    for (int i = 0; i < 4; ++i) dk[d][i] *= p.scale * power_of_2(-kGradientShift<T>), dv[d][i] *= power_of_2(-kProbabilityShift<T>);
   const float one[2] = {1.0f, 1.0f};
   const int own = u0 + 16 * warp;
   if (!compress) {
@@ -193,15 +246,24 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
     if (unit_row(16 * warp + g + 8 * i) < 0)  // keys beyond a short sequence
 #pragma unroll
       for (int d = 0; d < DP / 8; ++d) dk[d][2 * i] = dk[d][2 * i + 1] = dv[d][2 * i] = dv[d][2 * i + 1] = 0.0f;
-  static_assert(sizeof(shared.stage) >= kMaxLandmarks * sizeof(int));
-  if (p.indices != nullptr)
-    for (int i = 0; i < group; ++i)
-      add_routed<DP>(p, b * x.H + h * group + i, u0, block_units, reinterpret_cast<int*>(&shared.stage), dk, dv);
+  if (p.indices != nullptr) {
+    RoutedSums<C>& sums = *reinterpret_cast<RoutedSums<C>*>(memory);  // all tiles are free by now
+    __syncthreads();
+    sums.clear();
+    for (int i = 0; i < group; ++i) sums.add(p, b * x.H + h * group + i, u0, block_units);
+#pragma unroll
+    for (int d = 0; d < DP / 8; ++d)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int unit = 16 * warp + g + 8 * (i / 2), column = 8 * d + 2 * (lane & 3) + (i & 1);
+        dk[d][i] += sums.dk[unit][column], dv[d][i] += sums.dv[unit][column];
+      }
+  }
+  __syncthreads();
   const auto row_in = [&](const Rows& rows) {
     T* data = head_rows<T>(rows, b, h, keys.start);
     return [=](int i) { return own + i < (x.keys.starts ? keys.length : units) ? data + (own + i) * rows.row : nullptr; };
   };
-  __syncthreads();
   store_rows<T, DP>(k.tile, dk, one, x.D, lane, row_in(p.dk));
   store_rows<T, DP>(v.tile, dv, one, x.D, lane, row_in(p.dv));
 }
@@ -217,9 +279,15 @@ cudaError_t launch_unit_gradient(const UnitGradientParams& p, cudaStream_t strea
     const int units = compress ? x.keys.max_length : p.role == UnitRole::routed ? x.K : x.M;
     const int parts = compress ? 1 : p.role == UnitRole::routed ? p.max_segments : p.splits;
     const int warps = std::min(L::kWarps, ceil_div(units, 16));
-    if (cudaError_t status = allow_shared_memory(unit_gradient_kernel<C>, sizeof(typename L::Shared))) return status;
+    const bool collects = compress && p.indices != nullptr;
+    const std::size_t bytes = collects ? std::max(sizeof(typename L::Shared), sizeof(RoutedSums<C>)) : sizeof(typename L::Shared);
+    if (cudaError_t status = allow_shared_memory(unit_gradient_kernel<C>, bytes)) return status;
+    if (collects) {
+      key_starts_kernel<<<static_cast<unsigned>(x.B) * x.H * x.M, 128, 0, stream>>>(p);
+      if (cudaError_t status = cudaGetLastError()) return status;
+    }
     const unsigned blocks = static_cast<unsigned>(x.B) * (compress ? x.Hkv : x.H) * parts * ceil_div(units, 16 * warps);
-    unit_gradient_kernel<C><<<blocks, 32 * warps, sizeof(typename L::Shared), stream>>>(p);
+    unit_gradient_kernel<C><<<blocks, 32 * warps, bytes, stream>>>(p);
     return cudaGetLastError();
   });
 }

@@ -570,7 +570,9 @@ void run(const Case& c) {
   const std::size_t routed_rows = std::size_t(BH) * max_segments * K * D;
   Buffer<float> routed_dk(s ? routed_rows : 0), routed_dv(s ? routed_rows : 0);
   const Output dk(dtype, B, Hkv, L, D, &keys), dv(dtype, B, Hkv, L, D, &keys);
+  Buffer<std::int32_t> key_starts(std::size_t(BH) * M * (parts_of(L, kKeyBlock) + 1));
   UnitGradientParams units{};
+  units.key_starts = key_starts.data;
   units.problem = problem, units.scale = scale, units.unit_k = k.rows, units.unit_v = v.rows;
   units.indices = s ? indices.data : nullptr, units.groups = backward_grouping.view(), units.max_segments = max_segments;
   units.partial_dk = routed_dk.data, units.partial_dv = routed_dv.data;
