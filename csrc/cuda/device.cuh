@@ -166,6 +166,15 @@ __device__ inline std::uint32_t shared_address(const void* p) { return static_ca
 __device__ inline void commit_loads() { asm volatile("cp.async.commit_group;"); }
 template <int PENDING> __device__ inline void wait_loads() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING)); }
 
+// Starts copying `count` numbers, number i from source(i), with all threads of the block; zeros where that is null.
+template <class N, class Source> __device__ inline void load_numbers(N* target, int count, Source source) {
+  static_assert(sizeof(N) == 4);
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    const N* from = source(i);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(target + i)), "l"(from), "r"(from ? 4 : 0) : "memory");
+  }
+}
+
 // Rows of a tensor on their way into a tile.
 template <class T, int DP> struct Copy {
   Tile<T, DP> target;
@@ -411,19 +420,21 @@ struct WorkItem {
 };
 
 // The `item`-th piece of at most `rows` entries in the order of `table` (prefix sums [BH, M+1]); entries <= 0: beyond the last.
-// All threads of the block must call it.
-__device__ inline WorkItem find_work(const std::int32_t* table, const Groups& groups, const Problem& x, int bh, int length, int item, int rows) {
-  if (x.s == 0) return {0, min(rows, length - item * rows), 1, nullptr, item * rows};
-  __shared__ int found;
-  table += std::int64_t(bh) * (x.M + 1);
-  if (item >= table[x.M]) return {0, 0, x.s, nullptr, 0};
-  for (int m = threadIdx.x; m < x.M; m += blockDim.x)
-    if (table[m] <= item && item < table[m + 1]) found = m;
+// All threads of the block must call it, once. It stays in shared memory: it would hold registers all the time.
+__device__ inline const WorkItem& find_work(const std::int32_t* table, const Groups& groups, const Problem& x, int s, int bh, int length, int item, int rows) {
+  __shared__ WorkItem work;
+  if (threadIdx.x == 0) work = s == 0 ? WorkItem{0, min(rows, length - item * rows), 1, nullptr, item * rows} : WorkItem{0, 0, s, nullptr, 0};
   __syncthreads();
-  const int expert = found;
-  const std::int32_t* starts = groups.first + std::int64_t(bh) * (x.M + 1) + expert;
-  const int first = starts[0] + (item - table[expert]) * rows;
-  return {expert, min(rows, starts[1] - first), x.s, groups.entries + std::int64_t(bh) * x.queries.max_length * x.s, first};
+  if (s == 0) return work;
+  table += std::int64_t(bh) * (x.M + 1);
+  for (int m = threadIdx.x; m < x.M; m += blockDim.x)
+    if (const int tile = table[m]; tile <= item && item < table[m + 1]) {
+      const std::int32_t* starts = groups.first + std::int64_t(bh) * (x.M + 1) + m;
+      const int first = starts[0] + (item - tile) * rows;
+      work = {m, min(rows, starts[1] - first), s, groups.entries + std::int64_t(bh) * x.queries.max_length * s, first};
+    }
+  __syncthreads();
+  return work;
 }
 
 // ---- units ---------------------------------------------------------------------------------------------------------
@@ -434,7 +445,7 @@ template <class T, int DP, int UNITS> struct UnitStage {
 };
 
 // Starts loading the `tile`-th UNITS units of a query: `shared_tiles` tiles of landmarks and compressed values, then the keys
-// and values at `indices` (the row of an expert), or all keys where that is null.
+// and values at `indices` (those of an expert, in shared memory), or all keys where that is null.
 template <class T, int DP, int UNITS>
 __device__ inline void load_units(UnitStage<T, DP, UNITS>& stage, const Units& units, const Problem& x, int b, int h,
                                   const std::int32_t* indices, int tile, int shared_tiles) {

@@ -16,15 +16,17 @@ template <class C> struct Layout : C {
   static constexpr bool kHalf = sizeof(typename C::T) == 2;
   static constexpr int kWarps = kAttentionRows<sizeof(typename C::T)> / 16;  // at most; groups.tile_rows says how many
   static constexpr int kUnits = kHalf ? 64 : 32;                          // of one tile
+  static constexpr int kBlocks = !kHalf ? 1 : C::DP == 64 ? 4 : 2;  // of a multiprocessor, by registers
   struct Shared {
     UnitStage<typename C::T, C::DP, kUnits> stage[2];
-    TileStorage<typename C::T, C::DP, 16 * kWarps> queries;  // last: only the rows in use are allocated
+    TileStorage<typename C::T, C::DP, 16 * kWarps> queries;
+    std::int32_t indices[kMaxTopk];  // of the expert's keys; last: only K are allocated
   };
-  static_assert(sizeof(Shared) <= 99 * 1024);
+  static_assert(offsetof(Shared, indices) <= 97 * 1024);
 };
 
 template <class C>
-__global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::DP == 64 && Layout<C>::kHalf ? 2 : 1) attention_kernel(const AttentionParams p) {
+__global__ void __launch_bounds__(32 * Layout<C>::kWarps, Layout<C>::kBlocks) attention_kernel(const AttentionParams p) {
   using L = Layout<C>;
   using T = typename C::T;
   constexpr int DP = C::DP, kUnits = L::kUnits, kTiles = kUnits / 8;
@@ -35,17 +37,20 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::DP == 64 && Layout<
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
   const int tiles = max_tiles(x, p.groups.tile_rows), bh = blockIdx.x / tiles, b = bh / x.H, h = bh % x.H;
   const Span queries = span(x.queries, b);
-  const WorkItem work = find_work(p.groups.tiles, p.groups, x, bh, queries.length, blockIdx.x % tiles, p.groups.tile_rows);
+  const WorkItem& work = find_work(p.groups.tiles, p.groups, x, x.s, bh, queries.length, blockIdx.x % tiles, p.groups.tile_rows);
   if (work.entries <= 0) return;
 
   const std::int32_t* indices = p.units.indices + (std::int64_t(bh) * x.M + work.expert) * x.K;
   const int shared_tiles = p.units.shared ? ceil_div(x.M, kUnits) : 0, all_tiles = shared_tiles + (x.s > 0 ? ceil_div(x.K, kUnits) : 0);
 
   const auto load_stage = [&](int tile) {
-    load_units(shared.stage[tile & 1], p.units, x, b, h, indices, tile, shared_tiles);
+    load_units(shared.stage[tile & 1], p.units, x, b, h, shared.indices, tile, shared_tiles);
   };
 
   load_rows<T, DP>(blockDim.x / 2, x.D, [&](int i) { return i < work.entries ? work.query(i) : -1; }, copy_of(shared.queries.tile(), p.q, b, h, queries.start));
+  if (x.s > 0)
+    for (int i = threadIdx.x; i < x.K; i += blockDim.x) shared.indices[i] = indices[i];
+  __syncthreads();
   if (all_tiles > 0) load_stage(0);
   commit_loads();
   wait_loads<0>();
@@ -142,7 +147,7 @@ cudaError_t launch_expert_attention(const AttentionParams& p, cudaStream_t strea
     using L = Layout<C>;
     const int warps = p.groups.tile_rows / 16;
     if (warps < 1 || warps > L::kWarps) return cudaErrorInvalidValue;
-    const std::size_t bytes = sizeof(typename L::Shared) - (L::kWarps - warps) * 16 * C::DP * sizeof(typename C::T);
+    const std::size_t bytes = offsetof(typename L::Shared, indices) + x.K * sizeof(std::int32_t);
     if (cudaError_t status = allow_shared_memory(attention_kernel<C>, sizeof(typename L::Shared))) return status;
     const unsigned blocks = static_cast<unsigned>(x.B) * x.H * max_tiles(x, p.groups.tile_rows);
     attention_kernel<C><<<blocks, 32 * warps, bytes, stream>>>(p);

@@ -15,14 +15,16 @@ template <class C> struct Layout : C {
   static constexpr bool kHalf = sizeof(typename C::T) == 2;
   static constexpr int kWarps = kRowGradientRows<sizeof(typename C::T), C::DP> / 16;  // at most
   static constexpr int kUnits = kHalf ? 64 : C::DP == 64 ? 32 : 16;                   // of one tile
+  static constexpr int kBlocks = !kHalf ? 1 : C::DP == 64 ? 3 : 2;  // of a multiprocessor, by registers
   struct Shared {
     UnitStage<typename C::T, C::DP, kUnits> stage[2];
     TileStorage<typename C::T, C::DP, 16 * kWarps> q, dout;
+    std::int32_t indices[kMaxTopk];  // of the expert's keys; last: only K are allocated
   };
-  static_assert(sizeof(Shared) <= 99 * 1024);
+  static_assert(offsetof(Shared, indices) <= 97 * 1024);
 };
 
-template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Layout<C>::kHalf ? 2 : 1) row_gradient_kernel(const RowGradientParams p) {
+template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Layout<C>::kBlocks) row_gradient_kernel(const RowGradientParams p) {
   using L = Layout<C>;
   using T = typename C::T;
   constexpr int DP = C::DP, kUnits = L::kUnits, kTiles = kUnits / 8;
@@ -38,18 +40,22 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   const int blocks = landmark ? ceil_div(x.M, block_rows) : max_tiles(x, block_rows), parts = landmark ? p.splits : 1;
   const int block = blockIdx.x % blocks, part = blockIdx.x / blocks % parts, bh = blockIdx.x / blocks / parts, b = bh / x.H, h = bh % x.H;
   const Span queries = span(x.queries, b), keys = span(x.keys, b);
-  WorkItem work = {0, min(block_rows, x.M - block * block_rows), 1, nullptr, block * block_rows};
-  if (!landmark) work = find_work(p.groups.tiles, p.groups, x, bh, queries.length, block, block_rows);
+  // Landmarks come as they are, like queries without experts.
+  const WorkItem& work = find_work(p.groups.tiles, p.groups, x, landmark ? 0 : x.s, bh, landmark ? x.M : queries.length, block, block_rows);
   if (work.entries <= 0) return;
   const int tiles_per_part = ceil_div(ceil_div(keys.length, kUnits), parts), first_tile = landmark ? part * tiles_per_part : 0;
   const int shared_tiles = p.units.shared ? ceil_div(x.M, kUnits) : 0;
   const int all_tiles = landmark ? max(0, min(ceil_div(keys.length, kUnits) - first_tile, tiles_per_part)) : shared_tiles + (x.s > 0 ? ceil_div(x.K, kUnits) : 0);
-  const std::int32_t* indices = landmark ? nullptr : p.units.indices + (std::int64_t(bh) * x.M + work.expert) * x.K;
 
-  const auto load_stage = [&](int tile) { load_units(shared.stage[tile & 1], p.units, x, b, h, indices, first_tile + tile, shared_tiles); };
+  const auto load_stage = [&](int tile) { load_units(shared.stage[tile & 1], p.units, x, b, h, landmark ? nullptr : shared.indices, first_tile + tile, shared_tiles); };
   const std::int64_t start = landmark ? 0 : queries.start;
   load_rows<T, DP>(block_rows, x.D, [&](int i) { return i < work.entries ? work.query(i) : -1; }, copy_of(shared.q.tile(), p.q, b, h, start),
                    copy_of(shared.dout.tile(), p.dout, b, h, start));
+  if (!landmark && x.s > 0) {
+    const std::int32_t* indices = p.units.indices + (std::int64_t(bh) * x.M + work.expert) * x.K;
+    for (int i = threadIdx.x; i < x.K; i += blockDim.x) shared.indices[i] = indices[i];
+    __syncthreads();
+  }
   if (all_tiles > 0) load_stage(0);
   commit_loads();
 
@@ -141,10 +147,11 @@ cudaError_t launch_row_gradient(const RowGradientParams& p, cudaStream_t stream)
     const bool landmark = p.role == RowRole::landmark;
     const int warps = landmark ? std::min(L::kWarps, ceil_div(x.M, 16)) : p.groups.tile_rows / 16;
     if (warps < 1 || warps > L::kWarps) return cudaErrorInvalidValue;
+    const std::size_t bytes = offsetof(typename L::Shared, indices) + (landmark ? 0 : x.K * sizeof(std::int32_t));
     if (cudaError_t status = allow_shared_memory(row_gradient_kernel<C>, sizeof(typename L::Shared))) return status;
     const unsigned heads = static_cast<unsigned>(x.B) * x.H;
     const unsigned blocks = landmark ? heads * p.splits * ceil_div(x.M, 16 * warps) : heads * max_tiles(x, p.groups.tile_rows);
-    row_gradient_kernel<C><<<blocks, 32 * warps, sizeof(typename L::Shared), stream>>>(p);
+    row_gradient_kernel<C><<<blocks, 32 * warps, bytes, stream>>>(p);
     return cudaGetLastError();
   });
 }

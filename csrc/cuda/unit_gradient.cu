@@ -17,14 +17,17 @@ template <class C> struct Layout : C {
   static constexpr bool kHalf = sizeof(typename C::T) == 2;
   static constexpr int kWarps = kHalf || C::DP == 64 ? 4 : 2;     // at most; 16 units each
   static constexpr int kRows = kHalf && C::DP == 64 ? 64 : 32;    // of one tile. Evidence: 64 rows of 128 columns spill
+  static constexpr int kBlocks = kHalf ? 2 : 1;                   // of a multiprocessor, by registers
+  static constexpr int kListedRows = 512;
   struct Shared {
     struct {
       TileStorage<typename C::T, C::DP, kRows> q, dout;
-      float lse[kRows], delta[kRows];  // lse in the base of T, shifted for fp16; +infinity for absent rows
+      float lse[kRows], delta[kRows];
     } stage[2];
     TileStorage<typename C::T, C::DP, 16 * kWarps> k, v;
+    std::int32_t rows[kListedRows];  // routed: the queries that come next
   };
-  static_assert(sizeof(Shared) <= 99 * 1024);
+  static_assert(sizeof(Shared) <= 102 * 1024);
 };
 
 // starts[block] = the first slot of an expert's ascending indices that lies in key block `block` or behind it.
@@ -93,16 +96,16 @@ template <class C> struct RoutedSums {
       for (int i = lane; i - lane < count; i += 32) {
         const int mine = i < count ? entry[i] : -1;
         unsigned left = __ballot_sync(0xffffffffu, mine >= 0 && mine >> 25 == warp);
-        while (left) left = add_four(p, bh, segments, mine, left, lane);
+        while (left) left = add_few(p, bh, segments, mine, left, lane);
       }
       __syncthreads();
     }
   }
 
-  // The first four entries of a warp's `left` lanes: four rows are on their way before the first one is added.
-  __device__ unsigned add_four(const UnitGradientParams& p, int bh, const std::int32_t* segments, int mine, unsigned left, int lane) {
+  // The first few entries of a warp's `left` lanes: all their rows are on their way before the first one is added.
+  __device__ unsigned add_few(const UnitGradientParams& p, int bh, const std::int32_t* segments, int mine, unsigned left, int lane) {
     using Columns = std::conditional_t<C::DP == 64, float2, float4>;  // of one lane
-    constexpr int kColumns = C::DP / 32;
+    constexpr int kColumns = C::DP / 32, kFew = 8 / kColumns;  // beside 128 registers of gradients
     const Problem& x = p.problem;
     const int column = kColumns * lane;
     const auto add = [](float* sum, const Columns& more) {
@@ -110,11 +113,11 @@ template <class C> struct RoutedSums {
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) sum[i] += m[i];
     };
-    int unit[4], segment[4], last[4];
-    std::int64_t row[4];
-    Columns k[4], v[4];
+    int unit[kFew], segment[kFew], last[kFew];
+    std::int64_t row[kFew];
+    Columns k[kFew], v[kFew];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kFew; ++i) {
       const int from = __ffs(left) - 1, one = from < 0 ? -1 : __shfl_sync(0xffffffffu, mine, from), m = one >> 11 & 1023;
       unit[i] = one >> 21;
       segment[i] = from < 0 ? 0 : segments[m], last[i] = from < 0 ? 0 : segments[m + 1];
@@ -127,7 +130,7 @@ template <class C> struct RoutedSums {
     }
     if (column < x.D)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < kFew; ++i) {
         if (segment[i] >= last[i]) continue;
         add(&dk[unit[i]][column], k[i]), add(&dv[unit[i]][column], v[i]);
         for (int s = segment[i] + 1; s < last[i]; ++s) {
@@ -139,7 +142,7 @@ template <class C> struct RoutedSums {
   }
 };
 
-template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Layout<C>::kHalf ? 2 : 1) unit_gradient_kernel(const UnitGradientParams p) {
+template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Layout<C>::kBlocks) unit_gradient_kernel(const UnitGradientParams p) {
   using L = Layout<C>;
   using T = typename C::T;
   constexpr int DP = C::DP, kRows = L::kRows, kTiles = kRows / 8;
@@ -156,16 +159,13 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   const int parts = compress ? 1 : routed ? p.max_segments : p.splits;
   const int u0 = blockIdx.x % blocks * block_units, part = blockIdx.x / blocks % parts, head = blockIdx.x / blocks / parts;
   const int heads = compress ? x.Hkv : x.H, b = head / heads, h = head % heads, bh = head;  // bh: shared and routed only
-  const Span queries = span(x.queries, b), keys = span(x.keys, b);
-  WorkItem work = {};
-  if (routed) {
-    work = find_work(p.groups.segments, p.groups, x, bh, queries.length, part, p.groups.segment_rows);
-    if (work.entries <= 0) return;
-  }
-  const int tiles_per_part = ceil_div(ceil_div(queries.length, kRows), parts);
-  const int first_row = compress || routed ? 0 : part * tiles_per_part * kRows;
-  const int last_row = compress ? p.landmark_rows : routed ? work.entries : min(queries.length, first_row + tiles_per_part * kRows);
-  const int tiles = max(0, ceil_div(last_row - first_row, kRows)), steps = compress ? tiles * group : tiles;
+  const Span keys = span(x.keys, b);
+  // The rows that come by: a segment of an expert's queries, a part of all queries, or all landmarks (once per query head).
+  const int length = compress ? p.landmark_rows : span(x.queries, b).length;
+  const int rows = compress ? length : routed ? p.groups.segment_rows : ceil_div(ceil_div(length, kRows), parts) * kRows;
+  const WorkItem& work = find_work(p.groups.segments, p.groups, x, routed ? x.s : 0, bh, length, part, rows);
+  if (routed && work.entries <= 0) return;
+  const int tiles = max(0, ceil_div(work.entries, kRows)), steps = compress ? tiles * group : tiles;
 
   const auto unit_row = [&](int i) {  // the row of unit u0 + i, -1 where there is none
     if (!routed) return u0 + i < (compress ? keys.length : x.M) ? u0 + i : -1;
@@ -174,20 +174,27 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   };
   const auto load_stage = [&](int step) {
     auto& stage = shared.stage[step & 1];
-    const int row_head = compress ? h * group + step / tiles : h, base = first_row + (compress ? step % tiles : step) * kRows;
-    const std::int64_t row_start = compress ? 0 : queries.start, stats = (std::int64_t(b) * x.H + row_head) * (compress ? x.M : x.queries.max_length);
-    const auto row = [&](int i) { return base + i >= last_row ? -1 : routed ? work.query(base + i) : base + i; };
-    load_rows<T, DP>(kRows, x.D, row, copy_of(stage.q.tile(), p.row_q, b, row_head, row_start), copy_of(stage.dout.tile(), p.row_dout, b, row_head, row_start));
-    for (int i = threadIdx.x; i < kRows; i += blockDim.x) {
-      const int r = row(i);
-      const float lse = r < 0 ? kInfinity : p.lse[stats + r] * kLogit<T>;
-      stage.lse[i] = lse == -kInfinity ? kInfinity : lse - kProbabilityShift<T>;  // a row that attended to nothing gives nothing
-      stage.delta[i] = r < 0 ? 0.0f : p.delta[stats + r];
-    }
+    const int row_head = compress ? h * group + step / tiles : h, base = (compress ? step % tiles : step) * kRows;
+    const std::int64_t row_start = compress ? 0 : span(x.queries, b).start, stats = (std::int64_t(b) * x.H + row_head) * (compress ? x.M : x.queries.max_length);
+    const auto row = [&](int i) { return base + i >= work.entries ? -1 : routed ? shared.rows[(base + i) % L::kListedRows] : work.first + base + i; };
+    load_rows<T, DP, 2>(kRows, x.D, row, copy_of(stage.q.tile(), p.row_q, b, row_head, row_start), copy_of(stage.dout.tile(), p.row_dout, b, row_head, row_start));
+    const auto number = [&](const float* numbers) {
+      return [=](int i) {
+        const int r = row(i);
+        return r < 0 ? nullptr : numbers + stats + r;
+      };
+    };
+    load_numbers(stage.lse, kRows, number(p.lse));
+    load_numbers(stage.delta, kRows, number(p.delta));
+  };
+  const auto list_rows = [&](int first) {  // gathering through global memory would stall every tile: list many rows at once
+    for (int i = first + threadIdx.x; i < min(first + L::kListedRows, work.entries); i += blockDim.x) shared.rows[i % L::kListedRows] = work.query(i);
+    __syncthreads();
   };
   const int unit_head = routed ? h / group : h;
   const std::int64_t unit_start = routed || compress ? keys.start : 0;
   load_rows<T, DP>(block_units, x.D, unit_row, copy_of(shared.k.tile(), p.unit_k, b, unit_head, unit_start), copy_of(shared.v.tile(), p.unit_v, b, unit_head, unit_start));
+  if (routed) list_rows(0);
   if (steps > 0) load_stage(0);
   commit_loads();
 
@@ -200,6 +207,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   const float scale = p.scale * kLogit<T>;
   constexpr float kRescale = power_of_2(kGradientShift<T> - kProbabilityShift<T>);
   for (int step = 0; step < steps; ++step) {
+    if (routed && (step + 1) * kRows % L::kListedRows == 0) list_rows((step + 1) * kRows);
     if (step + 1 < steps) load_stage(step + 1);
     commit_loads();
     wait_loads<1>();
@@ -211,8 +219,11 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const float2 lse = *reinterpret_cast<const float2*>(&stage.lse[8 * n + 2 * (lane & 3)]);
+      // A row that attended to nothing gives nothing; absent rows are zeros, and so is all that they give.
+      const auto offset = [](float l) { return l == -kInfinity ? -kInfinity : kProbabilityShift<T> - l * kLogit<T>; };
+      const float offsets[2] = {offset(lse.x), offset(lse.y)};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) probability[n][i] = exponential<T>(fmaf(probability[n][i], scale, i & 1 ? -lse.y : -lse.x));
+      for (int i = 0; i < 4; ++i) probability[n][i] = exponential<T>(fmaf(probability[n][i], scale, offsets[i & 1]));
     }
     add_weighted_rows<T, DP, kTiles>(dv, probability, stage.dout.tile(), lane);
     clear(gradient);
@@ -261,8 +272,9 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   }
   __syncthreads();
   const auto row_in = [&](const Rows& rows) {
+    const Span keys = span(x.keys, b);
     T* data = head_rows<T>(rows, b, h, keys.start);
-    return [=](int i) { return own + i < (x.keys.starts ? keys.length : units) ? data + (own + i) * rows.row : nullptr; };
+    return [=](int i) { return own + i < (p.problem.keys.starts ? keys.length : units) ? data + (own + i) * rows.row : nullptr; };
   };
   store_rows<T, DP>(k.tile, dk, one, x.D, lane, row_in(p.dk));
   store_rows<T, DP>(v.tile, dv, one, x.D, lane, row_in(p.dv));
