@@ -145,55 +145,78 @@ template <class T> __device__ inline Vector<T> load_vector(const T* p, bool alig
   return v;
 }
 
-// ---- shared-memory tiles -------------------------------------------------------------------------------------------
+// ---- shared memory -------------------------------------------------------------------------------------------------
+
+// Shared memory by its 32-bit address. The address of the block's memory is taken once, in an instruction that the compiler
+// does not repeat: on sm_90 every other way to it reads a special register.
+struct Window {
+  const unsigned char* memory;
+  std::uint32_t address;
+  __device__ explicit Window(const unsigned char* memory) : memory(memory) {
+    asm volatile("{ .reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t; }" : "=r"(address) : "l"(memory));
+  }
+  template <class X> __device__ std::uint32_t of(const X& x) const {
+    return address + static_cast<std::uint32_t>(reinterpret_cast<const unsigned char*>(&x) - memory);
+  }
+};
+
+__device__ inline float4 load_shared4(std::uint32_t address) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(address) : "memory");
+  return x;
+}
+__device__ inline float2 load_shared2(std::uint32_t address) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
+  return x;
+}
+__device__ inline void store_shared2(std::uint32_t address, float lo, float hi) {
+  asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(address), "f"(lo), "f"(hi) : "memory");
+}
+__device__ inline void store_shared(std::uint32_t address, std::uint32_t x) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory"); }
 
 // ROWS x DP elements; 16-byte chunks of a row are permuted by the row number, which makes the accesses of ldmatrix, of
 // the fp32 products and of whole-row copies free of bank conflicts.
 template <class T, int DP> struct Tile {
-  static constexpr int kChunks = DP / kChunk<T>;
-  T* data;
-  __device__ T* chunk(int row, int c) const { return data + row * DP + ((c ^ (row & 7)) * kChunk<T>); }
-  __device__ Tile from_row(int row) const { return {data + row * DP}; }  // row: a multiple of 8
+  static constexpr int kChunks = DP / kChunk<T>, kRowBytes = DP * sizeof(T);
+  std::uint32_t address;
+  __device__ std::uint32_t chunk(int row, int c) const { return address + row * kRowBytes + 16 * (c ^ (row & 7)); }
+  __device__ Tile from_row(int row) const { return {address + row * kRowBytes}; }  // row: a multiple of 8
 };
 
 template <class T, int DP, int ROWS> struct alignas(256) TileStorage {
   T data[ROWS * DP];
-  __device__ Tile<T, DP> tile() { return {data}; }
+  __device__ Tile<T, DP> in(const Window& window) const { return {window.of(data)}; }
 };
 
-__device__ inline std::uint32_t shared_address(const void* p) { return static_cast<std::uint32_t>(__cvta_generic_to_shared(p)); }
-
-__device__ inline void commit_loads() { asm volatile("cp.async.commit_group;"); }
-template <int PENDING> __device__ inline void wait_loads() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING)); }
+__device__ inline void commit_loads() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> __device__ inline void wait_loads() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 
 // Starts copying `count` numbers, number i from source(i), with all threads of the block; zeros where that is null.
-template <class N, class Source> __device__ inline void load_numbers(N* target, int count, Source source) {
+template <class N, class Source> __device__ inline void load_numbers(std::uint32_t target, int count, Source source) {
   static_assert(sizeof(N) == 4);
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
     const N* from = source(i);
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(target + i)), "l"(from), "r"(from ? 4 : 0) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target + 4 * i), "l"(from), "r"(from ? 4 : 0) : "memory");
   }
 }
 
 // Rows of a tensor on their way into a tile.
 template <class T, int DP> struct Copy {
   Tile<T, DP> target;
-  const T* source;       // row 0
-  std::int64_t pitch;    // elements from row to row
+  const T* source;     // row 0
+  std::int64_t pitch;  // elements from row to row
   bool aligned;
 
-  // One chunk; zeros for absent rows (negative index) and for the columns from D to DP: probability 0 times garbage would be
-  // NaN if the garbage is.
-  __device__ void chunk(int row, int c, int index, bool inside) const {
-    T* to = target.chunk(row, c);
-    const bool valid = inside && index >= 0;
-    const T* from = source + (valid ? index * pitch + c * kChunk<T> : 0);
-    if (aligned) {
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
-    } else {
-#pragma unroll
-      for (int e = 0; e < kChunk<T>; ++e) to[e] = valid ? from[e] : from_float<T>(0.0f);
-    }
+  __device__ void vector(int row, int c, int index, bool valid) const {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target.chunk(row, c)), "l"(source + max(index, 0) * pitch + c * kChunk<T>),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+  }
+  __device__ void elements(int row, int c, int index, bool valid) const {
+    Vector<T> v{};
+    if (valid) v = load_vector(source + index * pitch + c * kChunk<T>, false);
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(target.chunk(row, c)), "r"(v.bits.x), "r"(v.bits.y), "r"(v.bits.z), "r"(v.bits.w) : "memory");
   }
 };
 
@@ -202,20 +225,29 @@ template <class T, int DP> __device__ inline Copy<T, DP> copy_of(Tile<T, DP> tar
 }
 
 // Starts copying `rows` rows into one or more tiles with all threads of the block; index(i) is the row of the tensors that
-// becomes row i, or -1. A thread keeps its column and asks for kBatch indices before it uses the first: they may come from memory.
+// becomes row i, or -1. Absent rows become zeros, as do the columns from D to DP: probability 0 times garbage would be NaN if
+// the garbage is. A thread keeps its column and asks for kBatch indices before it uses the first: they may come from memory.
 template <class T, int DP, int kBatch = 4, class Index, class... Copies>
 __device__ inline void load_rows(int rows, int D, Index index, const Copies&... copies) {
   constexpr int kChunks = Tile<T, DP>::kChunks;
   const int c = threadIdx.x % kChunks, step = blockDim.x / kChunks;
   const bool inside = c * kChunk<T> < D;
+  if ((copies.aligned && ...)) {
 #pragma unroll 1
-  for (int row = threadIdx.x / kChunks; row < rows; row += kBatch * step) {
-    int source[kBatch];
+    for (int row = threadIdx.x / kChunks; row < rows; row += kBatch * step) {
+      int source[kBatch];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) source[i] = row + i * step < rows ? index(row + i * step) : -1;
+      for (int i = 0; i < kBatch; ++i) source[i] = row + i * step < rows ? index(row + i * step) : -1;
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i)
-      if (row + i * step < rows) (copies.chunk(row + i * step, c, source[i], inside), ...);
+      for (int i = 0; i < kBatch; ++i)
+        if (row + i * step < rows) (copies.vector(row + i * step, c, source[i], inside && source[i] >= 0), ...);
+    }
+  } else {
+#pragma unroll 1
+    for (int row = threadIdx.x / kChunks; row < rows; row += step) {
+      const int source = index(row);
+      (copies.elements(row, c, source, inside && source >= 0), ...);
+    }
   }
 }
 
@@ -250,7 +282,7 @@ template <class T, int DP> struct SharedRows {
   std::uint32_t address;
   __device__ void load(Tile<T, DP> rows, int lane) {
     tile = rows;
-    address = shared_address(rows.chunk(lane & 15, lane >> 4));
+    address = rows.chunk(lane & 15, lane >> 4);
   }
   __device__ void fragment(std::uint32_t (&a)[4], int k) const { ldmatrix(a, at_step(address, k)); }
 };
@@ -261,7 +293,7 @@ template <class T, int DP> struct HeldRows {
   std::uint32_t held[sizeof(T) == 2 ? DP / 16 : 1][4];
   __device__ void load(Tile<T, DP> rows, int lane) {
     tile = rows;
-    const std::uint32_t address = shared_address(rows.chunk(lane & 15, lane >> 4));
+    const std::uint32_t address = rows.chunk(lane & 15, lane >> 4);
     if constexpr (sizeof(T) == 2)
 #pragma unroll
       for (int k = 0; k < DP / 16; ++k) ldmatrix(held[k], at_step(address, k));
@@ -280,7 +312,7 @@ template <class T, int DP, int NT, class A>
 __device__ inline void add_product(float (&acc)[NT][4], const A& a_rows, Tile<T, DP> b_rows, int lane) {
   if constexpr (sizeof(T) == 2) {
     static_assert(NT % 2 == 0);
-    const std::uint32_t address = shared_address(b_rows.chunk((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1));
+    const std::uint32_t address = b_rows.chunk((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
 #pragma unroll
     for (int k = 0; k < DP / 16; ++k) {
       std::uint32_t a[4], b[4];
@@ -296,14 +328,14 @@ __device__ inline void add_product(float (&acc)[NT][4], const A& a_rows, Tile<T,
     const int g = lane >> 2, t = lane & 3;
 #pragma unroll 1
     for (int c = 0; c < DP / 4; ++c) {
-      const float4 a0 = *reinterpret_cast<const float4*>(a_rows.tile.chunk(g, c));
-      const float4 a1 = *reinterpret_cast<const float4*>(a_rows.tile.chunk(g + 8, c));
+      const float4 a0 = load_shared4(a_rows.tile.chunk(g, c));
+      const float4 a1 = load_shared4(a_rows.tile.chunk(g + 8, c));
       // Four terms apart from the sum: a quarter of the roundings meets the large numbers.
       const auto dot = [](float sum, float4 x, float4 y) { return sum + fmaf(x.w, y.w, fmaf(x.z, y.z, fmaf(x.y, y.y, x.x * y.x))); };
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
-        const float4 b0 = *reinterpret_cast<const float4*>(b_rows.chunk(8 * n + 2 * t, c));
-        const float4 b1 = *reinterpret_cast<const float4*>(b_rows.chunk(8 * n + 2 * t + 1, c));
+        const float4 b0 = load_shared4(b_rows.chunk(8 * n + 2 * t, c));
+        const float4 b1 = load_shared4(b_rows.chunk(8 * n + 2 * t + 1, c));
         acc[n][0] = dot(acc[n][0], a0, b0);
         acc[n][1] = dot(acc[n][1], a0, b1);
         acc[n][2] = dot(acc[n][2], a1, b0);
@@ -318,7 +350,7 @@ template <class T, int DP, int KT>
 __device__ inline void add_weighted_rows(float (&acc)[DP / 8][4], const float (&p)[KT][4], Tile<T, DP> v_rows, int lane) {
   if constexpr (sizeof(T) == 2) {
     static_assert(KT % 2 == 0);
-    const std::uint32_t address = shared_address(v_rows.chunk(lane & 15, lane >> 4));
+    const std::uint32_t address = v_rows.chunk(lane & 15, lane >> 4);
 #pragma unroll
     for (int k = 0; k < KT / 2; ++k) {
       const std::uint32_t a[4] = {pack<T>(p[2 * k][0], p[2 * k][1]), pack<T>(p[2 * k][2], p[2 * k][3]),
@@ -334,7 +366,7 @@ __device__ inline void add_weighted_rows(float (&acc)[DP / 8][4], const float (&
   } else {
     // The chunk permutation splits into a part known at compile time and one of two lane offsets: few registers.
     const int t = lane & 3;
-    const float* columns[2] = {v_rows.data + 4 * (t >> 1) + 2 * (t & 1), v_rows.data + 4 * ((t >> 1) ^ 1) + 2 * (t & 1)};
+    const std::uint32_t columns[2] = {v_rows.address + 16 * (t >> 1) + 8 * (t & 1), v_rows.address + 16 * ((t >> 1) ^ 1) + 8 * (t & 1)};
 #pragma unroll
     for (int n = 0; n < KT; ++n) {
 #pragma unroll
@@ -343,7 +375,7 @@ __device__ inline void add_weighted_rows(float (&acc)[DP / 8][4], const float (&
         const float upper = __shfl_sync(0xffffffffu, p[n][i & 1], owner), lower = __shfl_sync(0xffffffffu, p[n][2 + (i & 1)], owner);
 #pragma unroll
         for (int d = 0; d < DP / 8; ++d) {
-          const float2 v = *reinterpret_cast<const float2*>(columns[i & 1] + (8 * n + i) * DP + 4 * ((2 * d) ^ (i & 6)));
+          const float2 v = load_shared2(columns[i & 1] + (8 * n + i) * (4 * DP) + 16 * ((2 * d) ^ (i & 6)));
           acc[d][0] = fmaf(upper, v.x, acc[d][0]);
           acc[d][1] = fmaf(upper, v.y, acc[d][1]);
           acc[d][2] = fmaf(lower, v.x, acc[d][2]);
@@ -447,7 +479,7 @@ template <class T, int DP, int UNITS> struct UnitStage {
 // Starts loading the `tile`-th UNITS units of a query: `shared_tiles` tiles of landmarks and compressed values, then the keys
 // and values at `indices` (those of an expert, in shared memory), or all keys where that is null.
 template <class T, int DP, int UNITS>
-__device__ inline void load_units(UnitStage<T, DP, UNITS>& stage, const Units& units, const Problem& x, int b, int h,
+__device__ inline void load_units(UnitStage<T, DP, UNITS>& stage, const Window& window, const Units& units, const Problem& x, int b, int h,
                                   const std::int32_t* indices, int tile, int shared_tiles) {
   const bool shared = tile < shared_tiles;
   const Span keys = span(x.keys, b);  // here and not in the caller, where it would hold registers all the time
@@ -459,8 +491,8 @@ __device__ inline void load_units(UnitStage<T, DP, UNITS>& stage, const Units& u
     const int index = indices == nullptr ? u : u < x.K ? indices[u] : -1;
     return static_cast<unsigned>(index) < static_cast<unsigned>(keys.length) ? index : -1;
   };
-  load_rows<T, DP>(UNITS, x.D, unit, copy_of(stage.k.tile(), shared ? units.landmarks : units.k, b, head, start),
-                   copy_of(stage.v.tile(), shared ? units.compressed : units.v, b, head, start));
+  load_rows<T, DP, 2>(UNITS, x.D, unit, copy_of(stage.k.in(window), shared ? units.landmarks : units.k, b, head, start),
+                   copy_of(stage.v.in(window), shared ? units.compressed : units.v, b, head, start));
   for (int i = threadIdx.x; i < UNITS; i += blockDim.x) stage.bias[i] = unit(i) >= 0 ? 0.0f : -kInfinity;
 }
 
@@ -486,16 +518,15 @@ __device__ inline void store_rows(Tile<T, DP> tile, const float (&acc)[DP / 8][4
   for (int d = 0; d < DP / 8; ++d)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int column = 8 * d + 2 * t;
-      T* p = tile.chunk(g + 8 * h, column / kChunk<T>) + column % kChunk<T>;
-      p[0] = from_float<T>(acc[d][2 * h] * factor[h]);
-      p[1] = from_float<T>(acc[d][2 * h + 1] * factor[h]);
+      const std::uint32_t to = tile.chunk(g + 8 * h, (8 * d + 2 * t) / kChunk<T>) + (8 * d + 2 * t) % kChunk<T> * sizeof(T);
+      if constexpr (sizeof(T) == 2) store_shared(to, pack<T>(acc[d][2 * h] * factor[h], acc[d][2 * h + 1] * factor[h]));
+      else store_shared2(to, acc[d][2 * h] * factor[h], acc[d][2 * h + 1] * factor[h]);
     }
   __syncwarp();
   const int chunks = D / kChunk<T>;
   for (int i = lane; i < 16 * chunks; i += 32) {
     const int row = i / chunks, c = i % chunks;
-    if (T* target = row_pointer(row)) *reinterpret_cast<uint4*>(target + c * kChunk<T>) = *reinterpret_cast<const uint4*>(tile.chunk(row, c));
+    if (T* target = row_pointer(row)) *reinterpret_cast<float4*>(target + c * kChunk<T>) = load_shared4(tile.chunk(row, c));
   }
 }
 

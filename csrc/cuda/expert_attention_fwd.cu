@@ -32,6 +32,7 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Layout<C>::kBlocks) at
   constexpr int DP = C::DP, kUnits = L::kUnits, kTiles = kUnits / 8;
   extern __shared__ __align__(256) unsigned char memory[];
   typename L::Shared& shared = *reinterpret_cast<typename L::Shared*>(memory);
+  const Window window(memory);
 
   const Problem& x = p.problem;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
@@ -44,10 +45,10 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Layout<C>::kBlocks) at
   const int shared_tiles = p.units.shared ? ceil_div(x.M, kUnits) : 0, all_tiles = shared_tiles + (x.s > 0 ? ceil_div(x.K, kUnits) : 0);
 
   const auto load_stage = [&](int tile) {
-    load_units(shared.stage[tile & 1], p.units, x, b, h, shared.indices, tile, shared_tiles);
+    load_units(shared.stage[tile & 1], window, p.units, x, b, h, shared.indices, tile, shared_tiles);
   };
 
-  load_rows<T, DP>(blockDim.x / 2, x.D, [&](int i) { return i < work.entries ? work.query(i) : -1; }, copy_of(shared.queries.tile(), p.q, b, h, queries.start));
+  load_rows<T, DP>(blockDim.x / 2, x.D, [&](int i) { return i < work.entries ? work.query(i) : -1; }, copy_of(shared.queries.in(window), p.q, b, h, queries.start));
   if (x.s > 0)
     for (int i = threadIdx.x; i < x.K; i += blockDim.x) shared.indices[i] = indices[i];
   __syncthreads();
@@ -57,7 +58,7 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Layout<C>::kBlocks) at
   __syncthreads();
 
   OwnRows<T, DP> rows;
-  rows.load(shared.queries.tile().from_row(16 * warp), lane);
+  rows.load(shared.queries.in(window).from_row(16 * warp), lane);
 
   const auto own = [&](int i) { return 16 * warp + g + 8 * i; };  // of the lane's two rows
   OnlineSoftmax<T> softmax;
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Layout<C>::kBlocks) at
       const float scale = (dense ? p.landmark_scale : p.scale) * kLogit<T>;
       float s[kTiles][4];
       clear(s);
-      add_product<T, DP, kTiles>(s, rows, stage.k.tile(), lane);
+      add_product<T, DP, kTiles>(s, rows, stage.k.in(window), lane);
       scale_logits(s, scale, stage.bias, lane);
       if (dense && work.slots > 1)  // only the first slot of a query has the shared units
 #pragma unroll
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Layout<C>::kBlocks) at
 #pragma unroll
             for (int n = 0; n < kTiles; ++n) s[n][2 * i] = s[n][2 * i + 1] = -kInfinity;
       softmax.update(s, out);
-      add_weighted_rows<T, DP, kTiles>(out, s, stage.v.tile(), lane);
+      add_weighted_rows<T, DP, kTiles>(out, s, stage.v.in(window), lane);
     }
     __syncthreads();
   }
@@ -104,7 +105,7 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Layout<C>::kBlocks) at
       return 16 * warp + i < work.entries ? p.partial_out + (std::int64_t(bh) * N * work.slots + work.entry(16 * warp + i)) * x.D : nullptr;
     });
   else
-    store_rows<T, DP>(shared.queries.tile().from_row(16 * warp), out, factor, x.D, lane, [&](int i) {
+    store_rows<T, DP>(shared.queries.in(window).from_row(16 * warp), out, factor, x.D, lane, [&](int i) {
       return 16 * warp + i < work.entries ? head_rows<T>(p.out, b, h, span(x.queries, b).start + work.entry(16 * warp + i)) : nullptr;
     });
 }

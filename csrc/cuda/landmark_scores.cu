@@ -31,6 +31,7 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::DP == 64 ? 2 : 1) s
   constexpr int DP = C::DP, kKeys = L::kKeys, kTiles = kKeys / 8;
   extern __shared__ __align__(256) unsigned char memory[];
   typename L::Shared& shared = *reinterpret_cast<typename L::Shared*>(memory);
+  const Window window(memory);
 
   const Problem& x = p.problem;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
@@ -44,18 +45,18 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::DP == 64 ? 2 : 1) s
   const auto load_stage = [&](int tile) {
     auto& stage = shared.stage[tile & 1];
     const int head = h / (x.H / x.Hkv), key0 = tile * kKeys;
-    load_rows<T, DP, 2>(kKeys, x.D, [&](int i) { return key0 + i < keys.length ? key0 + i : -1; }, copy_of(stage.k.tile(), p.k, b, head, keys.start),
-                     copy_of(stage.v.tile(), p.v, b, head, keys.start));
+    load_rows<T, DP, 2>(kKeys, x.D, [&](int i) { return key0 + i < keys.length ? key0 + i : -1; }, copy_of(stage.k.in(window), p.k, b, head, keys.start),
+                     copy_of(stage.v.in(window), p.v, b, head, keys.start));
   };
 
-  load_rows<T, DP>(block_rows, x.D, [&](int i) { return m0 + i < x.M ? m0 + i : -1; }, copy_of(shared.landmarks.tile(), p.landmarks, b, h, 0));
+  load_rows<T, DP>(block_rows, x.D, [&](int i) { return m0 + i < x.M ? m0 + i : -1; }, copy_of(shared.landmarks.in(window), p.landmarks, b, h, 0));
   if (first_tile < last_tile) load_stage(first_tile);
   commit_loads();
   wait_loads<0>();
   __syncthreads();
 
   OwnRows<T, DP> landmarks;
-  landmarks.load(shared.landmarks.tile().from_row(16 * warp), lane);
+  landmarks.load(shared.landmarks.in(window).from_row(16 * warp), lane);
   OnlineSoftmax<T> softmax;
   float values[DP / 8][4];
   clear(values);
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::DP == 64 ? 2 : 1) s
     auto& stage = shared.stage[tile & 1];
     float s[kTiles][4];
     clear(s);
-    add_product<T, DP, kTiles>(s, landmarks, stage.k.tile(), lane);
+    add_product<T, DP, kTiles>(s, landmarks, stage.k.in(window), lane);
 
     const int key0 = tile * kKeys + 2 * t;
 #pragma unroll
@@ -87,7 +88,7 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::DP == 64 ? 2 : 1) s
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[n][i] = ragged && key0 + 8 * n + (i & 1) >= keys.length ? -kInfinity : s[n][i] * scale;
     softmax.update(s, values);
-    add_weighted_rows<T, DP, kTiles>(values, s, stage.v.tile(), lane);
+    add_weighted_rows<T, DP, kTiles>(values, s, stage.v.in(window), lane);
     __syncthreads();
   }
 

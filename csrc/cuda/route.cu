@@ -30,6 +30,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, 2) 
   constexpr int DP = C::DP, kRows = 16 * L::kWarps, kTile = L::kLandmarks, kTiles = kTile / 8;
   extern __shared__ __align__(256) unsigned char memory[];
   typename L::Shared& shared = *reinterpret_cast<typename L::Shared*>(memory);
+  const Window window(memory);
 
   const Problem& x = p.problem;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
@@ -39,16 +40,16 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, 2) 
   const int tiles = ceil_div(x.M, kTile);
   const auto load_landmarks = [&](int step) {  // steps run through the tiles once per round
     const int m0 = step % tiles * kTile;
-    load_rows<T, DP>(kTile, x.D, [&](int i) { return m0 + i < x.M ? m0 + i : -1; }, copy_of(shared.stage[step & 1].tile(), p.landmarks, b, h, 0));
+    load_rows<T, DP>(kTile, x.D, [&](int i) { return m0 + i < x.M ? m0 + i : -1; }, copy_of(shared.stage[step & 1].in(window), p.landmarks, b, h, 0));
   };
 
-  load_rows<T, DP>(kRows, x.D, [&](int i) { return n0 + i < queries.length ? n0 + i : -1; }, copy_of(shared.queries.tile(), p.q, b, h, queries.start));
+  load_rows<T, DP>(kRows, x.D, [&](int i) { return n0 + i < queries.length ? n0 + i : -1; }, copy_of(shared.queries.in(window), p.q, b, h, queries.start));
   load_landmarks(0);
   commit_loads();
   wait_loads<0>();
   __syncthreads();
   HeldRows<T, DP> rows;
-  rows.load(shared.queries.tile().from_row(16 * warp), lane);
+  rows.load(shared.queries.in(window).from_row(16 * warp), lane);
 
   Best previous[2], best[2];
   float highest[2] = {-kInfinity, -kInfinity};
@@ -60,7 +61,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, 2) 
     __syncthreads();
     float s[kTiles][4];
     clear(s);
-    add_product<T, DP, kTiles>(s, rows, shared.stage[step & 1].tile(), lane);
+    add_product<T, DP, kTiles>(s, rows, shared.stage[step & 1].in(window), lane);
     const int tile = step % tiles, m0 = tile * kTile + 2 * t;
     if (step < tiles) {
       if ((tile + 1) * kTile > x.M)

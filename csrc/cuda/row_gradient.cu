@@ -30,6 +30,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   constexpr int DP = C::DP, kUnits = L::kUnits, kTiles = kUnits / 8;
   extern __shared__ __align__(256) unsigned char memory[];
   typename L::Shared& shared = *reinterpret_cast<typename L::Shared*>(memory);
+  const Window window(memory);
 
   const Problem& x = p.problem;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3, block_rows = blockDim.x / 2;
@@ -47,10 +48,10 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   const int shared_tiles = p.units.shared ? ceil_div(x.M, kUnits) : 0;
   const int all_tiles = landmark ? max(0, min(ceil_div(keys.length, kUnits) - first_tile, tiles_per_part)) : shared_tiles + (x.s > 0 ? ceil_div(x.K, kUnits) : 0);
 
-  const auto load_stage = [&](int tile) { load_units(shared.stage[tile & 1], p.units, x, b, h, landmark ? nullptr : shared.indices, first_tile + tile, shared_tiles); };
+  const auto load_stage = [&](int tile) { load_units(shared.stage[tile & 1], window, p.units, x, b, h, landmark ? nullptr : shared.indices, first_tile + tile, shared_tiles); };
   const std::int64_t start = landmark ? 0 : queries.start;
-  load_rows<T, DP>(block_rows, x.D, [&](int i) { return i < work.entries ? work.query(i) : -1; }, copy_of(shared.q.tile(), p.q, b, h, start),
-                   copy_of(shared.dout.tile(), p.dout, b, h, start));
+  load_rows<T, DP>(block_rows, x.D, [&](int i) { return i < work.entries ? work.query(i) : -1; }, copy_of(shared.q.in(window), p.q, b, h, start),
+                   copy_of(shared.dout.in(window), p.dout, b, h, start));
   if (!landmark && x.s > 0) {
     const std::int32_t* indices = p.units.indices + (std::int64_t(bh) * x.M + work.expert) * x.K;
     for (int i = threadIdx.x; i < x.K; i += blockDim.x) shared.indices[i] = indices[i];
@@ -60,8 +61,8 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   commit_loads();
 
   SharedRows<T, DP> q, dout;
-  q.load(shared.q.tile().from_row(16 * warp), lane);
-  dout.load(shared.dout.tile().from_row(16 * warp), lane);
+  q.load(shared.q.in(window).from_row(16 * warp), lane);
+  dout.load(shared.dout.in(window).from_row(16 * warp), lane);
   float lse[2], delta[2];
   bool first_slot[2];
 #pragma unroll
@@ -87,9 +88,9 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
       const float scale = dense ? p.landmark_scale : p.scale;
       float s[kTiles][4], gradient[kTiles][4];
       clear(s);
-      add_product<T, DP, kTiles>(s, q, stage.k.tile(), lane);
+      add_product<T, DP, kTiles>(s, q, stage.k.in(window), lane);
       clear(gradient);
-      add_product<T, DP, kTiles>(gradient, dout, stage.v.tile(), lane);
+      add_product<T, DP, kTiles>(gradient, dout, stage.v.in(window), lane);
       scale_logits(s, scale * kLogit<T>, stage.bias, lane);
       const float own_lse[2] = {!dense || first_slot[0] ? lse[0] : kInfinity, !dense || first_slot[1] ? lse[1] : kInfinity};
 #pragma unroll
@@ -99,7 +100,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
           const float probability = exponential<T>(s[n][i] - own_lse[i / 2]);
           gradient[n][i] = probability * (gradient[n][i] - delta[i / 2]) * (scale * power_of_2(kGradientShift<T>));
         }
-      add_weighted_rows<T, DP, kTiles>(dq, gradient, stage.k.tile(), lane);
+      add_weighted_rows<T, DP, kTiles>(dq, gradient, stage.k.in(window), lane);
     }
     __syncthreads();
   }

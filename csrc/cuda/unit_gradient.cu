@@ -148,6 +148,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   constexpr int DP = C::DP, kRows = L::kRows, kTiles = kRows / 8;
   extern __shared__ __align__(256) unsigned char memory[];
   typename L::Shared& shared = *reinterpret_cast<typename L::Shared*>(memory);
+  const Window window(memory);
 
   const Problem& x = p.problem;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2;
@@ -177,15 +178,15 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
     const int row_head = compress ? h * group + step / tiles : h, base = (compress ? step % tiles : step) * kRows;
     const std::int64_t row_start = compress ? 0 : span(x.queries, b).start, stats = (std::int64_t(b) * x.H + row_head) * (compress ? x.M : x.queries.max_length);
     const auto row = [&](int i) { return base + i >= work.entries ? -1 : routed ? shared.rows[(base + i) % L::kListedRows] : work.first + base + i; };
-    load_rows<T, DP, 2>(kRows, x.D, row, copy_of(stage.q.tile(), p.row_q, b, row_head, row_start), copy_of(stage.dout.tile(), p.row_dout, b, row_head, row_start));
+    load_rows<T, DP, 2>(kRows, x.D, row, copy_of(stage.q.in(window), p.row_q, b, row_head, row_start), copy_of(stage.dout.in(window), p.row_dout, b, row_head, row_start));
     const auto number = [&](const float* numbers) {
       return [=](int i) {
         const int r = row(i);
         return r < 0 ? nullptr : numbers + stats + r;
       };
     };
-    load_numbers(stage.lse, kRows, number(p.lse));
-    load_numbers(stage.delta, kRows, number(p.delta));
+    load_numbers<float>(window.of(stage.lse), kRows, number(p.lse));
+    load_numbers<float>(window.of(stage.delta), kRows, number(p.delta));
   };
   const auto list_rows = [&](int first) {  // gathering through global memory would stall every tile: list many rows at once
     for (int i = first + threadIdx.x; i < min(first + L::kListedRows, work.entries); i += blockDim.x) shared.rows[i % L::kListedRows] = work.query(i);
@@ -193,14 +194,14 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   };
   const int unit_head = routed ? h / group : h;
   const std::int64_t unit_start = routed || compress ? keys.start : 0;
-  load_rows<T, DP>(block_units, x.D, unit_row, copy_of(shared.k.tile(), p.unit_k, b, unit_head, unit_start), copy_of(shared.v.tile(), p.unit_v, b, unit_head, unit_start));
+  load_rows<T, DP>(block_units, x.D, unit_row, copy_of(shared.k.in(window), p.unit_k, b, unit_head, unit_start), copy_of(shared.v.in(window), p.unit_v, b, unit_head, unit_start));
   if (routed) list_rows(0);
   if (steps > 0) load_stage(0);
   commit_loads();
 
   SharedRows<T, DP> k, v;
-  k.load(shared.k.tile().from_row(16 * warp), lane);
-  v.load(shared.v.tile().from_row(16 * warp), lane);
+  k.load(shared.k.in(window).from_row(16 * warp), lane);
+  v.load(shared.v.in(window).from_row(16 * warp), lane);
   float dk[DP / 8][4], dv[DP / 8][4];
   clear(dk);
   clear(dv);
@@ -215,7 +216,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
     auto& stage = shared.stage[step & 1];
     float probability[kTiles][4], gradient[kTiles][4];
     clear(probability);
-    add_product<T, DP, kTiles>(probability, k, stage.q.tile(), lane);
+    add_product<T, DP, kTiles>(probability, k, stage.q.in(window), lane);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const float2 lse = *reinterpret_cast<const float2*>(&stage.lse[8 * n + 2 * (lane & 3)]);
@@ -225,16 +226,16 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
 #pragma unroll
       for (int i = 0; i < 4; ++i) probability[n][i] = exponential<T>(fmaf(probability[n][i], scale, offsets[i & 1]));
     }
-    add_weighted_rows<T, DP, kTiles>(dv, probability, stage.dout.tile(), lane);
+    add_weighted_rows<T, DP, kTiles>(dv, probability, stage.dout.in(window), lane);
     clear(gradient);
-    add_product<T, DP, kTiles>(gradient, v, stage.dout.tile(), lane);
+    add_product<T, DP, kTiles>(gradient, v, stage.dout.in(window), lane);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const float2 delta = *reinterpret_cast<const float2*>(&stage.delta[8 * n + 2 * (lane & 3)]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) gradient[n][i] = probability[n][i] * kRescale * (gradient[n][i] - (i & 1 ? delta.y : delta.x));
     }
-    add_weighted_rows<T, DP, kTiles>(dk, gradient, stage.q.tile(), lane);
+    add_weighted_rows<T, DP, kTiles>(dk, gradient, stage.q.in(window), lane);
     __syncthreads();
   }
   wait_loads<0>();
