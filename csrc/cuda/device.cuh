@@ -201,50 +201,55 @@ template <class N, class Source> __device__ inline void load_numbers(std::uint32
   }
 }
 
-// Rows of a tensor on their way into a tile.
+// Rows of a tensor on their way into a tile, and the chunk of each that one thread brings.
 template <class T, int DP> struct Copy {
   Tile<T, DP> target;
-  const T* source;     // row 0
-  std::int64_t pitch;  // elements from row to row
+  const unsigned char* source;  // row 0
+  std::int64_t pitch;           // bytes from row to row
   bool aligned;
 
+  __device__ Copy(Tile<T, DP> target, const Rows& rows, int b, int head, std::int64_t start)
+      : target(target), source(reinterpret_cast<const unsigned char*>(head_rows<T>(rows, b, head, start))), pitch(rows.row * std::int64_t(sizeof(T))), aligned(rows.aligned) {}
+  __device__ void whole(int row, int c, unsigned index) const {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target.chunk(row, c)), "l"(source + index * pitch + 16 * c) : "memory");
+  }
   __device__ void vector(int row, int c, int index, bool valid) const {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target.chunk(row, c)), "l"(source + max(index, 0) * pitch + c * kChunk<T>),
-                 "r"(valid ? 16 : 0)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target.chunk(row, c)), "l"(source + max(index, 0) * pitch + 16 * c), "r"(valid ? 16 : 0)
                  : "memory");
   }
   __device__ void elements(int row, int c, int index, bool valid) const {
     Vector<T> v{};
-    if (valid) v = load_vector(source + index * pitch + c * kChunk<T>, false);
+    if (valid) v = load_vector(reinterpret_cast<const T*>(source + index * pitch + 16 * c), false);
     asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(target.chunk(row, c)), "r"(v.bits.x), "r"(v.bits.y), "r"(v.bits.z), "r"(v.bits.w) : "memory");
   }
 };
 
-template <class T, int DP> __device__ inline Copy<T, DP> copy_of(Tile<T, DP> target, const Rows& rows, int b, int head, std::int64_t start) {
-  return {target, head_rows<T>(rows, b, head, start), rows.row, rows.aligned};
-}
-
-// Starts copying `rows` rows into one or more tiles with all threads of the block; index(i) is the row of the tensors that
-// becomes row i, or -1. Absent rows become zeros, as do the columns from D to DP: probability 0 times garbage would be NaN if
-// the garbage is. A thread keeps its column and asks for kBatch indices before it uses the first: they may come from memory.
-template <class T, int DP, int kBatch = 4, class Index, class... Copies>
-__device__ inline void load_rows(int rows, int D, Index index, const Copies&... copies) {
+// Starts copying `rows` rows into one or more tiles with all threads of the block. index(i) is the row of the tensors that
+// becomes row i, or -1; `full` says that it never is -1. Absent rows become zeros, as do the columns from D to DP: probability
+// 0 times garbage would be NaN if the garbage is. The usual case, whole vectors of whole rows, has a loop of its own: what it
+// does not test is a third of the instructions of an attention kernel.
+template <class T, int DP, class Index, class... Copies>
+__device__ inline void load_rows(int rows, int D, bool full, Index index, const Copies&... copies) {
   constexpr int kChunks = Tile<T, DP>::kChunks;
-  const int c = threadIdx.x % kChunks, step = blockDim.x / kChunks;
-  const bool inside = c * kChunk<T> < D;
-  if ((copies.aligned && ...)) {
+  const int c = threadIdx.x % kChunks, first = threadIdx.x / kChunks, step = blockDim.x / kChunks;
+  const bool inside = c * kChunk<T> < D, aligned = (copies.aligned && ...);
+  if (full && aligned && D == DP) {
 #pragma unroll 1
-    for (int row = threadIdx.x / kChunks; row < rows; row += kBatch * step) {
-      int source[kBatch];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) source[i] = row + i * step < rows ? index(row + i * step) : -1;
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i)
-        if (row + i * step < rows) (copies.vector(row + i * step, c, source[i], inside && source[i] >= 0), ...);
+    for (int row = first; row < rows; row += 2 * step) {
+      const bool two = row + step < rows;
+      const int one = index(row), other = two ? index(row + step) : 0;
+      (copies.whole(row, c, one), ...);
+      if (two) (copies.whole(row + step, c, other), ...);
+    }
+  } else if (aligned) {
+#pragma unroll 1
+    for (int row = first; row < rows; row += step) {
+      const int source = index(row);
+      (copies.vector(row, c, source, inside && source >= 0), ...);
     }
   } else {
 #pragma unroll 1
-    for (int row = threadIdx.x / kChunks; row < rows; row += step) {
+    for (int row = first; row < rows; row += step) {
       const int source = index(row);
       (copies.elements(row, c, source, inside && source >= 0), ...);
     }
@@ -326,21 +331,21 @@ __device__ inline void add_product(float (&acc)[NT][4], const A& a_rows, Tile<T,
     }
   } else {
     const int g = lane >> 2, t = lane & 3;
+    // Eight terms apart from the sum, as a tree: an eighth of the roundings meets the large numbers.
+    const auto dot = [](float4 x, float4 y) { return fmaf(x.y, y.y, x.x * y.x) + fmaf(x.w, y.w, x.z * y.z); };
 #pragma unroll 1
-    for (int c = 0; c < DP / 4; ++c) {
-      const float4 a0 = load_shared4(a_rows.tile.chunk(g, c));
-      const float4 a1 = load_shared4(a_rows.tile.chunk(g + 8, c));
-      // Four terms apart from the sum: a quarter of the roundings meets the large numbers.
-      const auto dot = [](float sum, float4 x, float4 y) { return sum + fmaf(x.w, y.w, fmaf(x.z, y.z, fmaf(x.y, y.y, x.x * y.x))); };
+    for (int c = 0; c < DP / 4; c += 2) {
+      float4 a[2][2];
 #pragma unroll
-      for (int n = 0; n < NT; ++n) {
-        const float4 b0 = load_shared4(b_rows.chunk(8 * n + 2 * t, c));
-        const float4 b1 = load_shared4(b_rows.chunk(8 * n + 2 * t + 1, c));
-        acc[n][0] = dot(acc[n][0], a0, b0);
-        acc[n][1] = dot(acc[n][1], a0, b1);
-        acc[n][2] = dot(acc[n][2], a1, b0);
-        acc[n][3] = dot(acc[n][3], a1, b1);
-      }
+      for (int i = 0; i < 4; ++i) a[i / 2][i % 2] = load_shared4(a_rows.tile.chunk(g + 8 * (i / 2), c + i % 2));
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const float4 b0 = load_shared4(b_rows.chunk(8 * n + 2 * t + j, c)), b1 = load_shared4(b_rows.chunk(8 * n + 2 * t + j, c + 1));
+          acc[n][j] += dot(a[0][0], b0) + dot(a[0][1], b1);
+          acc[n][2 + j] += dot(a[1][0], b0) + dot(a[1][1], b1);
+        }
     }
   }
 }
@@ -473,37 +478,58 @@ __device__ inline const WorkItem& find_work(const std::int32_t* table, const Gro
 
 template <class T, int DP, int UNITS> struct UnitStage {
   TileStorage<T, DP, UNITS> k, v;
-  float bias[UNITS];  // 0, or -infinity where there is no unit
 };
 
-// Starts loading the `tile`-th UNITS units of a query: `shared_tiles` tiles of landmarks and compressed values, then the keys
-// and values at `indices` (those of an expert, in shared memory), or all keys where that is null.
-template <class T, int DP, int UNITS>
-__device__ inline void load_units(UnitStage<T, DP, UNITS>& stage, const Window& window, const Units& units, const Problem& x, int b, int h,
-                                  const std::int32_t* indices, int tile, int shared_tiles) {
-  const bool shared = tile < shared_tiles;
-  const Span keys = span(x.keys, b);  // here and not in the caller, where it would hold registers all the time
-  const int u0 = (shared ? tile : tile - shared_tiles) * UNITS, head = shared ? h : h / (x.H / x.Hkv);
-  const std::int64_t start = shared ? 0 : keys.start;
-  const auto unit = [&](int i) {  // its row, -1 where there is none
-    const int u = u0 + i;
-    if (shared) return u < x.M ? u : -1;
-    const int index = indices == nullptr ? u : u < x.K ? indices[u] : -1;
-    return static_cast<unsigned>(index) < static_cast<unsigned>(keys.length) ? index : -1;
-  };
-  load_rows<T, DP, 2>(UNITS, x.D, unit, copy_of(stage.k.in(window), shared ? units.landmarks : units.k, b, head, start),
-                   copy_of(stage.v.in(window), shared ? units.compressed : units.v, b, head, start));
-  for (int i = threadIdx.x; i < UNITS; i += blockDim.x) stage.bias[i] = unit(i) >= 0 ? 0.0f : -kInfinity;
+// The units of a query, cut into tiles of UNITS: first the shared ones, then the keys of its expert, or all keys.
+template <int UNITS> struct UnitTiles {
+  const std::int32_t* indices;  // of the expert's keys, in shared memory; null: all keys
+  int shared, gathered;         // units of either kind; the valid indices come first
+  int shared_tiles, tiles;
+
+  __device__ UnitTiles(int shared, int gathered, const std::int32_t* indices)
+      : indices(indices), shared(shared), gathered(gathered), shared_tiles(ceil_div(shared, UNITS)), tiles(shared_tiles + ceil_div(gathered, UNITS)) {}
+  __device__ bool is_shared(int tile) const { return tile < shared_tiles; }
+  __device__ int first(int tile) const { return (is_shared(tile) ? tile : tile - shared_tiles) * UNITS; }
+  __device__ int count(int tile) const { return (is_shared(tile) ? shared : gathered) - first(tile); }  // UNITS or more: full
+
+  template <class T, int DP>
+  __device__ void load(UnitStage<T, DP, UNITS>& stage, const Window& window, const Units& units, const Problem& x, int b, int h, int tile) const {
+    const int u0 = first(tile), present = count(tile);
+    const bool full = present >= UNITS;
+    if (is_shared(tile)) {
+      load_rows<T, DP>(UNITS, x.D, full, [&](int i) { return i < present ? u0 + i : -1; }, Copy<T, DP>(stage.k.in(window), units.landmarks, b, h, 0),
+                       Copy<T, DP>(stage.v.in(window), units.compressed, b, h, 0));
+    } else {
+      const std::int64_t start = span(x.keys, b).start;
+      const int head = h / (x.H / x.Hkv);
+      load_rows<T, DP>(UNITS, x.D, full, [&](int i) { return i < present ? indices ? indices[u0 + i] : u0 + i : -1; },
+                       Copy<T, DP>(stage.k.in(window), units.k, b, head, start), Copy<T, DP>(stage.v.in(window), units.v, b, head, start));
+    }
+  }
+};
+
+// Copies an expert's K indices to shared memory; returns how many come before the empty slots. All threads must call it.
+__device__ inline int load_indices(std::int32_t* target, const std::int32_t* indices, int K, int length) {
+  __shared__ int valid;
+  const auto present = [&](int index) { return static_cast<unsigned>(index) < static_cast<unsigned>(length); };
+  if (threadIdx.x == 0) valid = 0;
+  __syncthreads();
+  for (int i = threadIdx.x; i < K; i += blockDim.x) {
+    const int index = indices[i];
+    target[i] = index;
+    if (present(index) && (i + 1 == K || !present(indices[i + 1]))) valid = i + 1;
+  }
+  __syncthreads();
+  return valid;
 }
 
-// logits = products * scale, -infinity where there is no unit.
-template <int NT> __device__ inline void scale_logits(float (&s)[NT][4], float scale, const float* bias, int lane) {
+// Logits of units that do not exist.
+template <int NT> __device__ inline void mask_logits(float (&s)[NT][4], int count, int lane) {
 #pragma unroll
-  for (int n = 0; n < NT; ++n) {
-    const float2 two = *reinterpret_cast<const float2*>(bias + 8 * n + 2 * (lane & 3));
+  for (int n = 0; n < NT; ++n)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) s[n][i] = fmaf(s[n][i], scale, i & 1 ? two.y : two.x);
-  }
+    for (int i = 0; i < 4; ++i)
+      if (8 * n + 2 * (lane & 3) + (i & 1) >= count) s[n][i] = -kInfinity;
 }
 
 // ---- whole rows out of accumulators --------------------------------------------------------------------------------

@@ -41,18 +41,12 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Layout<C>::kBlocks) at
   const WorkItem& work = find_work(p.groups.tiles, p.groups, x, x.s, bh, queries.length, blockIdx.x % tiles, p.groups.tile_rows);
   if (work.entries <= 0) return;
 
-  const std::int32_t* indices = p.units.indices + (std::int64_t(bh) * x.M + work.expert) * x.K;
-  const int shared_tiles = p.units.shared ? ceil_div(x.M, kUnits) : 0, all_tiles = shared_tiles + (x.s > 0 ? ceil_div(x.K, kUnits) : 0);
-
-  const auto load_stage = [&](int tile) {
-    load_units(shared.stage[tile & 1], window, p.units, x, b, h, shared.indices, tile, shared_tiles);
-  };
-
-  load_rows<T, DP>(blockDim.x / 2, x.D, [&](int i) { return i < work.entries ? work.query(i) : -1; }, copy_of(shared.queries.in(window), p.q, b, h, queries.start));
-  if (x.s > 0)
-    for (int i = threadIdx.x; i < x.K; i += blockDim.x) shared.indices[i] = indices[i];
-  __syncthreads();
-  if (all_tiles > 0) load_stage(0);
+  load_rows<T, DP>(blockDim.x / 2, x.D, work.entries >= blockDim.x / 2, [&](int i) { return i < work.entries ? work.query(i) : -1; },
+                   Copy<T, DP>(shared.queries.in(window), p.q, b, h, queries.start));
+  const int gathered = x.s > 0 ? load_indices(shared.indices, p.units.indices + (std::int64_t(bh) * x.M + work.expert) * x.K, x.K, span(x.keys, b).length) : 0;
+  const UnitTiles<kUnits> units(p.units.shared ? x.M : 0, gathered, shared.indices);
+  const auto load_stage = [&](int tile) { units.load(shared.stage[tile & 1], window, p.units, x, b, h, tile); };
+  if (units.tiles > 0) load_stage(0);
   commit_loads();
   wait_loads<0>();
   __syncthreads();
@@ -64,20 +58,23 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Layout<C>::kBlocks) at
   OnlineSoftmax<T> softmax;
   float out[DP / 8][4];
   clear(out);
-  for (int tile = 0; tile < all_tiles; ++tile) {
-    if (tile + 1 < all_tiles) load_stage(tile + 1);
+  for (int tile = 0; tile < units.tiles; ++tile) {
+    if (tile + 1 < units.tiles) load_stage(tile + 1);
     commit_loads();
     wait_loads<1>();
     __syncthreads();
     auto& stage = shared.stage[tile & 1];
     if (16 * warp < work.entries) {
-      const bool dense = tile < shared_tiles;
-      const float scale = (dense ? p.landmark_scale : p.scale) * kLogit<T>;
+      const float scale = (units.is_shared(tile) ? p.landmark_scale : p.scale) * kLogit<T>;
       float s[kTiles][4];
       clear(s);
       add_product<T, DP, kTiles>(s, rows, stage.k.in(window), lane);
-      scale_logits(s, scale, stage.bias, lane);
-      if (dense && work.slots > 1)  // only the first slot of a query has the shared units
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[n][i] *= scale;
+      if (units.count(tile) < kUnits) mask_logits(s, units.count(tile), lane);
+      if (units.is_shared(tile) && work.slots > 1)  // only the first slot of a query has the shared units
 #pragma unroll
         for (int i = 0; i < 2; ++i)
           if (own(i) < work.entries && work.entry(own(i)) % work.slots != 0)

@@ -45,11 +45,12 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::DP == 64 ? 2 : 1) s
   const auto load_stage = [&](int tile) {
     auto& stage = shared.stage[tile & 1];
     const int head = h / (x.H / x.Hkv), key0 = tile * kKeys;
-    load_rows<T, DP, 2>(kKeys, x.D, [&](int i) { return key0 + i < keys.length ? key0 + i : -1; }, copy_of(stage.k.in(window), p.k, b, head, keys.start),
-                     copy_of(stage.v.in(window), p.v, b, head, keys.start));
+    load_rows<T, DP>(kKeys, x.D, key0 + kKeys <= keys.length, [&](int i) { return key0 + i < keys.length ? key0 + i : -1; },
+                     Copy<T, DP>(stage.k.in(window), p.k, b, head, keys.start), Copy<T, DP>(stage.v.in(window), p.v, b, head, keys.start));
   };
 
-  load_rows<T, DP>(block_rows, x.D, [&](int i) { return m0 + i < x.M ? m0 + i : -1; }, copy_of(shared.landmarks.in(window), p.landmarks, b, h, 0));
+  load_rows<T, DP>(block_rows, x.D, m0 + block_rows <= x.M, [&](int i) { return m0 + i < x.M ? m0 + i : -1; },
+                   Copy<T, DP>(shared.landmarks.in(window), p.landmarks, b, h, 0));
   if (first_tile < last_tile) load_stage(first_tile);
   commit_loads();
   wait_loads<0>();
@@ -82,11 +83,11 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::DP == 64 ? 2 : 1) s
         for (int n = 0; n < kTiles; ++n)
           if (key0 + 8 * n < p.score_pitch) *reinterpret_cast<float2*>(scores + 8 * n) = make_float2(s[n][2 * i], s[n][2 * i + 1]);
       }
-    const bool ragged = (tile + 1) * kKeys > keys.length;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) s[n][i] = ragged && key0 + 8 * n + (i & 1) >= keys.length ? -kInfinity : s[n][i] * scale;
+      for (int i = 0; i < 4; ++i) s[n][i] *= scale;
+    if ((tile + 1) * kKeys > keys.length) mask_logits(s, keys.length - tile * kKeys, lane);
     softmax.update(s, values);
     add_weighted_rows<T, DP, kTiles>(values, s, stage.v.in(window), lane);
     __syncthreads();

@@ -40,10 +40,11 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, 2) 
   const int tiles = ceil_div(x.M, kTile);
   const auto load_landmarks = [&](int step) {  // steps run through the tiles once per round
     const int m0 = step % tiles * kTile;
-    load_rows<T, DP>(kTile, x.D, [&](int i) { return m0 + i < x.M ? m0 + i : -1; }, copy_of(shared.stage[step & 1].in(window), p.landmarks, b, h, 0));
+    load_rows<T, DP>(kTile, x.D, m0 + kTile <= x.M, [&](int i) { return m0 + i < x.M ? m0 + i : -1; }, Copy<T, DP>(shared.stage[step & 1].in(window), p.landmarks, b, h, 0));
   };
 
-  load_rows<T, DP>(kRows, x.D, [&](int i) { return n0 + i < queries.length ? n0 + i : -1; }, copy_of(shared.queries.in(window), p.q, b, h, queries.start));
+  load_rows<T, DP>(kRows, x.D, n0 + kRows <= queries.length, [&](int i) { return n0 + i < queries.length ? n0 + i : -1; },
+                   Copy<T, DP>(shared.queries.in(window), p.q, b, h, queries.start));
   load_landmarks(0);
   commit_loads();
   wait_loads<0>();
@@ -64,12 +65,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, 2) 
     add_product<T, DP, kTiles>(s, rows, shared.stage[step & 1].in(window), lane);
     const int tile = step % tiles, m0 = tile * kTile + 2 * t;
     if (step < tiles) {
-      if ((tile + 1) * kTile > x.M)
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            if (m0 + 8 * n + (i & 1) >= x.M) s[n][i] = -kInfinity;
+      if ((tile + 1) * kTile > x.M) mask_logits(s, x.M - tile * kTile, lane);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float score = -kInfinity;  // the highest of the row in this tile, and the lowest landmark that has it

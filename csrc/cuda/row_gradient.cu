@@ -37,27 +37,22 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   const bool landmark = p.role == RowRole::landmark;
   const int N = x.queries.max_length;
 
-  // What this block works on: `rows` rows of one head and the unit tiles [first_tile, first_tile + all_tiles).
+  // What this block works on: `work.entries` rows of one head and the unit tiles [first_tile, last_tile).
   const int blocks = landmark ? ceil_div(x.M, block_rows) : max_tiles(x, block_rows), parts = landmark ? p.splits : 1;
   const int block = blockIdx.x % blocks, part = blockIdx.x / blocks % parts, bh = blockIdx.x / blocks / parts, b = bh / x.H, h = bh % x.H;
-  const Span queries = span(x.queries, b), keys = span(x.keys, b);
+  const Span queries = span(x.queries, b);
   // Landmarks come as they are, like queries without experts.
   const WorkItem& work = find_work(p.groups.tiles, p.groups, x, landmark ? 0 : x.s, bh, landmark ? x.M : queries.length, block, block_rows);
   if (work.entries <= 0) return;
-  const int tiles_per_part = ceil_div(ceil_div(keys.length, kUnits), parts), first_tile = landmark ? part * tiles_per_part : 0;
-  const int shared_tiles = p.units.shared ? ceil_div(x.M, kUnits) : 0;
-  const int all_tiles = landmark ? max(0, min(ceil_div(keys.length, kUnits) - first_tile, tiles_per_part)) : shared_tiles + (x.s > 0 ? ceil_div(x.K, kUnits) : 0);
-
-  const auto load_stage = [&](int tile) { load_units(shared.stage[tile & 1], window, p.units, x, b, h, landmark ? nullptr : shared.indices, first_tile + tile, shared_tiles); };
   const std::int64_t start = landmark ? 0 : queries.start;
-  load_rows<T, DP>(block_rows, x.D, [&](int i) { return i < work.entries ? work.query(i) : -1; }, copy_of(shared.q.in(window), p.q, b, h, start),
-                   copy_of(shared.dout.in(window), p.dout, b, h, start));
-  if (!landmark && x.s > 0) {
-    const std::int32_t* indices = p.units.indices + (std::int64_t(bh) * x.M + work.expert) * x.K;
-    for (int i = threadIdx.x; i < x.K; i += blockDim.x) shared.indices[i] = indices[i];
-    __syncthreads();
-  }
-  if (all_tiles > 0) load_stage(0);
+  load_rows<T, DP>(block_rows, x.D, work.entries >= block_rows, [&](int i) { return i < work.entries ? work.query(i) : -1; },
+                   Copy<T, DP>(shared.q.in(window), p.q, b, h, start), Copy<T, DP>(shared.dout.in(window), p.dout, b, h, start));
+  const int length = span(x.keys, b).length;
+  const int gathered = landmark ? length : x.s > 0 ? load_indices(shared.indices, p.units.indices + (std::int64_t(bh) * x.M + work.expert) * x.K, x.K, length) : 0;
+  const UnitTiles<kUnits> units(!landmark && p.units.shared ? x.M : 0, gathered, landmark ? nullptr : shared.indices);
+  const int tiles_per_part = ceil_div(units.tiles, parts), first_tile = part * tiles_per_part, last_tile = min(units.tiles, first_tile + tiles_per_part);
+  const auto load_stage = [&](int tile) { units.load(shared.stage[tile & 1], window, p.units, x, b, h, tile); };
+  if (first_tile < last_tile) load_stage(first_tile);
   commit_loads();
 
   SharedRows<T, DP> q, dout;
@@ -77,29 +72,31 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   }
   float dq[DP / 8][4];
   clear(dq);
-  for (int tile = 0; tile < all_tiles; ++tile) {
-    if (tile + 1 < all_tiles) load_stage(tile + 1);
+  for (int tile = first_tile; tile < last_tile; ++tile) {
+    if (tile + 1 < last_tile) load_stage(tile + 1);
     commit_loads();
     wait_loads<1>();
     __syncthreads();
     auto& stage = shared.stage[tile & 1];
     if (16 * warp < work.entries) {
-      const bool dense = tile < shared_tiles;
+      const bool dense = units.is_shared(tile);
       const float scale = dense ? p.landmark_scale : p.scale;
       float s[kTiles][4], gradient[kTiles][4];
       clear(s);
       add_product<T, DP, kTiles>(s, q, stage.k.in(window), lane);
       clear(gradient);
       add_product<T, DP, kTiles>(gradient, dout, stage.v.in(window), lane);
-      scale_logits(s, scale * kLogit<T>, stage.bias, lane);
       const float own_lse[2] = {!dense || first_slot[0] ? lse[0] : kInfinity, !dense || first_slot[1] ? lse[1] : kInfinity};
 #pragma unroll
       for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float probability = exponential<T>(s[n][i] - own_lse[i / 2]);
-          gradient[n][i] = probability * (gradient[n][i] - delta[i / 2]) * (scale * power_of_2(kGradientShift<T>));
-        }
+        for (int i = 0; i < 4; ++i) s[n][i] = fmaf(s[n][i], scale * kLogit<T>, -own_lse[i / 2]);
+      if (units.count(tile) < kUnits) mask_logits(s, units.count(tile), lane);
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          gradient[n][i] = exponential<T>(s[n][i]) * (gradient[n][i] - delta[i / 2]) * (scale * power_of_2(kGradientShift<T>));
       add_weighted_rows<T, DP, kTiles>(dq, gradient, stage.k.in(window), lane);
     }
     __syncthreads();

@@ -178,7 +178,8 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
     const int row_head = compress ? h * group + step / tiles : h, base = (compress ? step % tiles : step) * kRows;
     const std::int64_t row_start = compress ? 0 : span(x.queries, b).start, stats = (std::int64_t(b) * x.H + row_head) * (compress ? x.M : x.queries.max_length);
     const auto row = [&](int i) { return base + i >= work.entries ? -1 : routed ? shared.rows[(base + i) % L::kListedRows] : work.first + base + i; };
-    load_rows<T, DP, 2>(kRows, x.D, row, copy_of(stage.q.in(window), p.row_q, b, row_head, row_start), copy_of(stage.dout.in(window), p.row_dout, b, row_head, row_start));
+    load_rows<T, DP>(kRows, x.D, base + kRows <= work.entries, row, Copy<T, DP>(stage.q.in(window), p.row_q, b, row_head, row_start),
+                     Copy<T, DP>(stage.dout.in(window), p.row_dout, b, row_head, row_start));
     const auto number = [&](const float* numbers) {
       return [=](int i) {
         const int r = row(i);
@@ -194,7 +195,8 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   };
   const int unit_head = routed ? h / group : h;
   const std::int64_t unit_start = routed || compress ? keys.start : 0;
-  load_rows<T, DP>(block_units, x.D, unit_row, copy_of(shared.k.in(window), p.unit_k, b, unit_head, unit_start), copy_of(shared.v.in(window), p.unit_v, b, unit_head, unit_start));
+  load_rows<T, DP>(block_units, x.D, false, unit_row, Copy<T, DP>(shared.k.in(window), p.unit_k, b, unit_head, unit_start),
+                   Copy<T, DP>(shared.v.in(window), p.unit_v, b, unit_head, unit_start));
   if (routed) list_rows(0);
   if (steps > 0) load_stage(0);
   commit_loads();
