@@ -76,6 +76,12 @@ __device__ inline std::uint32_t ordered(float score) {
   return bits ^ ((bits >> 31) ? 0xffffffffu : 0x80000000u);
 }
 
+// The same number, from which the compiler computes nothing ahead of a loop: what it would keep there, it spills.
+__device__ inline int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- rows and sequences --------------------------------------------------------------------------------------------
 
 struct Span {
@@ -453,7 +459,7 @@ struct WorkItem {
   const std::int32_t* list;     // null: entries are first, first + 1, ...
   int first;
   __device__ int entry(int i) const { return list ? list[first + i] : first + i; }
-  __device__ int query(int i) const { return slots == 1 ? entry(i) : entry(i) / slots; }
+  __device__ int query_of(int entry) const { return slots == 1 ? entry : entry / slots; }
 };
 
 // The `item`-th piece of at most `rows` entries in the order of `table` (prefix sums [BH, M+1]); entries <= 0: beyond the last.
@@ -486,8 +492,13 @@ template <int UNITS> struct UnitTiles {
   int shared, gathered;         // units of either kind; the valid indices come first
   int shared_tiles, tiles;
 
-  __device__ UnitTiles(int shared, int gathered, const std::int32_t* indices)
-      : indices(indices), shared(shared), gathered(gathered), shared_tiles(ceil_div(shared, UNITS)), tiles(shared_tiles + ceil_div(gathered, UNITS)) {}
+  // In shared memory, like the work item: all threads must call it, once.
+  __device__ static const UnitTiles& of(int shared, int gathered, const std::int32_t* indices) {
+    __shared__ UnitTiles units;
+    if (threadIdx.x == 0) units = {indices, shared, gathered, ceil_div(shared, UNITS), ceil_div(shared, UNITS) + ceil_div(gathered, UNITS)};
+    __syncthreads();
+    return units;
+  }
   __device__ bool is_shared(int tile) const { return tile < shared_tiles; }
   __device__ int first(int tile) const { return (is_shared(tile) ? tile : tile - shared_tiles) * UNITS; }
   __device__ int count(int tile) const { return (is_shared(tile) ? shared : gathered) - first(tile); }  // UNITS or more: full
@@ -549,9 +560,11 @@ __device__ inline void store_rows(Tile<T, DP> tile, const float (&acc)[DP / 8][4
       else store_shared2(to, acc[d][2 * h] * factor[h], acc[d][2 * h + 1] * factor[h]);
     }
   __syncwarp();
-  const int chunks = D / kChunk<T>;
-  for (int i = lane; i < 16 * chunks; i += 32) {
-    const int row = i / chunks, c = i % chunks;
+  constexpr int kChunks = Tile<T, DP>::kChunks;
+#pragma unroll 4
+  for (int i = lane; i < 16 * kChunks; i += 32) {
+    const int row = i / kChunks, c = i % kChunks;
+    if (c * kChunk<T> >= D) continue;
     if (T* target = row_pointer(row)) *reinterpret_cast<float4*>(target + c * kChunk<T>) = load_shared4(tile.chunk(row, c));
   }
 }

@@ -9,25 +9,26 @@
 
 namespace mita {
 
-// Most queries that one block of the attention and of the query-gradient kernel takes, by element size and padded head
-// dimension. 64 and not 128: on an H100 several blocks on a multiprocessor hide each other's start, which gathers through
-// three dependent loads; the second reading of the units comes from L2.
-template <int BYTES> constexpr int kAttentionRows = 64;
-template <int BYTES, int DP> constexpr int kRowGradientRows = BYTES == 2 || DP == 64 ? 64 : 32;
+// Queries that one block of the attention and of the query-gradient kernel holds at a time, by element size and padded head
+// dimension: what fits two blocks' registers on a multiprocessor and 99 KB of shared memory.
+constexpr int kPassRows = 64, kMaxTileRows = 4 * kPassRows;
+template <int BYTES, int DP> constexpr int kRowGradientRows = BYTES == 2 || DP == 64 ? kPassRows : 32;
 
-// Queries of one block: the smallest tile that takes an expert of average load, as the units that a block brings in cost more
-// than the rows that it leaves empty.
+// Queries of one block, a power of two: the smallest tile that takes an expert of average load, as the units that a block
+// brings in cost more than the rows that it leaves empty; several passes, because on an H100 a block's start and end (three
+// dependent gathers) took as long as four unit tiles.
 inline int tile_rows(int most, int entries_per_expert) {
   int rows = 16;
   while (2 * rows <= most && rows < entries_per_expert) rows *= 2;
   return rows;
 }
-inline int attention_tile_rows(Dtype dtype, int entries_per_expert) {
-  return tile_rows(dtype == Dtype::fp32 ? kAttentionRows<4> : kAttentionRows<2>, entries_per_expert);
+// Several passes need a second set of queries in shared memory, for which fp32 and long index lists leave no room everywhere.
+inline int attention_tile_rows(Dtype dtype, int K, int entries_per_expert) {
+  return tile_rows(dtype == Dtype::fp32 || K > 512 ? kPassRows : kMaxTileRows, entries_per_expert);
 }
 inline int row_gradient_tile_rows(Dtype dtype, int D, int entries_per_expert) {
-  const int most = dtype != Dtype::fp32 ? kRowGradientRows<2, 128> : D <= 64 ? kRowGradientRows<4, 64> : kRowGradientRows<4, 128>;
-  return tile_rows(most, entries_per_expert);
+  const int pass = dtype != Dtype::fp32 ? kRowGradientRows<2, 128> : D <= 64 ? kRowGradientRows<4, 64> : kRowGradientRows<4, 128>;
+  return tile_rows(4 * pass, entries_per_expert);
 }
 
 // Queries whose key gradients one block sums: twice the average load, so that usual experts are one segment, and one expert

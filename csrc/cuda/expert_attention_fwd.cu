@@ -1,9 +1,9 @@
 // Gather, softmax and product in one kernel: every query attends to the M shared units (landmarks, compressed values) and to
 // the K keys of its expert, in one online softmax.
 //
-// attention: one block per tile of queries of one expert (found in the tile table); one warp owns 16 of them. The block
-//   brings unit tiles in, two stages deep: first the shared units, as dense rows, then the expert's keys and values, gathered
-//   by index. Queries are gathered and outputs scattered as whole rows.
+// attention: one block per tile of queries of one expert (found in the tile table), taken in passes of up to 64; one warp owns
+//   16 of a pass. Unit tiles come in two stages deep, without a break between the passes: first the shared units, as dense
+//   rows, then the expert's keys and values, gathered by index. Queries are gathered and outputs scattered as whole rows.
 // merge: with s > 1 experts per query every (query, slot) entry leaves a partial output and lse (slot 0 has the shared units);
 //   one warp per query combines its s parts in slot order.
 #include "device.cuh"
@@ -14,15 +14,18 @@ namespace {
 
 template <class C> struct Layout : C {
   static constexpr bool kHalf = sizeof(typename C::T) == 2;
-  static constexpr int kWarps = kAttentionRows<sizeof(typename C::T)> / 16;  // at most; groups.tile_rows says how many
-  static constexpr int kUnits = kHalf ? 64 : 32;                          // of one tile
-  static constexpr int kBlocks = !kHalf ? 1 : C::DP == 64 ? 4 : 2;  // of a multiprocessor, by registers
+  static constexpr int kWarps = kPassRows / 16;                          // at most; fewer where the tiles are smaller
+  static constexpr int kUnits = kHalf ? 64 : 32;                         // of one tile
+  static constexpr int kBlocks = !kHalf ? 1 : C::DP == 64 ? 4 : 2;       // of a multiprocessor, by registers
   struct Shared {
     UnitStage<typename C::T, C::DP, kUnits> stage[2];
-    TileStorage<typename C::T, C::DP, 16 * kWarps> queries;
-    std::int32_t indices[kMaxTopk];  // of the expert's keys; last: only K are allocated
+    std::int32_t entries[kMaxTileRows];
+    TileStorage<typename C::T, C::DP, kPassRows> queries[2];  // of this pass and the next; one where there is one pass
   };
-  static_assert(offsetof(Shared, indices) <= 97 * 1024);
+  // Behind the queries in use: the indices of the expert's keys.
+  __host__ __device__ static std::size_t indices_offset(int tile_rows) {
+    return sizeof(Shared) - (tile_rows > kPassRows ? 0 : sizeof(TileStorage<typename C::T, C::DP, kPassRows>));
+  }
 };
 
 template <class C>
@@ -37,74 +40,83 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Layout<C>::kBlocks) at
   const Problem& x = p.problem;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
   const int tiles = max_tiles(x, p.groups.tile_rows), bh = blockIdx.x / tiles, b = bh / x.H, h = bh % x.H;
-  const Span queries = span(x.queries, b);
-  const WorkItem& work = find_work(p.groups.tiles, p.groups, x, x.s, bh, queries.length, blockIdx.x % tiles, p.groups.tile_rows);
+  const WorkItem& work = find_work(p.groups.tiles, p.groups, x, x.s, bh, span(x.queries, b).length, blockIdx.x % tiles, p.groups.tile_rows);
   if (work.entries <= 0) return;
 
-  load_rows<T, DP>(blockDim.x / 2, x.D, work.entries >= blockDim.x / 2, [&](int i) { return i < work.entries ? work.query(i) : -1; },
-                   Copy<T, DP>(shared.queries.in(window), p.q, b, h, queries.start));
-  const int gathered = x.s > 0 ? load_indices(shared.indices, p.units.indices + (std::int64_t(bh) * x.M + work.expert) * x.K, x.K, span(x.keys, b).length) : 0;
-  const UnitTiles<kUnits> units(p.units.shared ? x.M : 0, gathered, shared.indices);
-  const auto load_stage = [&](int tile) { units.load(shared.stage[tile & 1], window, p.units, x, b, h, tile); };
-  if (units.tiles > 0) load_stage(0);
+  const int rows = blockDim.x / 2, passes = ceil_div(work.entries, rows);
+  const auto load_queries = [&](int pass) {
+    const int first = pass * rows, batch = opaque(b);
+    load_rows<T, DP>(rows, x.D, first + rows <= work.entries, [&](int i) { return first + i < work.entries ? work.query_of(shared.entries[first + i]) : -1; },
+                     Copy<T, DP>(shared.queries[pass & 1].in(window), p.q, batch, opaque(h), span(x.queries, batch).start));
+  };
+  for (int i = threadIdx.x; i < work.entries; i += blockDim.x) shared.entries[i] = work.entry(i);
+  __syncthreads();
+  load_queries(0);
+  std::int32_t* indices = reinterpret_cast<std::int32_t*>(memory + L::indices_offset(p.groups.tile_rows));
+  const int gathered = x.s > 0 ? load_indices(indices, p.units.indices + (std::int64_t(bh) * x.M + work.expert) * x.K, x.K, span(x.keys, b).length) : 0;
+  const UnitTiles<kUnits>& units = UnitTiles<kUnits>::of(p.units.shared ? x.M : 0, gathered, indices);
+  int buffer = 0;  // the stage of the tile at hand
+  if (units.tiles > 0) units.load(shared.stage[buffer], window, p.units, x, b, h, 0);
   commit_loads();
-  wait_loads<0>();
+  if (units.tiles == 0) wait_loads<0>();
   __syncthreads();
 
-  OwnRows<T, DP> rows;
-  rows.load(shared.queries.in(window).from_row(16 * warp), lane);
-
-  const auto own = [&](int i) { return 16 * warp + g + 8 * i; };  // of the lane's two rows
-  OnlineSoftmax<T> softmax;
-  float out[DP / 8][4];
-  clear(out);
-  for (int tile = 0; tile < units.tiles; ++tile) {
-    if (tile + 1 < units.tiles) load_stage(tile + 1);
-    commit_loads();
-    wait_loads<1>();
-    __syncthreads();
-    auto& stage = shared.stage[tile & 1];
-    if (16 * warp < work.entries) {
-      const float scale = (units.is_shared(tile) ? p.landmark_scale : p.scale) * kLogit<T>;
-      float s[kTiles][4];
-      clear(s);
-      add_product<T, DP, kTiles>(s, rows, stage.k.in(window), lane);
+#pragma unroll 1
+  for (int pass = 0; pass < passes; ++pass) {
+    const auto own = [&](int i) { return pass * rows + 16 * warp + g + 8 * i; };  // entries of the lane's two rows
+    const bool busy = pass * rows + 16 * warp < work.entries;
+    const Tile<T, DP> own_rows = shared.queries[pass & 1].in(window).from_row(16 * warp);
+    OwnRows<T, DP> q;
+    OnlineSoftmax<T> softmax;
+    float out[DP / 8][4];
+    clear(out);
+    for (int tile = 0; tile < units.tiles; ++tile, buffer ^= 1) {
+      if (tile + 1 < units.tiles || pass + 1 < passes) {
+        if (tile + 1 == units.tiles) load_queries(pass + 1);
+        units.load(shared.stage[buffer ^ 1], window, p.units, x, opaque(b), opaque(h), tile + 1 < units.tiles ? tile + 1 : 0);
+      }
+      commit_loads();
+      wait_loads<1>();
+      __syncthreads();
+      auto& stage = shared.stage[buffer];
+      if (tile == 0) q.load(own_rows, lane);
+      if (busy) {
+        const float scale = (units.is_shared(tile) ? p.landmark_scale : p.scale) * kLogit<T>;
+        float s[kTiles][4];
+        clear(s);
+        add_product<T, DP, kTiles>(s, q, stage.k.in(window), lane);
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n)
+        for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) s[n][i] *= scale;
-      if (units.count(tile) < kUnits) mask_logits(s, units.count(tile), lane);
-      if (units.is_shared(tile) && work.slots > 1)  // only the first slot of a query has the shared units
+          for (int i = 0; i < 4; ++i) s[n][i] *= scale;
+        if (units.count(tile) < kUnits) mask_logits(s, units.count(tile), lane);
+        if (units.is_shared(tile) && work.slots > 1)  // only the first slot of a query has the shared units
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-          if (own(i) < work.entries && work.entry(own(i)) % work.slots != 0)
+          for (int i = 0; i < 2; ++i)
+            if (own(i) < work.entries && shared.entries[own(i)] % work.slots != 0)
 #pragma unroll
-            for (int n = 0; n < kTiles; ++n) s[n][2 * i] = s[n][2 * i + 1] = -kInfinity;
-      softmax.update(s, out);
-      add_weighted_rows<T, DP, kTiles>(out, s, stage.v.in(window), lane);
+              for (int n = 0; n < kTiles; ++n) s[n][2 * i] = s[n][2 * i + 1] = -kInfinity;
+        softmax.update(s, out);
+        add_weighted_rows<T, DP, kTiles>(out, s, stage.v.in(window), lane);
+      }
+      __syncthreads();
     }
-    __syncthreads();
-  }
-  softmax.finish();
+    softmax.finish();
 
-  const int N = x.queries.max_length;
-  float factor[2];
+    const std::int64_t entry0 = std::int64_t(opaque(bh)) * x.queries.max_length * work.slots;
+    float factor[2];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    factor[i] = softmax.sum[i] == 0.0f ? 0.0f : 1.0f / softmax.sum[i];
-    if (t == 0 && own(i) < work.entries) {
-      float* lse = (x.s > 1 ? p.partial_lse : p.lse) + std::int64_t(bh) * N * work.slots;
-      lse[work.entry(own(i))] = log_sum<T>(softmax.maximum[i], softmax.sum[i]);
+    for (int i = 0; i < 2; ++i) {
+      factor[i] = softmax.sum[i] == 0.0f ? 0.0f : __frcp_rn(softmax.sum[i]);
+      if (t == 0 && own(i) < work.entries) (x.s > 1 ? p.partial_lse : p.lse)[entry0 + shared.entries[own(i)]] = log_sum<T>(softmax.maximum[i], softmax.sum[i]);
     }
+    const auto entry = [&](int i) { return pass * rows + 16 * warp + i < work.entries ? shared.entries[pass * rows + 16 * warp + i] : -1; };
+    if (x.s > 1)
+      store_partial_rows<DP>(out, factor, x.D, lane, [&](int i) { return entry(i) < 0 ? nullptr : p.partial_out + (entry0 + entry(i)) * x.D; });
+    else
+      store_rows<T, DP>(own_rows, out, factor, x.D, lane,
+                        [&](int i) { return entry(i) < 0 ? nullptr : head_rows<T>(p.out, opaque(b), opaque(h), span(x.queries, b).start + entry(i)); });
   }
-  if (x.s > 1)
-    store_partial_rows<DP>(out, factor, x.D, lane, [&](int i) {
-      return 16 * warp + i < work.entries ? p.partial_out + (std::int64_t(bh) * N * work.slots + work.entry(16 * warp + i)) * x.D : nullptr;
-    });
-  else
-    store_rows<T, DP>(shared.queries.in(window).from_row(16 * warp), out, factor, x.D, lane, [&](int i) {
-      return 16 * warp + i < work.entries ? head_rows<T>(p.out, b, h, span(x.queries, b).start + work.entry(16 * warp + i)) : nullptr;
-    });
 }
 
 constexpr int kMergeWarps = 4;
@@ -143,10 +155,10 @@ cudaError_t launch_expert_attention(const AttentionParams& p, cudaStream_t strea
   return dispatch(x.dtype, x.D, [&](auto config) {
     using C = decltype(config);
     using L = Layout<C>;
-    const int warps = p.groups.tile_rows / 16;
-    if (warps < 1 || warps > L::kWarps) return cudaErrorInvalidValue;
-    const std::size_t bytes = offsetof(typename L::Shared, indices) + x.K * sizeof(std::int32_t);
-    if (cudaError_t status = allow_shared_memory(attention_kernel<C>, sizeof(typename L::Shared))) return status;
+    if (p.groups.tile_rows < 16 || p.groups.tile_rows % 16 != 0 || p.groups.tile_rows > kMaxTileRows) return cudaErrorInvalidValue;
+    const int warps = std::min(L::kWarps, p.groups.tile_rows / 16);
+    const std::size_t bytes = L::indices_offset(p.groups.tile_rows) + x.K * sizeof(std::int32_t);
+    if (cudaError_t status = allow_shared_memory(attention_kernel<C>, bytes)) return status;
     const unsigned blocks = static_cast<unsigned>(x.B) * x.H * max_tiles(x, p.groups.tile_rows);
     attention_kernel<C><<<blocks, 32 * warps, bytes, stream>>>(p);
     if (cudaError_t status = cudaGetLastError()) return status;

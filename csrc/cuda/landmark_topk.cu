@@ -173,20 +173,29 @@ __global__ void __launch_bounds__(kThreads) topk_long_kernel(const LandmarkParam
   if (threadIdx.x == 0) shared.count = 0;
   __syncthreads();
 
-  // 2. filter, four scores a load.
+  // 2. filter, four scores a load and four loads in flight.
   const u32 least = static_cast<u32>(threshold >> 32);
-  for (int i = 4 * threadIdx.x; i < length; i += 4 * kThreads) {
-    const float4 four = *reinterpret_cast<const float4*>(scores + i);
-    const float score[4] = {four.x, four.y, four.z, four.w};
+  constexpr int kLoads = 4, kStride = 4 * kThreads;
+  for (int base = 4 * threadIdx.x; base < length; base += kLoads * kStride) {
+    float4 four[kLoads];
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
-      if (ordered(score[j]) >= least && i + j < length) {
-        const u64 c = candidate(score[j], i + j);
-        if (c >= threshold) {
-          const int at = atomicAdd(&shared.count, 1);  // the order does not matter: the chosen are sorted below
-          if (at < plan.capacity) candidates[at] = c;
+    for (int l = 0; l < kLoads; ++l)
+      if (base + l * kStride < length) four[l] = *reinterpret_cast<const float4*>(scores + base + l * kStride);
+#pragma unroll
+    for (int l = 0; l < kLoads; ++l) {
+      const float score[4] = {four[l].x, four[l].y, four[l].z, four[l].w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int i = base + l * kStride + j;
+        if (i < length && ordered(score[j]) >= least) {
+          const u64 c = candidate(score[j], i);
+          if (c >= threshold) {
+            const int at = atomicAdd(&shared.count, 1);  // the order does not matter: the chosen are sorted below
+            if (at < plan.capacity) candidates[at] = c;
+          }
         }
       }
+    }
   }
   __syncthreads();
 

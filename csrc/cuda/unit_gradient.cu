@@ -190,7 +190,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
     load_numbers<float>(window.of(stage.delta), kRows, number(p.delta));
   };
   const auto list_rows = [&](int first) {  // gathering through global memory would stall every tile: list many rows at once
-    for (int i = first + threadIdx.x; i < min(first + L::kListedRows, work.entries); i += blockDim.x) shared.rows[i % L::kListedRows] = work.query(i);
+    for (int i = first + threadIdx.x; i < min(first + L::kListedRows, work.entries); i += blockDim.x) shared.rows[i % L::kListedRows] = work.query_of(work.entry(i));
     __syncthreads();
   };
   const int unit_head = routed ? h / group : h;

@@ -456,7 +456,7 @@ void run(const Case& c) {
 
   // grouping of the queries by expert: one table of tiles for the forward, one for the backward
   const int per_expert = std::max(1, N * s / M);
-  const Grouping grouping(problem, attention_tile_rows(dtype, per_expert)), backward_grouping(problem, row_gradient_tile_rows(dtype, D, per_expert));
+  const Grouping grouping(problem, attention_tile_rows(dtype, K, per_expert)), backward_grouping(problem, row_gradient_tile_rows(dtype, D, per_expert));
   int max_segments = 2;  // room that stays unused: nothing may be read there
   for (const Grouping* g : {&grouping, &backward_grouping}) {
     if (s == 0) break;
