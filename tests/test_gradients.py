@@ -40,18 +40,24 @@ def grads_given_selection(case, aux, tensors, dtype, dout, dlse):
 
 
 def test_gradients_given_the_selection(case, backend):
+    """The largest error of a few numbers is mostly luck: small cases are drawn eight times, and judged together."""
     device, dtype = backend
-    tensors = make_inputs(case, device, dtype, requires_grad=True)
-    q, k, v, z = tensors
-    out, aux = mita_ext.attention(q, k, v, **case.options(z), return_aux=True)
-    dout, dlse = grad_outputs(case, device, dtype)
-    grads = torch.autograd.grad((out, aux.lse), inputs_of(case, tensors), (dout, dlse))
-    exact = grads_given_selection(case, aux, tensors, torch.float64, dout, dlse)
-    rival = grads_given_selection(case, aux, tensors, dtype, dout, dlse)
-    for name, x, got, *others in zip(NAMES, tensors, grads, exact, rival, strict=False):
-        assert got.dtype == dtype
-        assert got.shape == x.shape
-        assert_rivals(name, got, *others, terms=case.magnitude**2)
+    draws = []
+    for seed in range(8 if case.B * case.H * case.N * case.D < 5000 else 1):
+        tensors = make_inputs(case, device, dtype, requires_grad=True, seed=seed)
+        q, k, v, z = tensors
+        out, aux = mita_ext.attention(q, k, v, **case.options(z), return_aux=True)
+        dout, dlse = grad_outputs(case, device, dtype)
+        grads = torch.autograd.grad((out, aux.lse), inputs_of(case, tensors), (dout, dlse))
+        for x, got in zip(tensors, grads, strict=False):
+            assert got.dtype == dtype
+            assert got.shape == x.shape
+        exact = grads_given_selection(case, aux, tensors, torch.float64, dout, dlse)
+        rival = grads_given_selection(case, aux, tensors, dtype, dout, dlse)
+        draws.append((grads, exact, rival))
+    for i, name in enumerate(NAMES[: len(draws[0][0])]):
+        got, exact, rival = (torch.stack([gradients[i] for gradients in kind]) for kind in zip(*draws, strict=True))
+        assert_rivals(name, got, exact, rival, terms=case.magnitude**2)
 
 
 EXPANDED = ["basic", "grouped_query", "pooled_2d_with_prefix", "routes_2", "ragged_tile", "no_shared_expert"]

@@ -229,3 +229,12 @@ def test_float64_selects_like_the_reference(name):
     aux, expected = select(case, (q, k, v, z)), reference.attention(q, k, v, **case.options(z), return_aux=True)[1]
     for field in SELECTED:
         assert torch.equal(getattr(aux, field), getattr(expected, field)), field
+
+
+def test_route_many_queries(backend):
+    """So many that a block of the CUDA kernel takes several passes. Integers: every score is exact, and ties abound."""
+    device, dtype = backend
+    generator = torch.Generator().manual_seed(3)
+    q = torch.randint(-3, 4, (2, 2, 70_001, 16), generator=generator).to(device, dtype)
+    z = torch.randint(-3, 4, (2, 2, 70, 16), generator=generator).to(device, dtype)
+    assert torch.equal(mita_ext.route(q, z, routes=2), reference.route(q, z, routes=2))

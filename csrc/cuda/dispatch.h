@@ -9,6 +9,10 @@
 
 namespace mita {
 
+// Blocks that fill a large GPU once: 132 multiprocessors with 4 blocks each. A constant, so that results do not depend on the
+// device.
+constexpr int kBlocksOfAWave = 528;
+
 // Queries that one block of the attention and of the query-gradient kernel holds at a time, by element size and padded head
 // dimension: what fits two blocks' registers on a multiprocessor and 99 KB of shared memory.
 constexpr int kPassRows = 64, kMaxTileRows = 4 * kPassRows;

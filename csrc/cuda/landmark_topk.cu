@@ -23,6 +23,12 @@ using u64 = unsigned long long;
 constexpr u32 kAll = 0xffffffffu;
 
 __device__ u64 candidate(float score, int index) { return u64(ordered(score)) << 32 | (kAll - static_cast<u32>(index)); }
+// The lowest score that a candidate at or above this one can have; -infinity where that is no number.
+__device__ float score_of(u64 candidate) {
+  const u32 bits = static_cast<u32>(candidate >> 32);
+  const float score = __uint_as_float(bits & 0x80000000u ? bits ^ 0x80000000u : ~bits);
+  return score == score ? score : -kInfinity;
+}
 __device__ u32 index_of(u64 candidate) { return kAll - static_cast<u32>(candidate); }
 
 // ---- short rows ----------------------------------------------------------------------------------------------------
@@ -174,7 +180,7 @@ __global__ void __launch_bounds__(kThreads) topk_long_kernel(const LandmarkParam
   __syncthreads();
 
   // 2. filter, four scores a load and four loads in flight.
-  const u32 least = static_cast<u32>(threshold >> 32);
+  const float least = score_of(threshold);
   constexpr int kLoads = 4, kStride = 4 * kThreads;
   for (int base = 4 * threadIdx.x; base < length; base += kLoads * kStride) {
     float4 four[kLoads];
@@ -184,15 +190,15 @@ __global__ void __launch_bounds__(kThreads) topk_long_kernel(const LandmarkParam
 #pragma unroll
     for (int l = 0; l < kLoads; ++l) {
       const float score[4] = {four[l].x, four[l].y, four[l].z, four[l].w};
+      // One branch for four scores, seldom taken. Not "below" lets NaN pass, as the exact comparison will not.
+      if (base + l * kStride >= length || (score[0] < least && score[1] < least && score[2] < least && score[3] < least)) continue;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int i = base + l * kStride + j;
-        if (i < length && ordered(score[j]) >= least) {
-          const u64 c = candidate(score[j], i);
-          if (c >= threshold) {
-            const int at = atomicAdd(&shared.count, 1);  // the order does not matter: the chosen are sorted below
-            if (at < plan.capacity) candidates[at] = c;
-          }
+        const u64 c = candidate(score[j], i);
+        if (i < length && c >= threshold) {
+          const int at = atomicAdd(&shared.count, 1);  // the order does not matter: the chosen are sorted below
+          if (at < plan.capacity) candidates[at] = c;
         }
       }
     }

@@ -72,11 +72,9 @@ Tensor floats(const Tensor& like, IntArrayRef sizes) { return at::empty(sizes, l
 Tensor ints(const Tensor& like, IntArrayRef sizes) { return at::empty(sizes, like.options().dtype(at::kInt)); }
 const float* data(const OptionalTensor& x) { return x ? x->const_data_ptr<float>() : nullptr; }
 
-// Parts into which the rows that a sum runs over are cut: enough blocks to fill a large GPU (132 multiprocessors with 4
-// blocks each) in one wave, not so many that the partial sums weigh. A function of shapes alone, so that results do not
-// depend on the device.
+// Parts into which the rows that a sum runs over are cut: enough blocks for one wave, not so many that the partial sums weigh.
 int parts(int64_t blocks, int64_t rows) {
-  return static_cast<int>(std::max<int64_t>(1, std::min(528 / std::max<int64_t>(blocks, 1), (rows + 511) / 512)));
+  return static_cast<int>(std::max<int64_t>(1, std::min(kBlocksOfAWave / std::max<int64_t>(blocks, 1), (rows + 511) / 512)));
 }
 int64_t heads(const Problem& x) { return int64_t(x.B) * x.H; }
 int entries_per_expert(const Problem& x) { return x.s == 0 ? x.queries.max_length : int(int64_t(x.queries.max_length) * x.s / x.M); }

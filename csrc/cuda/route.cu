@@ -1,7 +1,8 @@
 // Routing: the s landmarks with the largest q . Z for every query, best first; score ties go to the lower landmark, NaN last.
-// One warp owns 16 queries; landmark tiles pass through shared memory once per round, and round r finds the best pair
-// (score, landmark) after the one of round r - 1 in the total order: s > 1 needs no list. Round 0 compares floats, which is
-// three instructions a score; later rounds compare the order itself.
+// A block takes its queries in passes, the next ones on their way while it works; one warp owns 16 queries of a pass. Landmark
+// tiles go through shared memory once per round, and round r finds the best pair (score, landmark) after the one of round
+// r - 1 in the total order: s > 1 needs no list. Round 0 compares floats, which is three instructions a score; later rounds
+// compare the order itself.
 #include "device.cuh"
 #include "launch.h"
 
@@ -13,9 +14,10 @@ template <class C> struct Layout : C {
   static constexpr int kWarps = kHalf ? 8 : 4;
   static constexpr int kLandmarks = kHalf ? 64 : 32;  // of one tile
   struct Shared {
-    TileStorage<typename C::T, C::DP, 16 * kWarps> queries;
     TileStorage<typename C::T, C::DP, kLandmarks> stage[2];
+    TileStorage<typename C::T, C::DP, 16 * kWarps> queries[2];  // of this pass and the next
   };
+  static_assert(sizeof(Shared) <= 99 * 1024);
 };
 
 struct Best {
@@ -24,7 +26,7 @@ struct Best {
   __device__ bool after(const Best& previous) const { return score < previous.score || (score == previous.score && landmark > previous.landmark); }
 };
 
-template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, 2) route_kernel(const RouteParams p) {
+template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, 2) route_kernel(const RouteParams p, const int most_passes) {
   using L = Layout<C>;
   using T = typename C::T;
   constexpr int DP = C::DP, kRows = 16 * L::kWarps, kTile = L::kLandmarks, kTiles = kTile / 8;
@@ -34,35 +36,44 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, 2) 
 
   const Problem& x = p.problem;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
-  const int N = x.queries.max_length, blocks = ceil_div(N, kRows), n0 = blockIdx.x % blocks * kRows, bh = blockIdx.x / blocks;
-  const int b = bh / x.H, h = bh % x.H;
-  const Span queries = span(x.queries, b);
-  const int tiles = ceil_div(x.M, kTile);
-  const auto load_landmarks = [&](int step) {  // steps run through the tiles once per round
+  const int N = x.queries.max_length, block_rows = most_passes * kRows, blocks = ceil_div(N, block_rows);
+  const int first_row = blockIdx.x % blocks * block_rows, passes = min(most_passes, ceil_div(N - first_row, kRows)), bh = blockIdx.x / blocks;
+  const int b = bh / x.H, h = bh % x.H, length = span(x.queries, b).length;
+  const int tiles = ceil_div(x.M, kTile), steps = x.s * tiles;  // steps run through the tiles once per round
+  const auto load_landmarks = [&](int buffer, int step) {
     const int m0 = step % tiles * kTile;
-    load_rows<T, DP>(kTile, x.D, m0 + kTile <= x.M, [&](int i) { return m0 + i < x.M ? m0 + i : -1; }, Copy<T, DP>(shared.stage[step & 1].in(window), p.landmarks, b, h, 0));
+    load_rows<T, DP>(kTile, x.D, m0 + kTile <= x.M, [&](int i) { return m0 + i < x.M ? m0 + i : -1; },
+                     Copy<T, DP>(shared.stage[buffer].in(window), p.landmarks, opaque(b), opaque(h), 0));
   };
-
-  load_rows<T, DP>(kRows, x.D, n0 + kRows <= queries.length, [&](int i) { return n0 + i < queries.length ? n0 + i : -1; },
-                   Copy<T, DP>(shared.queries.in(window), p.q, b, h, queries.start));
-  load_landmarks(0);
+  const auto load_queries = [&](int pass) {
+    const int n0 = first_row + pass * kRows, batch = opaque(b);
+    load_rows<T, DP>(kRows, x.D, n0 + kRows <= length, [&](int i) { return n0 + i < length ? n0 + i : -1; },
+                     Copy<T, DP>(shared.queries[pass & 1].in(window), p.q, batch, opaque(h), span(x.queries, batch).start));
+  };
+  load_queries(0);
+  load_landmarks(0, 0);
   commit_loads();
-  wait_loads<0>();
-  __syncthreads();
-  HeldRows<T, DP> rows;
-  rows.load(shared.queries.in(window).from_row(16 * warp), lane);
 
+  HeldRows<T, DP> rows;
   Best previous[2], best[2];
-  float highest[2] = {-kInfinity, -kInfinity};
-  best[0].landmark = best[1].landmark = -1;
-  for (int step = 0; step < x.s * tiles; ++step) {
-    if (step + 1 < x.s * tiles) load_landmarks(step + 1);
+  float highest[2];
+  int pass = 0, step = 0;
+  for (int buffer = 0; pass < passes; buffer ^= 1, step = step + 1 < steps ? step + 1 : (++pass, 0)) {
+    if (step + 1 < steps || pass + 1 < passes) {
+      if (step + 1 == steps) load_queries(pass + 1);
+      load_landmarks(buffer ^ 1, step + 1 < steps ? step + 1 : 0);
+    }
     commit_loads();
     wait_loads<1>();
     __syncthreads();
+    if (step == 0) {
+      rows.load(shared.queries[pass & 1].in(window).from_row(16 * warp), lane);
+      highest[0] = highest[1] = -kInfinity;
+      best[0].landmark = best[1].landmark = -1;
+    }
     float s[kTiles][4];
     clear(s);
-    add_product<T, DP, kTiles>(s, rows, shared.stage[step & 1].in(window), lane);
+    add_product<T, DP, kTiles>(s, rows, shared.stage[buffer].in(window), lane);
     const int tile = step % tiles, m0 = tile * kTile + 2 * t;
     if (step < tiles) {
       if ((tile + 1) * kTile > x.M) mask_logits(s, x.M - tile * kTile, lane);
@@ -109,8 +120,8 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, 2) 
         }
       }
       previous[i] = best[i];
-      const int n = n0 + 16 * warp + g + 8 * i;
-      if (t == 0 && n < N) p.experts[(std::int64_t(bh) * N + n) * x.s + step / tiles] = n < queries.length ? best[i].landmark : -1;
+      const int n = first_row + pass * kRows + 16 * warp + g + 8 * i;
+      if (t == 0 && n < N) p.experts[(std::int64_t(bh) * N + n) * x.s + step / tiles] = n < length ? best[i].landmark : -1;
     }
   }
 }
@@ -124,8 +135,10 @@ cudaError_t launch_route(const RouteParams& p, cudaStream_t stream) {
     using C = decltype(config);
     using L = Layout<C>;
     if (cudaError_t status = allow_shared_memory(route_kernel<C>, sizeof(typename L::Shared))) return status;
-    const unsigned blocks = static_cast<unsigned>(x.B) * x.H * ceil_div(x.queries.max_length, 16 * L::kWarps);
-    route_kernel<C><<<blocks, 32 * L::kWarps, sizeof(typename L::Shared), stream>>>(p);
+    const int tiles = ceil_div(x.queries.max_length, 16 * L::kWarps);
+    const std::int64_t heads = std::int64_t(x.B) * x.H;
+    const int passes = heads * tiles >= 4 * kBlocksOfAWave ? 4 : 1;  // where there is work enough for that
+    route_kernel<C><<<static_cast<unsigned>(heads * ceil_div(tiles, passes)), 32 * L::kWarps, sizeof(typename L::Shared), stream>>>(p, passes);
     return cudaGetLastError();
   });
 }

@@ -76,7 +76,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
       if (lse[i] == -kInfinity) lse[i] = kInfinity;  // attended to nothing
       delta[i] = present ? p.delta[at] : 0.0f;
     }
-    float dq[DP / 8][4];
+    float dq[DP / 8][4], sum[2] = {0.0f, 0.0f};
     clear(dq);
     wait_loads<0>();
     if (first_tile >= last_tile) __syncthreads();
@@ -108,12 +108,26 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
-            gradient[n][i] = exponential<T>(s[n][i]) * (gradient[n][i] - delta[i / 2]) * (scale * power_of_2(kGradientShift<T>));
+          for (int i = 0; i < 4; ++i) {
+            const float probability = exponential<T>(s[n][i]);
+            if constexpr (!L::kHalf) sum[i / 2] += probability;
+            gradient[n][i] = probability * (gradient[n][i] - delta[i / 2]) * (scale * power_of_2(kGradientShift<T>));
+          }
         add_weighted_rows<T, DP, kTiles>(dq, gradient, stage.k.in(window), lane);
       }
       __syncthreads();
     }
+    // The probabilities of a row sum to 1, but for the rounding of a large lse, which is far above that of fp32 gradients.
+    if constexpr (!L::kHalf)
+      if (!landmark && work.slots == 1)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 1);
+          sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 2);
+          const float factor = sum[i] > 0.0f ? 1.0f / sum[i] : 1.0f;
+#pragma unroll
+          for (int d = 0; d < DP / 8; ++d) dq[d][2 * i] *= factor, dq[d][2 * i + 1] *= factor;
+        }
     if constexpr (kGradientShift<T> != 0)
 #pragma unroll
       for (int d = 0; d < DP / 8; ++d)
