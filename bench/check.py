@@ -11,7 +11,7 @@ from .cases import Case
 
 ALL_QUERIES = 4096  # above this many, a random subset: the reference gathers K keys per query in float64
 SUBSET = 2048
-FEW_ROUNDINGS = 6  # dq on clustered inputs takes 5: delta = dout . out comes from the rounded output
+FEW_ROUNDINGS = 2  # where plain PyTorch is exact by luck
 
 
 def run(case: Case, inputs, dout) -> tuple[torch.Tensor, ...]:

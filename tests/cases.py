@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from unittest.mock import patch
 
 import torch
 
@@ -80,6 +79,7 @@ CASES = [
     Case("large_logits_no_shared_expert", values="large", shared_expert=False),
     Case("clustered", N=150, M=9, K=16, values="clustered"),
     Case("clustered_pooled", N=150, M=9, K=16, values="clustered", pooled=True),
+    Case("clustered_image", B=1, N=1025, D=64, M=(7, 7), K=49, grid=(32, 32), prefix=1, values="clustered", pooled=True),
     Case("grouped_query", H=6, Hkv=2),
     Case("multi_query", H=3, Hkv=1, routes=2),
     Case("cross_attention", N=37, L=90),
@@ -189,18 +189,13 @@ def case_of(name: str, **changes) -> Case:
     return replace(BY_NAME[name], **changes)
 
 
-def given_selection(case: Case, aux, query, key, value, landmarks, *, rounded_scores=False):
-    """The definition on the selection (and the landmarks' rounding) that `aux` reports: out, lse.
-
-    The reference keeps scores in float32 at least. With `rounded_scores` it is the program that anybody would write:
-    every product is rounded to the dtype of its factors, `query @ key.mT` as well.
-    """
+def given_selection(case: Case, aux, query, key, value, landmarks):
+    """The definition on the selection (and the landmarks' rounding) that `aux` reports: out, lse."""
     Z = reference.pool_landmarks(query, case.M, grid=case.grid, num_prefix_tokens=case.prefix) if case.pooled else landmarks
     Z = Z + (aux.landmarks.detach().to(Z.dtype) - Z).detach()
-    with patch.object(reference, "widen", (lambda x: x) if rounded_scores else reference.widen):
-        return reference.attention_given(
-            query, key, value, Z, aux.topk_indices, aux.experts, shared_expert=case.shared_expert, **case.scales
-        )
+    return reference.attention_given(
+        query, key, value, Z, aux.topk_indices, aux.experts, shared_expert=case.shared_expert, **case.scales
+    )
 
 
 def assert_same(got, expected):

@@ -313,6 +313,22 @@ std::tuple<Tensor, Tensor, Tensor> landmark_topk(const Tensor& landmarks, const 
   return {indices, compressed, lse};
 }
 
+// Softmax of each row of logits, in place; a row of -inf becomes zeros. The backward passes start from the logits again and
+// not from the saved lse and outputs: those are rounded, which shows where logits are large or keys nearly the same.
+Tensor softmax_(const Tensor& logits) {
+  const Tensor top = logits.amax(1, true);
+  logits.sub_(top.masked_fill_(top == -kInf, 0)).exp_();
+  const Tensor sum = logits.sum(1, true);
+  return logits.mul_(sum.reciprocal().masked_fill_(sum == 0, 0));
+}
+
+// dP -> the gradient of the logits, in place: P (dP - sum(P dP) + dlse).
+Tensor softmax_backward_(const Tensor& dP, const Tensor& P, const OptionalTensor& dlse) {
+  const Tensor delta = P.mul(dP).sum(1, true);
+  if (dlse) delta.sub_(dlse->unsqueeze(1));
+  return dP.sub_(delta).mul_(P);
+}
+
 // Gradients of one kv head, in the type that is computed in: all its query heads add into them.
 struct KeyValueGrad {
   Tensor dk, dv;
@@ -323,16 +339,13 @@ struct KeyValueGrad {
 
 // C = softmax(scale Z k^T) v for one head, backward from dC (and the gradient of its lse). k, v and all gradients are
 // widened; dZ is added to.
-void compress_backward(const Tensor& Z, const Tensor& k, const Tensor& v, const Tensor& C, const Tensor& lse,
-                       const Tensor& dC, const OptionalTensor& dlse, double scale, int64_t block, const Tensor& dZ,
-                       KeyValueGrad& grad) {
-  Tensor delta = dC.mul(C).sum(1);
-  if (dlse) delta.sub_(*dlse);
+void compress_backward(const Tensor& Z, const Tensor& k, const Tensor& v, const Tensor& dC, const OptionalTensor& dlse,
+                       double scale, int64_t block, const Tensor& dZ, KeyValueGrad& grad) {
   for (int64_t m0 = 0; m0 < Z.size(0); m0 += block) {
     const int64_t rows = std::min(block, Z.size(0) - m0);
     const auto part = [&](const Tensor& t) { return t.narrow(0, m0, rows); };
-    const Tensor P = part(Z).mm(k.t()).mul_(scale).sub_(part(lse).unsqueeze(1)).exp_();
-    const Tensor dS = part(dC).mm(v.t()).sub_(part(delta).unsqueeze(1)).mul_(P);
+    const Tensor P = softmax_(part(Z).mm(k.t()).mul_(scale));
+    const Tensor dS = softmax_backward_(part(dC).mm(v.t()), P, dlse ? OptionalTensor(part(*dlse)) : std::nullopt);
     part(dZ).addmm_(dS, k, 1, scale);
     grad.dk.addmm_(dS.t(), part(Z), 1, scale);
     grad.dv.addmm_(P.t(), part(dC));
@@ -357,8 +370,8 @@ std::tuple<Tensor, Tensor, Tensor> landmark_topk_backward(const Tensor& dcompres
     const Tensor k = to_acc(head(key, b, hk)), v = to_acc(head(value, b, hk));
     for (int64_t h = hk * group; h < (hk + 1) * group; ++h) {
       const Tensor dZ = at::zeros({p.M, p.D}, acc_options(key));
-      compress_backward(widen(head(landmarks, b, h)), k, v, widen(head(compressed, b, h)), head(lse, b, h),
-                        widen(head(dcompressed, b, h)), optional_head(dlse, b, h), scale, landmark_block(p), dZ, grad);
+      compress_backward(widen(head(landmarks, b, h)), k, v, widen(head(dcompressed, b, h)), optional_head(dlse, b, h),
+                        scale, landmark_block(p), dZ, grad);
       head(dlandmarks, b, h).copy_(dZ);
     }
     head(dkey, b, hk).copy_(grad.dk);
@@ -474,23 +487,18 @@ struct Head {
   }
 
   // Adds to dq [N, D], dZ, dC [M, D] and the kv gradients what queries n0 .. n0 + n contribute.
-  void backward(int64_t n0, int64_t n, const Tensor& dout, const OptionalTensor& dlse, const Tensor& out,
-                const Tensor& lse, const Tensor& dq, const Tensor& dZ, const Tensor& dC, KeyValueGrad& grad) const {
+  void backward(int64_t n0, int64_t n, const Tensor& dout, const OptionalTensor& dlse, const Tensor& dq,
+                const Tensor& dZ, const Tensor& dC, KeyValueGrad& grad) const {
     const auto part = [&](const Tensor& t) { return t.narrow(0, n0, n); };
     const Tensor q_n = to_acc(part(q)), do_n = to_acc(part(dout)), dq_n = part(dq);
-    Tensor delta = widen(part(out)).mul_(do_n).sum(1, true);
-    if (dlse) delta.sub_(part(*dlse).unsqueeze(1));
-
-    const Tensor lse_n = part(lse).unsqueeze(1);
-    const Tensor P = logits(q_n, n0);
-    P.sub_(lse_n.masked_fill(lse_n == -kInf, kInf)).exp_();  // without any unit: all zero
+    const Tensor P = softmax_(logits(q_n, n0));
     const Tensor dS = at::empty_like(P);
     if (shared_expert) shared(dS).addmm_(do_n, C.t(), 0, 1);
     each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
       const Tensor v_e = gather_rows<scalar_t>(v, keys, b.used);
       put_block<T>(dS, b, gather_rows<T>(do_n, b.rows, b.n).mm(v_e.t()), 1, 0);
     });
-    dS.sub_(delta).mul_(P);
+    softmax_backward_(dS, P, dlse ? OptionalTensor(part(*dlse)) : std::nullopt);
 
     if (shared_expert) {
       dq_n.addmm_(shared(dS), Z, 1, landmark_scale);
@@ -544,14 +552,14 @@ std::tuple<Tensor, Tensor> expert_attention(const Tensor& query, const Tensor& k
   return {out, lse};
 }
 
-// The body of both backward ops. For each (batch, query head), in the order of the kv heads, `after(b, h, Z, C, dq, dZ,
-// dC, grad)` may carry dC and dZ further before everything is rounded and stored.
+// The body of both backward ops. For each (batch, query head), in the order of the kv heads, `after(b, h, Z, dq, dZ, dC,
+// grad)` may carry dC and dZ further before everything is rounded and stored.
 template <class After>
 void attend_backward(const Shape& p, const Tensor& dout, const OptionalTensor& dlse, const Tensor& query,
                      const Tensor& key, const Tensor& value, const Tensor& landmarks, const Tensor& compressed,
-                     const Tensor& indices, const Tensor& experts, const Tensor& out, const Tensor& lse,
-                     bool shared_expert, double scale, double landmark_scale, const Tensor& dquery, const Tensor& dkey,
-                     const Tensor& dvalue, const After& after) {
+                     const Tensor& indices, const Tensor& experts, bool shared_expert, double scale,
+                     double landmark_scale, const Tensor& dquery, const Tensor& dkey, const Tensor& dvalue,
+                     const After& after) {
   const int64_t group = p.H / p.Hkv, block = query_block(p);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "mita_ext.attention_backward", [&] {
     parallel_backward(p.B * p.Hkv, [&](int64_t i) {
@@ -564,9 +572,9 @@ void attend_backward(const Shape& p, const Tensor& dout, const OptionalTensor& d
         const Tensor dq = at::zeros({p.N, p.D}, options);
         const Tensor dZ = at::zeros({p.M, p.D}, options), dC = at::zeros({p.M, p.D}, options);
         for (int64_t n0 = 0; n0 < p.N; n0 += block)
-          one.backward(n0, std::min(block, p.N - n0), head(dout, b, h), optional_head(dlse, b, h), head(out, b, h),
-                       head(lse, b, h), dq, dZ, dC, grad);
-        after(b, h, one.Z, one.C, dq, dZ, dC, grad);
+          one.backward(n0, std::min(block, p.N - n0), head(dout, b, h), optional_head(dlse, b, h), dq, dZ, dC,
+                       grad);
+        after(b, h, one.Z, dq, dZ, dC, grad);
         head(dquery, b, h).copy_(dq);
       }
       head(dkey, b, hk).copy_(grad.dk);
@@ -586,10 +594,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_attention_backward(
   const Tensor dkey = at::empty(key.sizes(), key.options()), dvalue = at::empty(key.sizes(), key.options());
   const Tensor dlandmarks = at::empty(landmarks.sizes(), query.options());
   const Tensor dcompressed = at::empty(landmarks.sizes(), query.options());
-  attend_backward(p, dout, dlse, query, key, value, landmarks, compressed, indices, experts, out, lse, shared_expert,
-                  scale, landmark_scale, dquery, dkey, dvalue,
-                  [&](int64_t b, int64_t h, const Tensor&, const Tensor&, const Tensor&, const Tensor& dZ,
-                      const Tensor& dC, KeyValueGrad&) {
+  attend_backward(p, dout, dlse, query, key, value, landmarks, compressed, indices, experts, shared_expert, scale,
+                  landmark_scale, dquery, dkey, dvalue,
+                  [&](int64_t b, int64_t h, const Tensor&, const Tensor&, const Tensor& dZ, const Tensor& dC,
+                      KeyValueGrad&) {
                     head(dlandmarks, b, h).copy_(dZ);
                     head(dcompressed, b, h).copy_(dC);
                   });
@@ -626,14 +634,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   const Tensor dkey = at::empty(key.sizes(), key.options()), dvalue = at::empty(key.sizes(), key.options());
   const Tensor dlandmarks = at::empty(pooled ? IntArrayRef{0} : landmarks.sizes(), query.options());
   attend_backward(
-      p, dout, dlse, query, key, value, landmarks, compressed, indices, experts, out, lse, shared_expert, scale,
-      landmark_scale, dquery, dkey, dvalue,
-      [&](int64_t b, int64_t h, const Tensor& Z, const Tensor& C, const Tensor& dq, const Tensor& dZ, const Tensor& dC,
-          KeyValueGrad& grad) {
+      p, dout, dlse, query, key, value, landmarks, compressed, indices, experts, shared_expert, scale, landmark_scale,
+      dquery, dkey, dvalue,
+      [&](int64_t b, int64_t h, const Tensor& Z, const Tensor& dq, const Tensor& dZ, const Tensor& dC, KeyValueGrad& grad) {
         if (shared_expert) {
           const int64_t hk = h / (p.H / p.Hkv);
-          compress_backward(Z, to_acc(head(key, b, hk)), to_acc(head(value, b, hk)), C, head(landmark_lse, b, h), dC,
-                            std::nullopt, scale, landmark_block(p), dZ, grad);
+          compress_backward(Z, to_acc(head(key, b, hk)), to_acc(head(value, b, hk)), dC, std::nullopt, scale,
+                            landmark_block(p), dZ, grad);
         }
         if (!pooled) {
           head(dlandmarks, b, h).copy_(dZ);
