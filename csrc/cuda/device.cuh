@@ -315,7 +315,8 @@ template <class T, int DP> struct HeldRows {
   }
 };
 
-// What the forward kernels use. Evidence: with 64 columns, held rows spill at the 128 registers of two blocks per multiprocessor.
+// What the forward kernels use. Evidence: with 64 columns, held rows spill at 128 registers, which four blocks of a multiprocessor
+// leave to each thread.
 template <class T, int DP> using OwnRows = std::conditional_t<DP == 64, SharedRows<T, DP>, HeldRows<T, DP>>;
 
 // acc[16 x 8*NT] += A[16 x DP] B[8*NT x DP]^T, for example logits = queries keys^T.
@@ -406,8 +407,8 @@ template <int N> __device__ inline void clear(float (&acc)[N][4]) {
 
 // ---- online softmax ------------------------------------------------------------------------------------------------
 
-// Running maximum and sum of the two rows of a lane; a row's four lanes hold the same maximum and
-// their own shares of the sum until `finish`.
+// Running maximum and sum of the two rows of a lane; a row's four lanes hold the same maximum, and their own shares of the sum
+// until `finish`.
 template <class T> struct OnlineSoftmax {
   float maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {0.0f, 0.0f};
 

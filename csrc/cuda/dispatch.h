@@ -19,8 +19,8 @@ constexpr int kPassRows = 64, kMaxTileRows = 4 * kPassRows;
 template <int BYTES, int DP> constexpr int kRowGradientRows = BYTES == 2 || DP == 64 ? kPassRows : 32;
 
 // Queries of one block, a power of two: the smallest tile that takes an expert of average load, as the units that a block
-// brings in cost more than the rows that it leaves empty; several passes, because on an H100 a block's start and end (three
-// dependent gathers) took as long as four unit tiles.
+// brings in cost more than the rows that it leaves empty. Several passes in a block: its start is three dependent gathers, and
+// the units of the next pass come while this one ends (H100: 7 to 14 % at 64 columns, little at 128).
 inline int tile_rows(int most, int entries_per_expert) {
   int rows = 16;
   while (2 * rows <= most && rows < entries_per_expert) rows *= 2;
