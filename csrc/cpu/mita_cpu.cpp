@@ -185,9 +185,24 @@ void select_topk(const T* scores, int64_t L, int64_t K, int32_t* chosen) {
   std::sort(chosen, chosen + K);
 }
 
+// The first of M scores: its value by kScan maxima side by side, which vectorise and pass over NaN, then its place. -1 where
+// every score is NaN or -inf.
+template <class T>
+int32_t select_best(const T* scores, int64_t M) {
+  T highest[kScan];
+  std::fill_n(highest, kScan, static_cast<T>(-kInf));
+  const int64_t whole = M / kScan * kScan;
+  for (int64_t m = 0; m < whole; m += kScan)
+    for (int64_t j = 0; j < kScan; ++j) highest[j] = scores[m + j] > highest[j] ? scores[m + j] : highest[j];
+  for (int64_t m = whole; m < M; ++m) highest[0] = scores[m] > highest[0] ? scores[m] : highest[0];
+  const T best = *std::max_element(highest, highest + kScan);
+  return best == static_cast<T>(-kInf) ? -1 : static_cast<int32_t>(std::find(scores, scores + M, best) - scores);
+}
+
 // The s first of M scores, best first. s is at most 8: insertion.
 template <class T>
 void select_routes(const T* scores, int64_t M, int64_t s, int32_t* chosen) {
+  if (s == 1 && (chosen[0] = select_best(scores, M)) >= 0) return;
   Candidate<T> best[mita::kMaxRoutes];
   for (int64_t m0 = 0; m0 < M; m0 += kScan) {
     const int64_t m1 = std::min(m0 + kScan, M);
@@ -515,9 +530,9 @@ struct Head {
   }
 };
 
-// Queries that are attended at once: about 2^20 logits, but enough queries for experts to have several each.
+// Queries that are attended at once: about 2^21 logits, but enough queries for experts to have several each.
 int64_t query_block(const Shape& p) {
-  return std::max<int64_t>(1024, (int64_t{1} << 20) / (p.M + std::max<int64_t>(p.s * p.K, 1)));
+  return std::max<int64_t>(1024, (int64_t{1} << 21) / (p.M + std::max<int64_t>(p.s * p.K, 1)));
 }
 
 // A loop over experts trusts them; on the CPU looking costs little.
