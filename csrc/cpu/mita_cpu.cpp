@@ -328,13 +328,23 @@ std::tuple<Tensor, Tensor, Tensor> landmark_topk(const Tensor& landmarks, const 
   return {indices, compressed, lse};
 }
 
-// Softmax of each row of logits, in place; a row of -inf becomes zeros. The backward passes start from the logits again and
-// not from the saved lse and outputs: those are rounded, which shows where logits are large or keys nearly the same.
+// Logits relative to the largest of their row -> exponentials, in place. A row of -inf becomes zeros: its sum and its factor
+// are 0, its lse is -inf.
+struct Exponentials {
+  Tensor top, sum;  // [n, 1]
+  explicit Exponentials(const Tensor& logits) : top(logits.amax(1, true)) {
+    logits.sub_(top.masked_fill_(top == -kInf, 0)).exp_();
+    sum = logits.sum(1, true);
+  }
+  Tensor factor() const { return sum.reciprocal().masked_fill_(sum == 0, 0); }
+  Tensor lse() const { return sum.log().add_(top).squeeze(1); }
+};
+
+// Softmax of each row of logits, in place. The backward passes start from the logits again and not from the saved lse and
+// outputs: those are rounded, which shows where logits are large or keys nearly the same.
 Tensor softmax_(const Tensor& logits) {
-  const Tensor top = logits.amax(1, true);
-  logits.sub_(top.masked_fill_(top == -kInf, 0)).exp_();
-  const Tensor sum = logits.sum(1, true);
-  return logits.mul_(sum.reciprocal().masked_fill_(sum == 0, 0));
+  const Exponentials rows(logits);
+  return logits.mul_(rows.factor());
 }
 
 // dP -> the gradient of the logits, in place: P (dP - sum(P dP) + dlse).
@@ -489,16 +499,13 @@ struct Head {
   // -> out [n, D] and lse [n] of queries n0 .. n0 + n. A query without any unit gets 0 and -inf.
   std::pair<Tensor, Tensor> forward(int64_t n0, int64_t n) const {
     const Tensor P = logits(to_acc(q.narrow(0, n0, n)), n0);
-    const Tensor top = P.amax(1, true);
-    top.masked_fill_(top == -kInf, 0);
-    P.sub_(top).exp_();
-    const Tensor sum = P.sum(1, true);
+    const Exponentials rows(P);
     const Tensor out = shared_expert ? shared(P).mm(C) : at::zeros({n, p.D}, P.options());
     each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
       add_rows<T>(out, b.rows, get_block<T>(P, b).mm(gather_rows<scalar_t>(v, keys, b.used)));
     });
-    out.mul_(sum.reciprocal().masked_fill_(sum == 0, 0));
-    return {out, sum.log().add_(top).squeeze(1)};
+    out.mul_(rows.factor());
+    return {out, rows.lse()};
   }
 
   // Adds to dq [N, D], dZ, dC [M, D] and the kv gradients what queries n0 .. n0 + n contribute.

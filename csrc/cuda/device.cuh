@@ -199,10 +199,9 @@ __device__ inline void commit_loads() { asm volatile("cp.async.commit_group;" ::
 template <int PENDING> __device__ inline void wait_loads() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 
 // Starts copying `count` numbers, number i from source(i), with all threads of the block; zeros where that is null.
-template <class N, class Source> __device__ inline void load_numbers(std::uint32_t target, int count, Source source) {
-  static_assert(sizeof(N) == 4);
+template <class Source> __device__ inline void load_numbers(std::uint32_t target, int count, Source source) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
-    const N* from = source(i);
+    const float* from = source(i);
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target + 4 * i), "l"(from), "r"(from ? 4 : 0) : "memory");
   }
 }

@@ -15,7 +15,7 @@ template <class C> struct Layout : C {
   static constexpr bool kHalf = sizeof(typename C::T) == 2;
   static constexpr int kWarps = kRowGradientRows<sizeof(typename C::T), C::DP> / 16;  // at most
   static constexpr int kUnits = kHalf ? 64 : C::DP == 64 ? 32 : 16;                   // of one tile
-  static constexpr int kBlocks = !kHalf ? 1 : C::DP == 64 ? 3 : 2;                                // of a multiprocessor, by registers
+  static constexpr int kBlocks = !kHalf ? 1 : C::DP == 64 ? 3 : 2;                    // of a multiprocessor, by registers
   struct Shared {
     UnitStage<typename C::T, C::DP, kUnits> stage[2];
     std::int32_t entries[kMaxTileRows];

@@ -186,8 +186,8 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
         return r < 0 ? nullptr : numbers + stats + r;
       };
     };
-    load_numbers<float>(window.of(stage.lse), kRows, number(p.lse));
-    load_numbers<float>(window.of(stage.delta), kRows, number(p.delta));
+    load_numbers(window.of(stage.lse), kRows, number(p.lse));
+    load_numbers(window.of(stage.delta), kRows, number(p.delta));
   };
   const auto list_rows = [&](int first) {  // gathering through global memory would stall every tile: list many rows at once
     for (int i = first + threadIdx.x; i < min(first + L::kListedRows, work.entries); i += blockDim.x) shared.rows[i % L::kListedRows] = work.query_of(work.entry(i));
