@@ -56,7 +56,8 @@ toolkit, version, reason = choose_cuda(mode)
 if mode == "1" and not toolkit:
     sys.exit(f"mita_ext: MITA_EXT_CUDA=1, but {reason}")
 if toolkit:
-    archs = (os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS).replace(" ", ";")
+    archs = (os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS).replace(" ", ";").replace("Hopper", "9.0+PTX")
+    archs = re.sub(r"9\.0(?!a)", "9.0a", archs)  # 9.0 alone has no wgmma
     os.environ.update(CUDA_HOME=str(toolkit), TORCH_CUDA_ARCH_LIST=archs)  # read by torch's cpp_extension, below
 print("mita_ext: building for", f"CPU and CUDA {version} ({archs})" if toolkit else f"CPU only: {reason}", file=sys.stderr)
 

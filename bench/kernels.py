@@ -22,7 +22,7 @@ ENTRY = re.compile(
     r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
     re.DOTALL,
 )
-CONFIG = re.compile(r"<(Config<[\w ]+, \d+>)[,>]")
+CONFIG = re.compile(r"<(Config<[\w ]+, \d+, \w+>)[,>]")
 
 
 def with_probes(source: Path) -> str:
@@ -31,9 +31,11 @@ def with_probes(source: Path) -> str:
     text = f'#include "{source}"\n'
     if "struct Layout" in source.read_text():
         text += "namespace mita { template <class C, int bytes> __global__ void probe() {}\n"
-        widths = re.findall(r"Config<T, (\d+)>", (SOURCES / "dispatch.h").read_text())
-        for dtype, width in product(("__nv_bfloat16", "__half", "float"), widths):
-            config = f"Config<{dtype}, {width}>"
+        kinds = re.findall(r"Config<T, (\d+(?:, true)?)>", (SOURCES / "dispatch.h").read_text())
+        for dtype, kind in product(("__nv_bfloat16", "__half", "float"), kinds):
+            if dtype == "float" and "true" in kind:  # no warpgroups
+                continue
+            config = f"Config<{dtype}, {kind}>"
             text += f"template __global__ void probe<{config}, sizeof(Layout<{config}>::Shared)>();\n"
         text += "}\n"
     return text

@@ -5,7 +5,8 @@
 //   acc[n][0..1] = row g,     columns 8n + 2t, 8n + 2t + 1
 //   acc[n][2..3] = row g + 8, the same columns
 // which is the fragment layout of mma.m16n8k16 and of its first operand, so that probabilities go from the first product
-// into the second without leaving the registers. fp32 uses the same layout with fused multiply-adds: exact fp32.
+// into the second without leaving the registers. fp32 uses the same layout with fused multiply-adds: exact fp32. wgmma, the
+// product of four warps at once on sm_90a, has it too: such a kernel differs from the others in its products alone.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -15,6 +16,10 @@
 #include <type_traits>
 
 #include "dispatch.h"
+
+#if __CUDA_ARCH__ == 900 && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#error "Hopper is built for as 9.0a: 9.0 alone has no wgmma"
+#endif
 
 namespace mita {
 
@@ -43,6 +48,10 @@ template <> __device__ inline std::uint32_t pack<__nv_bfloat16>(float lo, float 
   const __nv_bfloat162 h = __floats2bfloat162_rn(lo, hi);
   return reinterpret_cast<const std::uint32_t&>(h);
 }
+
+template <class T> __device__ inline float2 unpack(std::uint32_t two);
+template <> __device__ inline float2 unpack<__half>(std::uint32_t two) { return __half22float2(reinterpret_cast<const __half2&>(two)); }
+template <> __device__ inline float2 unpack<__nv_bfloat16>(std::uint32_t two) { return make_float2(__uint_as_float(two << 16), __uint_as_float(two & 0xffff0000u)); }
 
 // Logits are kept in base 2 for 16-bit elements, one multiplication less, and in base e for fp32, where that multiplication
 // would round large logits once more than the definition does. kLogit<T> scales natural logits to that base.
@@ -114,10 +123,12 @@ __device__ inline Range overlapping(int i, int size, int other) {
   return {floor_div(std::int64_t(i) * other, size), floor_div(std::int64_t(i + 1) * other + (size - 1), size)};
 }
 
+__device__ inline bool is_pooled(const Windows& w, int n) { return n >= w.prefix && n - w.prefix < w.gh * w.gw; }
+
 // Calls f(m, 1 / |window m|) for every pooling window m that holds token n, in ascending order: the gradient of pooling.
 template <class F> __device__ inline void for_each_window(const Windows& w, int n, F&& f) {
+  if (!is_pooled(w, n)) return;
   const int cell = n - w.prefix;
-  if (cell < 0 || cell >= w.gh * w.gw) return;
   const Range rows = overlapping(cell / w.gw, w.gh, w.mh), columns = overlapping(cell % w.gw, w.gw, w.mw);
   for (int i = rows.first; i < rows.last; ++i) {
     const Range height = overlapping(i, w.mh, w.gh);
@@ -176,27 +187,43 @@ __device__ inline float2 load_shared2(std::uint32_t address) {
   asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
   return x;
 }
+__device__ inline int load_shared_int(std::uint32_t address) {
+  int x;
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
 __device__ inline void store_shared2(std::uint32_t address, float lo, float hi) {
   asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(address), "f"(lo), "f"(hi) : "memory");
 }
 __device__ inline void store_shared(std::uint32_t address, std::uint32_t x) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory"); }
 
 // ROWS x DP elements; 16-byte chunks of a row are permuted by the row number, which makes the accesses of ldmatrix, of
-// the fp32 products and of whole-row copies free of bank conflicts.
+// the fp32 products and of whole-row copies free of bank conflicts. 16-bit rows are cut into panels of 128 bytes, and eight
+// rows of one panel lie together: the layout that wgmma reads.
+constexpr int kPanel = 8 * 128;  // bytes
 template <class T, int DP> struct Tile {
   static constexpr int kChunks = DP / kChunk<T>, kRowBytes = DP * sizeof(T);
   std::uint32_t address;
-  __device__ std::uint32_t chunk(int row, int c) const { return address + row * kRowBytes + 16 * (c ^ (row & 7)); }
+  __device__ std::uint32_t chunk(int row, int c) const {
+    if constexpr (sizeof(T) == 2) return address + (row >> 3) * (8 * kRowBytes) + (c >> 3) * kPanel + (row & 7) * 128 + 16 * ((c ^ row) & 7);
+    else return address + row * kRowBytes + 16 * (c ^ (row & 7));
+  }
   __device__ Tile from_row(int row) const { return {address + row * kRowBytes}; }  // row: a multiple of 8
 };
 
-template <class T, int DP, int ROWS> struct alignas(256) TileStorage {
+template <class T, int DP, int ROWS> struct alignas(kPanel) TileStorage {
   T data[ROWS * DP];
   __device__ Tile<T, DP> in(const Window& window) const { return {window.of(data)}; }
 };
 
 __device__ inline void commit_loads() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING> __device__ inline void wait_loads() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+// What arrived is visible to wgmma too, once the block has passed a barrier.
+template <int PENDING> __device__ inline void wait_loads() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
 
 // Starts copying `count` numbers, number i from source(i), with all threads of the block; zeros where that is null.
 template <class Source> __device__ inline void load_numbers(std::uint32_t target, int count, Source source) {
@@ -215,8 +242,11 @@ template <class T, int DP> struct Copy {
 
   __device__ Copy(Tile<T, DP> target, const Rows& rows, int b, int head, std::int64_t start)
       : target(target), source(reinterpret_cast<const unsigned char*>(head_rows<T>(rows, b, head, start))), pitch(rows.row * std::int64_t(sizeof(T))), aligned(rows.aligned) {}
-  __device__ void whole(int row, int c, unsigned index) const {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target.chunk(row, c)), "l"(source + index * pitch + 16 * c) : "memory");
+  // A chunk to the byte `place` of the tile. Its address is one instruction, which the compiler would make three.
+  __device__ void whole(std::uint32_t place, int c, std::uint32_t index) const {
+    asm volatile("{ .reg .u64 from; mad.wide.u32 from, %1, %2, %3; cp.async.cg.shared.global [%0], [from], 16; }" ::"r"(target.address + place), "r"(index),
+                 "r"(static_cast<std::uint32_t>(pitch)), "l"(source + 16 * c)
+                 : "memory");
   }
   __device__ void vector(int row, int c, int index, bool valid) const {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target.chunk(row, c)), "l"(source + max(index, 0) * pitch + 16 * c), "r"(valid ? 16 : 0)
@@ -229,39 +259,42 @@ template <class T, int DP> struct Copy {
   }
 };
 
-// Starts copying `rows` rows into one or more tiles with all threads of the block. index(i) is the row of the tensors that
-// becomes row i, or -1; `full` says that it never is -1. Absent rows become zeros, as do the columns from D to DP: probability
-// 0 times garbage would be NaN if the garbage is. The usual case, whole vectors of whole rows, has a loop of its own: what it
-// does not test is a third of the instructions of an attention kernel.
-template <class T, int DP, class Index, class... Copies>
-__device__ inline void load_rows(int rows, int D, bool full, Index index, const Copies&... copies) {
+// Starts copying `rows` rows into one or more tiles with all threads of the block. source(i), i < present, is the row of the
+// tensors that becomes row i. The others become zeros, as do the columns from D to DP: probability 0 times garbage would be NaN
+// if the garbage is. The usual case, whole vectors of whole rows, has a loop of its own: a thread's rows there lie a multiple of
+// eight apart, at the same place of their panels, and what is neither computed nor tested is most of the instructions.
+template <class T, int DP, class Source, class... Copies>
+__device__ inline void load_rows(int rows, int D, int present, Source source, const Copies&... copies) {
   constexpr int kChunks = Tile<T, DP>::kChunks;
   const int c = threadIdx.x % kChunks, first = threadIdx.x / kChunks, step = blockDim.x / kChunks;
   const bool inside = c * kChunk<T> < D, aligned = (copies.aligned && ...);
-  if (full && aligned && D == DP) {
+  const auto source_of = [&](int row) { return row < present ? source(row) : -1; };
+  if (present >= rows && aligned && D == DP && step % 8 == 0 && rows % (2 * step) == 0) {
+    std::uint32_t place = Tile<T, DP>{0}.chunk(first, c);
 #pragma unroll 1
     for (int row = first; row < rows; row += 2 * step) {
-      const bool two = row + step < rows;
-      const int one = index(row), other = two ? index(row + step) : 0;
-      (copies.whole(row, c, one), ...);
-      if (two) (copies.whole(row + step, c, other), ...);
+      const std::uint32_t one = source(row), other = source(row + step);
+      (copies.whole(place, c, one), ...);
+      place += step * Tile<T, DP>::kRowBytes;
+      (copies.whole(place, c, other), ...);
+      place += step * Tile<T, DP>::kRowBytes;
     }
   } else if (aligned) {
 #pragma unroll 1
     for (int row = first; row < rows; row += step) {
-      const int source = index(row);
-      (copies.vector(row, c, source, inside && source >= 0), ...);
+      const int from = source_of(row);
+      (copies.vector(row, c, from, inside && from >= 0), ...);
     }
   } else {
 #pragma unroll 1
     for (int row = first; row < rows; row += step) {
-      const int source = index(row);
-      (copies.elements(row, c, source, inside && source >= 0), ...);
+      const int from = source_of(row);
+      (copies.elements(row, c, from, inside && from >= 0), ...);
     }
   }
 }
 
-// ---- the two products ----------------------------------------------------------------------------------------------
+// ---- the two products, by warps ---------------------------------------------------------------------------------------
 
 __device__ inline void ldmatrix(std::uint32_t (&r)[4], std::uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -282,12 +315,103 @@ template <> __device__ inline void mma<__half>(float (&c)[4], const std::uint32_
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// In these tiles, aligned as their rows are long, chunk 2k + b of a row lies at (address of chunk b) ^ 32k: one instruction,
-// and no register per k.
-__device__ inline std::uint32_t at_step(std::uint32_t address, int k) { return address ^ (32 * k); }
+// Chunk 2k + b of a row lies at (address of chunk b) ^ 32k within a panel: at most one instruction, and no register per k.
+__device__ inline std::uint32_t at_step(std::uint32_t address, int k) { return (address ^ (32 * (k & 3))) + kPanel * (k >> 2); }
 
-// The 16 rows of a warp as the first operand of `add_product`: in shared memory, read again for every product.
+template <int N> __device__ inline void clear(float (&acc)[N][4]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) acc[n][i] = 0.0f;
+}
+
+// ---- the two products, by warpgroups (sm_90a) ----------------------------------------------------------------------
+
+// The compiler may neither read these registers before the products that fill them are done, nor write them afterwards.
+template <int N, int I> __device__ inline void pin(float (&x)[N][I]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int i = 0; i < I; ++i) asm volatile("" : "+f"(x[n][i])::"memory");
+}
+template <int N, int I> __device__ inline void pin(std::uint32_t (&x)[N][I]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int i = 0; i < I; ++i) asm volatile("" : "+r"(x[n][i])::"memory");
+}
+
+// A tile in shared memory as wgmma wants it described: its address, and the bytes between panels (where rows are summed over)
+// and between groups of eight rows. `offset` bytes further on it is described by one addition.
+template <int DP> struct Matrix {
+  std::uint32_t low;
+  __device__ explicit Matrix(std::uint32_t address, bool sums_rows) : low(__shfl_sync(0xffffffffu, address >> 4 | (sums_rows ? kPanel >> 4 << 16 : 0), 0)) {}
+  __device__ std::uint64_t at(int offset) const { return std::uint64_t(8 * DP * 2 >> 4 | 1 << 30) << 32 | (low + (offset >> 4)); }
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+template <class... Registers> __device__ inline void begin_products(Registers&... registers) {
+  (pin(registers), ...);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// acc = A B^T or acc += A B^T, A [64 x 16] and B [64 x 16] in shared memory.
+template <class T> __device__ inline void wgmma(float (&acc)[8][4], std::uint64_t a, std::uint64_t b, bool accumulate);
+// acc += A B, A [64 x 16] in registers, B [16 x 64] or [16 x 128] in shared memory.
+using Operand = std::uint32_t[4];
+template <class T> __device__ inline void wgmma(float (&acc)[8][4], const Operand& a, std::uint64_t b);
+template <class T> __device__ inline void wgmma(float (&acc)[16][4], const Operand& a, std::uint64_t b);
+
+#define MITA_8(a, n) "+f"(a[n][0]), "+f"(a[n][1]), "+f"(a[n][2]), "+f"(a[n][3]), "+f"(a[n + 1][0]), "+f"(a[n + 1][1]), "+f"(a[n + 1][2]), "+f"(a[n + 1][3])
+#define MITA_32(a, n) MITA_8(a, n), MITA_8(a, n + 2), MITA_8(a, n + 4), MITA_8(a, n + 6)
+#define MITA_PLACES_32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define MITA_PLACES_64 MITA_PLACES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define MITA_WGMMA(SHAPE, TYPE, PLACES, PREDICATE) \
+  "{ .reg .pred p; setp.ne.u32 p, " PREDICATE ", 0; wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" PLACES "}, "
+#define MITA_WGMMA_OF(T, TYPE) \
+  template <> __device__ inline void wgmma<T>(float (&acc)[8][4], std::uint64_t a, std::uint64_t b, bool accumulate) { \
+    asm volatile(MITA_WGMMA("m64n64k16", TYPE, MITA_PLACES_32, "%34") "%32, %33, p, 1, 1, 0, 0; }" \
+                 : MITA_32(acc, 0) : "l"(a), "l"(b), "r"(static_cast<int>(accumulate))); \
+  } \
+  template <> __device__ inline void wgmma<T>(float (&acc)[8][4], const Operand& a, std::uint64_t b) { \
+    asm volatile(MITA_WGMMA("m64n64k16", TYPE, MITA_PLACES_32, "%37") "{%32,%33,%34,%35}, %36, p, 1, 1, 1; }" \
+                 : MITA_32(acc, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1)); \
+  } \
+  template <> __device__ inline void wgmma<T>(float (&acc)[16][4], const Operand& a, std::uint64_t b) { \
+    asm volatile(MITA_WGMMA("m64n128k16", TYPE, MITA_PLACES_64, "%69") "{%64,%65,%66,%67}, %68, p, 1, 1, 1; }" \
+                 : MITA_32(acc, 0), MITA_32(acc, 8) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1)); \
+  }
+MITA_WGMMA_OF(__nv_bfloat16, "bf16")
+MITA_WGMMA_OF(__half, "f16")
+#undef MITA_WGMMA_OF
+#undef MITA_WGMMA
+#undef MITA_PLACES_64
+#undef MITA_PLACES_32
+#undef MITA_32
+#undef MITA_8
+
+// Waits until no more than PENDING of this thread's last products are on their way; the earlier ones are in their registers.
+template <class C, int PENDING, class... Registers> __device__ inline void wait_products(Registers&... registers) {
+  if constexpr (C::kGroups) {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+    (pin(registers), ...);
+  }
+}
+#else  // kernels of warpgroups are never launched on other architectures
+template <class... Registers> __device__ inline void begin_products(Registers&...) { __trap(); }
+__device__ inline void commit_products() {}
+using Operand = std::uint32_t[4];
+template <class T> __device__ inline void wgmma(float (&)[8][4], std::uint64_t, std::uint64_t, bool) {}
+template <class T, int N> __device__ inline void wgmma(float (&)[N][4], const Operand&, std::uint64_t) {}
+template <class C, int PENDING, class... Registers> __device__ inline void wait_products(Registers&...) {}
+#endif
+
+// ---- the two products, by either -----------------------------------------------------------------------------------
+
+// The first operand of `product`. Rows of one warp in shared memory, read again for every product:
 template <class T, int DP> struct SharedRows {
+  static constexpr int kRows = 16;
   Tile<T, DP> tile;
   std::uint32_t address;
   __device__ void load(Tile<T, DP> rows, int lane) {
@@ -297,8 +421,9 @@ template <class T, int DP> struct SharedRows {
   __device__ void fragment(std::uint32_t (&a)[4], int k) const { ldmatrix(a, at_step(address, k)); }
 };
 
-// The same, kept in registers (fp32 has no use for that: its rows stay in shared memory).
+// the same, kept in registers (fp32 has no use for that: its rows stay in shared memory):
 template <class T, int DP> struct HeldRows {
+  static constexpr int kRows = 16;
   Tile<T, DP> tile;
   std::uint32_t held[sizeof(T) == 2 ? DP / 16 : 1][4];
   __device__ void load(Tile<T, DP> rows, int lane) {
@@ -314,14 +439,59 @@ template <class T, int DP> struct HeldRows {
   }
 };
 
+// and rows of a warpgroup in shared memory, which wgmma reads itself.
+template <class T, int DP> struct GroupRows {
+  static constexpr int kRows = 64;
+  Tile<T, DP> tile;
+  __device__ void load(Tile<T, DP> rows, int) { tile = rows; }
+};
+
+template <class C> using StoredRows = std::conditional_t<C::kGroups, GroupRows<typename C::T, C::DP>, SharedRows<typename C::T, C::DP>>;
 // What the forward kernels use. Evidence: with 64 columns, held rows spill at 128 registers, which four blocks of a multiprocessor
 // leave to each thread.
-template <class T, int DP> using OwnRows = std::conditional_t<DP == 64, SharedRows<T, DP>, HeldRows<T, DP>>;
+template <class C> using OwnRows = std::conditional_t<C::kGroups || C::DP == 64, StoredRows<C>, HeldRows<typename C::T, C::DP>>;
+// Where a warp's rows begin: those of its warpgroup, or its own.
+template <class C> __device__ inline int own_rows(int warp) { return C::kGroups ? warp / 4 * 64 : warp * 16; }
 
-// acc[16 x 8*NT] += A[16 x DP] B[8*NT x DP]^T, for example logits = queries keys^T.
-template <class T, int DP, int NT, class A>
-__device__ inline void add_product(float (&acc)[NT][4], const A& a_rows, Tile<T, DP> b_rows, int lane) {
-  if constexpr (sizeof(T) == 2) {
+// The second operand of `add_weighted_rows`: weights rounded to T, in the accumulator layout.
+template <class T, int KT> struct Weights {
+  static constexpr bool kHalf = sizeof(T) == 2;
+  std::conditional_t<kHalf, std::uint32_t, float> packed[KT][kHalf ? 2 : 4];
+  __device__ explicit Weights(const float (&w)[KT][4]) {
+#pragma unroll
+    for (int n = 0; n < KT; ++n)
+#pragma unroll
+      for (int i = 0; i < (kHalf ? 2 : 4); ++i)
+        if constexpr (kHalf) packed[n][i] = pack<T>(w[n][2 * i], w[n][2 * i + 1]);
+        else packed[n][i] = w[n][i];
+  }
+  // The sum of the lane's share of its upper or lower row, as rounded.
+  __device__ float sum(int i) const {
+    float total = 0.0f;
+#pragma unroll
+    for (int n = 0; n < KT; ++n)
+      if constexpr (kHalf) {
+        const float2 two = unpack<T>(packed[n][i]);
+        total += two.x + two.y;
+      } else {
+        total += packed[n][2 * i] + packed[n][2 * i + 1];
+      }
+    return total;
+  }
+};
+
+// acc[rows x 8*NT] = A[rows x DP] B[8*NT x DP]^T, for example logits = queries keys^T. A warpgroup's result, here as below, is there after
+// `wait_products`.
+template <class C, int NT, class A, class T = typename C::T, int DP = C::DP>
+__device__ inline void product(float (&acc)[NT][4], const A& a_rows, Tile<T, DP> b_rows, int lane) {
+  if constexpr (!C::kGroups) clear(acc);
+  if constexpr (C::kGroups) {
+    const Matrix<DP> a(a_rows.tile.address, false), b(b_rows.address, false);
+    begin_products(acc);
+#pragma unroll
+    for (int k = 0; k < DP / 16; ++k) wgmma<T>(acc, a.at(32 * (k & 3) + kPanel * (k >> 2)), b.at(32 * (k & 3) + kPanel * (k >> 2)), k > 0);
+    commit_products();
+  } else if constexpr (sizeof(T) == 2) {
     static_assert(NT % 2 == 0);
     const std::uint32_t address = b_rows.chunk((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
 #pragma unroll
@@ -356,16 +526,22 @@ __device__ inline void add_product(float (&acc)[NT][4], const A& a_rows, Tile<T,
   }
 }
 
-// acc[16 x DP] += P[16 x 8*KT] V[8*KT x DP], for example output += probabilities values. P has the accumulator layout.
-template <class T, int DP, int KT>
-__device__ inline void add_weighted_rows(float (&acc)[DP / 8][4], const float (&p)[KT][4], Tile<T, DP> v_rows, int lane) {
-  if constexpr (sizeof(T) == 2) {
+// acc[rows x DP] += P[rows x 8*KT] V[8*KT x DP], for example output += probabilities values.
+template <class C, int KT, class T = typename C::T, int DP = C::DP>
+__device__ inline void add_weighted_rows(float (&acc)[DP / 8][4], Weights<T, KT>& p, Tile<T, DP> v_rows, int lane) {
+  if constexpr (C::kGroups) {
+    const Matrix<DP> rows(v_rows.address, true);
+    begin_products(acc, p.packed);
+#pragma unroll
+    for (int k = 0; k < KT / 2; ++k)
+      wgmma<T>(acc, {p.packed[2 * k][0], p.packed[2 * k][1], p.packed[2 * k + 1][0], p.packed[2 * k + 1][1]}, rows.at(k * 16 * DP * sizeof(T)));
+    commit_products();
+  } else if constexpr (sizeof(T) == 2) {
     static_assert(KT % 2 == 0);
     const std::uint32_t address = v_rows.chunk(lane & 15, lane >> 4);
 #pragma unroll
     for (int k = 0; k < KT / 2; ++k) {
-      const std::uint32_t a[4] = {pack<T>(p[2 * k][0], p[2 * k][1]), pack<T>(p[2 * k][2], p[2 * k][3]),
-                                  pack<T>(p[2 * k + 1][0], p[2 * k + 1][1]), pack<T>(p[2 * k + 1][2], p[2 * k + 1][3])};
+      const std::uint32_t a[4] = {p.packed[2 * k][0], p.packed[2 * k][1], p.packed[2 * k + 1][0], p.packed[2 * k + 1][1]};
 #pragma unroll
       for (int d = 0; d < DP / 16; ++d) {
         std::uint32_t b[4];
@@ -382,8 +558,9 @@ __device__ inline void add_weighted_rows(float (&acc)[DP / 8][4], const float (&
     for (int n = 0; n < KT; ++n) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
+        __syncwarp();  // else the compiler loads the rows to come first, and spills
         const int owner = (lane & ~3) | (i >> 1);
-        const float upper = __shfl_sync(0xffffffffu, p[n][i & 1], owner), lower = __shfl_sync(0xffffffffu, p[n][2 + (i & 1)], owner);
+        const float upper = __shfl_sync(0xffffffffu, p.packed[n][i & 1], owner), lower = __shfl_sync(0xffffffffu, p.packed[n][2 + (i & 1)], owner);
 #pragma unroll
         for (int d = 0; d < DP / 8; ++d) {
           const float2 v = load_shared2(columns[i & 1] + (8 * n + i) * (4 * DP) + 16 * ((2 * d) ^ (i & 6)));
@@ -395,13 +572,6 @@ __device__ inline void add_weighted_rows(float (&acc)[DP / 8][4], const float (&
       }
     }
   }
-}
-
-template <int N> __device__ inline void clear(float (&acc)[N][4]) {
-#pragma unroll
-  for (int n = 0; n < N; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) acc[n][i] = 0.0f;
 }
 
 // ---- online softmax ------------------------------------------------------------------------------------------------
@@ -459,8 +629,8 @@ struct WorkItem {
   const std::int32_t* list;     // null: entries are first, first + 1, ...
   int first;
   __device__ int entry(int i) const { return list ? list[first + i] : first + i; }
-  __device__ int query_of(int entry) const { return slots == 1 ? entry : entry / slots; }
 };
+__device__ inline int query_of(int entry, int slots) { return slots == 1 ? entry : entry / slots; }
 
 // The `item`-th piece of at most `rows` entries in the order of `table` (prefix sums [BH, M+1]); entries <= 0: beyond the last.
 // All threads of the block must call it, once. It stays in shared memory: it would hold registers all the time.
@@ -488,14 +658,15 @@ template <class T, int DP, int UNITS> struct UnitStage {
 
 // The units of a query, cut into tiles of UNITS: first the shared ones, then the keys of its expert, or all keys.
 template <int UNITS> struct UnitTiles {
-  const std::int32_t* indices;  // of the expert's keys, in shared memory; null: all keys
+  std::uint32_t indices;        // shared address of the expert's keys
+  bool listed;                  // are there such indices? Else all keys
   int shared, gathered;         // units of either kind; the valid indices come first
   int shared_tiles, tiles;
 
   // In shared memory, like the work item: all threads must call it, once.
-  __device__ static const UnitTiles& of(int shared, int gathered, const std::int32_t* indices) {
+  __device__ static const UnitTiles& of(int shared, int gathered, std::uint32_t indices, bool listed) {
     __shared__ UnitTiles units;
-    if (threadIdx.x == 0) units = {indices, shared, gathered, ceil_div(shared, UNITS), ceil_div(shared, UNITS) + ceil_div(gathered, UNITS)};
+    if (threadIdx.x == 0) units = {indices, listed, shared, gathered, ceil_div(shared, UNITS), ceil_div(shared, UNITS) + ceil_div(gathered, UNITS)};
     __syncthreads();
     return units;
   }
@@ -506,16 +677,12 @@ template <int UNITS> struct UnitTiles {
   template <class T, int DP>
   __device__ void load(UnitStage<T, DP, UNITS>& stage, const Window& window, const Units& units, const Problem& x, int b, int h, int tile) const {
     const int u0 = first(tile), present = count(tile);
-    const bool full = present >= UNITS;
-    if (is_shared(tile)) {
-      load_rows<T, DP>(UNITS, x.D, full, [&](int i) { return i < present ? u0 + i : -1; }, Copy<T, DP>(stage.k.in(window), units.landmarks, b, h, 0),
-                       Copy<T, DP>(stage.v.in(window), units.compressed, b, h, 0));
-    } else {
-      const std::int64_t start = span(x.keys, b).start;
-      const int head = h / (x.H / x.Hkv);
-      load_rows<T, DP>(UNITS, x.D, full, [&](int i) { return i < present ? indices ? indices[u0 + i] : u0 + i : -1; },
-                       Copy<T, DP>(stage.k.in(window), units.k, b, head, start), Copy<T, DP>(stage.v.in(window), units.v, b, head, start));
-    }
+    const bool dense = is_shared(tile);
+    const int head = dense ? h : h / (x.H / x.Hkv);
+    const std::int64_t start = dense ? 0 : span(x.keys, b).start;
+    const Copy<T, DP> k(stage.k.in(window), dense ? units.landmarks : units.k, b, head, start), v(stage.v.in(window), dense ? units.compressed : units.v, b, head, start);
+    if (listed && !dense) load_rows<T, DP>(UNITS, x.D, present, [list = indices + 4 * u0](int i) { return load_shared_int(list + 4 * i); }, k, v);
+    else load_rows<T, DP>(UNITS, x.D, present, [u0](int i) { return u0 + i; }, k, v);
   }
 };
 

@@ -4,6 +4,9 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
+#include <iterator>
+
 #include "../limits.h"
 #include "params.h"
 
@@ -39,10 +42,11 @@ inline int row_gradient_tile_rows(Dtype dtype, int D, int entries_per_expert) {
 // with all queries is still the work of many blocks.
 inline int segment_rows(int entries_per_expert) { return (2 * entries_per_expert + 127) / 64 * 64; }
 
-template <class T_, int DP_>
+template <class T_, int DP_, bool GROUPS = false>
 struct Config {
-  using T = T_;                   // element type
-  static constexpr int DP = DP_;  // padded head dimension
+  using T = T_;                           // element type
+  static constexpr int DP = DP_;          // padded head dimension
+  static constexpr bool kGroups = GROUPS; // products by warpgroups, which all blocks consist of: sm_90a, 16-bit elements
 };
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -63,11 +67,26 @@ cudaError_t dispatch_dtype(Dtype dtype, F&& f) {
   return cudaErrorInvalidValue;
 }
 
+// Is the sm_90a code of this build what runs here?
+static inline bool has_warpgroups() {
+#ifdef __CUDA_ARCH_LIST__
+  constexpr int built[] = {__CUDA_ARCH_LIST__};
+  int device = 0, major = 0;
+  return std::find(std::begin(built), std::end(built), 900) != std::end(built) && cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
+#else
+  return false;
+#endif
+}
+
+// `whole_groups`: blocks of whole warpgroups suit this problem. Where they do, and the device has them, they take it.
 template <class F>
-cudaError_t dispatch(Dtype dtype, int D, F&& f) {
+cudaError_t dispatch(Dtype dtype, int D, bool whole_groups, F&& f) {
   if (D < kCudaHeadDimStep || D > kMaxCudaHeadDim || D % kCudaHeadDimStep != 0) return cudaErrorInvalidValue;
   return dispatch_dtype(dtype, [&](auto element) {  // zeros fill the head up to 64 or 128 columns in shared memory
     using T = decltype(element);
+    if constexpr (sizeof(T) == 2)
+      if (whole_groups && has_warpgroups()) return D <= 64 ? f(Config<T, 64, true>{}) : f(Config<T, 128, true>{});
     return D <= 64 ? f(Config<T, 64>{}) : f(Config<T, 128>{});
   });
 }

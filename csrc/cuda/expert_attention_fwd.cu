@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Layout<C>::kBlocks) at
   using L = Layout<C>;
   using T = typename C::T;
   constexpr int DP = C::DP, kUnits = L::kUnits, kTiles = kUnits / 8;
-  extern __shared__ __align__(256) unsigned char memory[];
+  extern __shared__ __align__(kPanel) unsigned char memory[];
   typename L::Shared& shared = *reinterpret_cast<typename L::Shared*>(memory);
   const Window window(memory);
 
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Layout<C>::kBlocks) at
   const int rows = blockDim.x / 2, passes = ceil_div(work.entries, rows);
   const auto load_queries = [&](int pass) {
     const int first = pass * rows, batch = opaque(b);
-    load_rows<T, DP>(rows, x.D, first + rows <= work.entries, [&](int i) { return first + i < work.entries ? work.query_of(shared.entries[first + i]) : -1; },
+    load_rows<T, DP>(rows, x.D, work.entries - first, [list = window.of(shared.entries) + 4 * first, slots = work.slots](int i) { return query_of(load_shared_int(list + 4 * i), slots); },
                      Copy<T, DP>(shared.queries[pass & 1].in(window), p.q, batch, opaque(h), span(x.queries, batch).start));
   };
   for (int i = threadIdx.x; i < work.entries; i += blockDim.x) shared.entries[i] = work.entry(i);
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Layout<C>::kBlocks) at
   load_queries(0);
   std::int32_t* indices = reinterpret_cast<std::int32_t*>(memory + L::indices_offset(p.groups.tile_rows));
   const int gathered = x.s > 0 ? load_indices(indices, p.units.indices + (std::int64_t(bh) * x.M + work.expert) * x.K, x.K, span(x.keys, b).length) : 0;
-  const UnitTiles<kUnits>& units = UnitTiles<kUnits>::of(p.units.shared ? x.M : 0, gathered, indices);
+  const UnitTiles<kUnits>& units = UnitTiles<kUnits>::of(p.units.shared ? x.M : 0, gathered, window.of(*indices), true);
   int buffer = 0;  // the stage of the tile at hand
   if (units.tiles > 0) units.load(shared.stage[buffer], window, p.units, x, b, h, 0);
   commit_loads();
@@ -64,9 +64,9 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Layout<C>::kBlocks) at
 #pragma unroll 1
   for (int pass = 0; pass < passes; ++pass) {
     const auto own = [&](int i) { return pass * rows + 16 * warp + g + 8 * i; };  // entries of the lane's two rows
-    const bool busy = pass * rows + 16 * warp < work.entries;
-    const Tile<T, DP> own_rows = shared.queries[pass & 1].in(window).from_row(16 * warp);
-    OwnRows<T, DP> q;
+    const bool busy = C::kGroups || pass * rows + 16 * warp < work.entries;
+    const Tile<T, DP> queries = shared.queries[pass & 1].in(window);
+    OwnRows<C> q;
     OnlineSoftmax<T> softmax;
     float out[DP / 8][4];
     clear(out);
@@ -79,12 +79,12 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Layout<C>::kBlocks) at
       wait_loads<1>();
       __syncthreads();
       auto& stage = shared.stage[buffer];
-      if (tile == 0) q.load(own_rows, lane);
+      if (tile == 0) q.load(queries.from_row(own_rows<C>(warp)), lane);
       if (busy) {
         const float scale = (units.is_shared(tile) ? p.landmark_scale : p.scale) * kLogit<T>;
         float s[kTiles][4];
-        clear(s);
-        add_product<T, DP, kTiles>(s, q, stage.k.in(window), lane);
+        product<C>(s, q, stage.k.in(window), lane);
+        wait_products<C, 0>(s);
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
 #pragma unroll
@@ -97,7 +97,9 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Layout<C>::kBlocks) at
 #pragma unroll
               for (int n = 0; n < kTiles; ++n) s[n][2 * i] = s[n][2 * i + 1] = -kInfinity;
         softmax.update(s, out);
-        add_weighted_rows<T, DP, kTiles>(out, s, stage.v.in(window), lane);
+        Weights<T, kTiles> p(s);
+        add_weighted_rows<C>(out, p, stage.v.in(window), lane);
+        wait_products<C, 0>(out);
       }
       __syncthreads();
     }
@@ -114,7 +116,7 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Layout<C>::kBlocks) at
     if (x.s > 1)
       store_partial_rows<DP>(out, factor, x.D, lane, [&](int i) { return entry(i) < 0 ? nullptr : p.partial_out + (entry0 + entry(i)) * x.D; });
     else
-      store_rows<T, DP>(own_rows, out, factor, x.D, lane,
+      store_rows<T, DP>(queries.from_row(16 * warp), out, factor, x.D, lane,
                         [&](int i) { return entry(i) < 0 ? nullptr : head_rows<T>(p.out, opaque(b), opaque(h), span(x.queries, b).start + entry(i)); });
   }
 }
@@ -152,7 +154,7 @@ template <class T> __global__ void __launch_bounds__(32 * kMergeWarps) merge_ker
 
 cudaError_t launch_expert_attention(const AttentionParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
-  return dispatch(x.dtype, x.D, [&](auto config) {
+  return dispatch(x.dtype, x.D, p.groups.tile_rows >= kPassRows, [&](auto config) {
     using C = decltype(config);
     using L = Layout<C>;
     if (p.groups.tile_rows < 16 || p.groups.tile_rows % 16 != 0 || p.groups.tile_rows > kMaxTileRows) return cudaErrorInvalidValue;

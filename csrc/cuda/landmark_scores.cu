@@ -25,11 +25,11 @@ template <class C> struct Layout : C {
 };
 
 template <class C>
-__global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::DP == 64 ? 2 : 1) score_compress_kernel(const LandmarkParams p) {
+__global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::kGroups && C::DP == 64 ? 2 : 1) score_compress_kernel(const LandmarkParams p) {
   using L = Layout<C>;
   using T = typename C::T;
   constexpr int DP = C::DP, kKeys = L::kKeys, kTiles = kKeys / 8;
-  extern __shared__ __align__(256) unsigned char memory[];
+  extern __shared__ __align__(kPanel) unsigned char memory[];
   typename L::Shared& shared = *reinterpret_cast<typename L::Shared*>(memory);
   const Window window(memory);
 
@@ -45,19 +45,18 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::DP == 64 ? 2 : 1) s
   const auto load_stage = [&](int tile) {
     auto& stage = shared.stage[tile & 1];
     const int head = h / (x.H / x.Hkv), key0 = tile * kKeys;
-    load_rows<T, DP>(kKeys, x.D, key0 + kKeys <= keys.length, [&](int i) { return key0 + i < keys.length ? key0 + i : -1; },
+    load_rows<T, DP>(kKeys, x.D, keys.length - key0, [key0](int i) { return key0 + i; },
                      Copy<T, DP>(stage.k.in(window), p.k, b, head, keys.start), Copy<T, DP>(stage.v.in(window), p.v, b, head, keys.start));
   };
 
-  load_rows<T, DP>(block_rows, x.D, m0 + block_rows <= x.M, [&](int i) { return m0 + i < x.M ? m0 + i : -1; },
-                   Copy<T, DP>(shared.landmarks.in(window), p.landmarks, b, h, 0));
+  load_rows<T, DP>(block_rows, x.D, x.M - m0, [m0](int i) { return m0 + i; }, Copy<T, DP>(shared.landmarks.in(window), p.landmarks, b, h, 0));
   if (first_tile < last_tile) load_stage(first_tile);
   commit_loads();
   wait_loads<0>();
   __syncthreads();
 
-  OwnRows<T, DP> landmarks;
-  landmarks.load(shared.landmarks.in(window).from_row(16 * warp), lane);
+  OwnRows<C> landmarks;
+  landmarks.load(shared.landmarks.in(window).from_row(own_rows<C>(warp)), lane);
   OnlineSoftmax<T> softmax;
   float values[DP / 8][4];
   clear(values);
@@ -71,8 +70,8 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::DP == 64 ? 2 : 1) s
     __syncthreads();
     auto& stage = shared.stage[tile & 1];
     float s[kTiles][4];
-    clear(s);
-    add_product<T, DP, kTiles>(s, landmarks, stage.k.in(window), lane);
+    product<C>(s, landmarks, stage.k.in(window), lane);
+    wait_products<C, 0>(s);
 
     const int key0 = tile * kKeys + 2 * t;
 #pragma unroll
@@ -89,7 +88,9 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::DP == 64 ? 2 : 1) s
       for (int i = 0; i < 4; ++i) s[n][i] *= scale;
     if ((tile + 1) * kKeys > keys.length) mask_logits(s, keys.length - tile * kKeys, lane);
     softmax.update(s, values);
-    add_weighted_rows<T, DP, kTiles>(values, s, stage.v.in(window), lane);
+    Weights<T, kTiles> weights(s);
+    add_weighted_rows<C>(values, weights, stage.v.in(window), lane);
+    wait_products<C, 0>(values);
     __syncthreads();
   }
 
@@ -138,10 +139,10 @@ template <class T> __global__ void __launch_bounds__(32 * kCombineWarps) combine
 
 cudaError_t launch_landmark_scores(const LandmarkParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
-  return dispatch(x.dtype, x.D, [&](auto config) {
+  return dispatch(x.dtype, x.D, x.M > 48, [&](auto config) {
     using C = decltype(config);
     using L = Layout<C>;
-    const int warps = std::min(L::kWarps, ceil_div(x.M, 16)), groups = ceil_div(x.M, 16 * warps);
+    const int warps = std::min(L::kWarps, C::kGroups ? ceil_div(x.M, 64) * 4 : ceil_div(x.M, 16)), groups = ceil_div(x.M, 16 * warps);
     const std::size_t bytes = sizeof(typename L::Shared) - (L::kWarps - warps) * 16 * C::DP * sizeof(typename C::T);
     if (cudaError_t status = allow_shared_memory(score_compress_kernel<C>, sizeof(typename L::Shared))) return status;
     score_compress_kernel<C><<<static_cast<unsigned>(x.B) * x.H * p.splits * groups, 32 * warps, bytes, stream>>>(p);

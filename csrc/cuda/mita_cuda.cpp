@@ -47,7 +47,8 @@ struct Context {
 Rows rows(const Tensor& x) {
   const int64_t bytes = x.element_size();
   const auto whole = [&](int64_t elements) { return elements * bytes % 16 == 0; };
-  const bool aligned = reinterpret_cast<std::uintptr_t>(x.data_ptr()) % 16 == 0 && whole(x.stride(0)) && whole(x.stride(1)) && whole(x.stride(2));
+  const bool aligned = reinterpret_cast<std::uintptr_t>(x.data_ptr()) % 16 == 0 && whole(x.stride(0)) && whole(x.stride(1)) && whole(x.stride(2)) &&
+                       x.stride(2) * bytes <= std::numeric_limits<std::uint32_t>::max();
   return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), aligned};
 }
 
@@ -185,16 +186,26 @@ Tensor delta_stage(const Context& context, const Problem& x, const Tensor& dout,
   return delta;
 }
 
-// The total of `partial` [BH, parts, rows, D] plus `base`, in fp32, in the dtype of `rounded`, or both.
-void reduce_stage(const Context& context, const Problem& x, const Tensor& partial, const OptionalTensor& base, const OptionalTensor& total, const OptionalTensor& rounded) {
+// The total of `partial` [BH, parts, rows, D], in fp32 or in the dtype of `rounded`.
+void reduce_stage(const Context& context, const Problem& x, const Tensor& partial, const OptionalTensor& total, const OptionalTensor& rounded) {
   context.run("mita_ext::reduce", launch_reduce,
-              {x.dtype, int(partial.size(0)), int(partial.size(1)), int(partial.size(2)), x.D, partial.const_data_ptr<float>(), data(base),
+              {x.dtype, int(partial.size(0)), int(partial.size(1)), int(partial.size(2)), x.D, partial.const_data_ptr<float>(),
                total ? total->data_ptr<float>() : nullptr, rounded ? rounded->data_ptr() : nullptr});
 }
 
-// What queries gave back to the attention of `expert_attention`: one softmax with its statistics.
+// One softmax over keys or units, what comes back to its rows (queries or landmarks), and the statistics of those rows: delta and, in fp32,
+// the normalizer are exact once the gradient of the rows themselves is done.
 struct Softmax {
-  const Tensor &query, &dout, &lse, delta;
+  const Tensor &query, &dout, &lse;
+  const OptionalTensor& dlse;
+  Tensor delta, normalizer;
+  Softmax(const Context& context, const Problem& x, const Tensor& query, const Tensor& dout, const Tensor& out, const Tensor& lse, const OptionalTensor& dlse)
+      : query(query), dout(dout), lse(lse), dlse(dlse), delta(delta_stage(context, x, dout, out, dlse)) {
+    if (x.dtype == Dtype::fp32) normalizer = at::empty_like(delta);
+  }
+  template <class Params> void describe(Params& p) const {
+    p.lse = lse.const_data_ptr<float>(), p.delta = delta.data_ptr<float>(), p.normalizer = normalizer.defined() ? normalizer.data_ptr<float>() : nullptr;
+  }
 };
 
 struct SharedGradient {
@@ -210,13 +221,13 @@ SharedGradient shared_gradient_stage(const Context& context, const Problem& x, c
   p.scale = landmark_scale;
   p.unit_k = rows(landmarks), p.unit_v = rows(compressed);
   p.row_q = rows(softmax.query), p.row_dout = rows(softmax.dout);
-  p.lse = softmax.lse.const_data_ptr<float>(), p.delta = softmax.delta.const_data_ptr<float>();
+  softmax.describe(p);
   p.splits = parts(heads(x) * ceil_div(x.M, 64), x.queries.max_length);
   const Tensor partial_dk = floats(landmarks, {heads(x), p.splits, x.M, x.D}), partial_dv = at::empty_like(partial_dk);
   p.partial_dk = partial_dk.data_ptr<float>(), p.partial_dv = partial_dv.data_ptr<float>();
   context.run("mita_ext::shared_gradient", launch_unit_gradient, p);
-  reduce_stage(context, x, partial_dk, {}, result.dlandmarks, {});
-  reduce_stage(context, x, partial_dv, {}, {}, result.dcompressed);
+  reduce_stage(context, x, partial_dk, result.dlandmarks, {});
+  reduce_stage(context, x, partial_dv, {}, result.dcompressed);
   return result;
 }
 
@@ -232,7 +243,7 @@ RoutedGradient routed_gradient_stage(const Context& context, const Problem& x, c
   p.scale = scale;
   p.unit_k = rows(key), p.unit_v = rows(value);
   p.row_q = rows(softmax.query), p.row_dout = rows(softmax.dout);
-  p.lse = softmax.lse.const_data_ptr<float>(), p.delta = softmax.delta.const_data_ptr<float>();
+  softmax.describe(p);
   p.indices = indices.const_data_ptr<int>();
   p.groups = groups;
   p.max_segments = max_tiles(x, groups.segment_rows);
@@ -256,7 +267,7 @@ std::tuple<Tensor, Tensor> key_gradient_stage(const Context& context, const Prob
   if (landmarks) {
     p.landmark_rows = x.M;
     p.row_q = rows(landmarks->query), p.row_dout = rows(landmarks->dout);
-    p.lse = landmarks->lse.const_data_ptr<float>(), p.delta = landmarks->delta.const_data_ptr<float>();
+    landmarks->describe(p);
   }
   if (routed) {
     key_starts = ints(key, {heads(x), x.M, ceil_div(x.keys.max_length, kKeyBlock) + 1});
@@ -271,45 +282,46 @@ std::tuple<Tensor, Tensor> key_gradient_stage(const Context& context, const Prob
   return {dkey, dvalue};
 }
 
-// The landmarks' gradient as queries of the keys, plus `base`.
-void landmark_gradient_stage(const Context& context, const Problem& x, const Softmax& landmarks, const Tensor& key, const Tensor& value, float scale,
-                             const OptionalTensor& base, const OptionalTensor& total, const OptionalTensor& rounded) {
+// What both gradients of rows share. Afterwards the softmax is exact.
+RowGradientParams row_gradient_params(const Problem& x, RowRole role, const Softmax& softmax, const Tensor& dquery, float scale) {
   RowGradientParams p{};
   p.problem = x;
-  p.role = RowRole::landmark;
+  p.role = role;
   p.scale = scale;
-  p.q = rows(landmarks.query), p.dout = rows(landmarks.dout);
-  p.lse = landmarks.lse.const_data_ptr<float>(), p.delta = landmarks.delta.const_data_ptr<float>();
-  p.units.k = rows(key), p.units.v = rows(value);
-  p.splits = parts(heads(x) * ceil_div(x.M, 64), x.keys.max_length);
-  const Tensor partial = floats(key, {heads(x), p.splits, x.M, x.D});
-  p.partial_dq = partial.data_ptr<float>();
-  context.run("mita_ext::landmark_gradient", launch_row_gradient, p);
-  reduce_stage(context, x, partial, base, total, rounded);
+  p.q = rows(softmax.query), p.dout = rows(softmax.dout);
+  softmax.describe(p);
+  p.dlse = data(softmax.dlse);
+  p.dq = rows(dquery);
+  return p;
 }
 
-// dquery, with the share of the pooled landmarks' gradient where `dlandmarks` is given.
-Tensor query_gradient_stage(const Context& context, const Problem& x, const Softmax& softmax, const Units& units, const Groups& groups, float scale, float landmark_scale,
-                            const OptionalTensor& dlandmarks, const Windows& w) {
-  const int N = x.queries.max_length;
-  Tensor dquery = at::empty({x.B, x.H, N, x.D}, softmax.query.options()), partial;
-  RowGradientParams p{};
-  p.problem = x;
-  p.role = RowRole::attention;
-  p.scale = scale, p.landmark_scale = landmark_scale;
-  p.q = rows(softmax.query), p.dout = rows(softmax.dout);
-  p.lse = softmax.lse.const_data_ptr<float>(), p.delta = softmax.delta.const_data_ptr<float>();
+// The landmarks' gradient as queries of the keys, plus `base`.
+Tensor landmark_gradient_stage(const Context& context, const Problem& x, const Softmax& landmarks, const Tensor& key, const Tensor& value, float scale,
+                               const OptionalTensor& base) {
+  Tensor dlandmarks = at::empty({x.B, x.H, x.M, x.D}, key.options());
+  RowGradientParams p = row_gradient_params(x, RowRole::landmark, landmarks, dlandmarks, scale);
+  p.units.k = rows(key), p.units.v = rows(value);
+  p.splits = parts(heads(x) * ceil_div(x.M, 64), x.keys.max_length);
+  const Tensor partial = floats(key, {heads(x), p.splits, x.M, 2, x.D}), sums = floats(key, {heads(x), p.splits, x.M, 3});
+  p.partial = partial.data_ptr<float>(), p.partial_sums = sums.data_ptr<float>();
+  p.base = data(base);
+  context.run("mita_ext::landmark_gradient", launch_row_gradient, p);
+  return dlandmarks;
+}
+
+// dquery, without what queries receive as parts of pooled landmarks.
+Tensor query_gradient_stage(const Context& context, const Problem& x, const Softmax& softmax, const Units& units, const Groups& groups, float scale, float landmark_scale) {
+  const int64_t N = x.queries.max_length;
+  Tensor dquery = at::empty({x.B, x.H, N, x.D}, softmax.query.options()), partial, sums;
+  RowGradientParams p = row_gradient_params(x, RowRole::attention, softmax, dquery, scale);
+  p.landmark_scale = landmark_scale;
   p.units = units;
   p.groups = groups;
   if (x.s > 1) {
-    partial = floats(softmax.query, {heads(x) * N, x.s, 1, x.D});
-    p.partial_dq = partial.data_ptr<float>();
+    partial = floats(softmax.query, {heads(x), N, x.s, 2, x.D}), sums = floats(softmax.query, {heads(x), N, x.s, 3});
+    p.partial = partial.data_ptr<float>(), p.partial_sums = sums.data_ptr<float>();
   }
-  p.dq = rows(dquery);
-  p.dlandmarks = data(dlandmarks);
-  p.windows = w;
   context.run("mita_ext::query_gradient", launch_row_gradient, p);
-  if (x.s > 1) reduce_stage(context, x, partial, {}, {}, dquery);
   return dquery;
 }
 
@@ -327,7 +339,7 @@ Tensor pool_backward(const Tensor& dlandmarks, int64_t N, IntArrayRef num_landma
   const Context context(dlandmarks);
   Tensor dquery = at::empty({x.B, x.H, N, x.D}, dlandmarks.options());
   if (dquery.numel() > 0)
-    context.run("mita_ext::pool_backward", launch_pool_backward, {x, windows(num_landmarks, grid, num_prefix_tokens), rows(dlandmarks), dquery.data_ptr()});
+    context.run("mita_ext::pool_backward", launch_pool_backward, {x, windows(num_landmarks, grid, num_prefix_tokens), rows(dlandmarks), false, rows(dquery)});
   return dquery;
 }
 
@@ -344,11 +356,10 @@ std::tuple<Tensor, Tensor, Tensor> landmark_topk_backward(const Tensor& dcompres
   const Problem x =
       problem_of("mita_ext.landmark_topk backward", check_landmark_topk_backward(dcompressed, dlse, landmarks, key, value, compressed, lse), landmarks);
   const Context context(landmarks);
-  Tensor dlandmarks = at::empty({x.B, x.H, x.M, x.D}, landmarks.options());
-  if (x.B == 0) return {dlandmarks, at::empty(key.sizes(), key.options()), at::empty(value.sizes(), value.options())};
-  const Softmax softmax{landmarks, dcompressed, lse, delta_stage(context, x, dcompressed, compressed, dlse)};
-  auto [dkey, dvalue] = key_gradient_stage(context, x, &softmax, nullptr, {}, key, value, nullptr, static_cast<float>(scale));
-  landmark_gradient_stage(context, x, softmax, key, value, static_cast<float>(scale), {}, {}, dlandmarks);
+  if (x.B == 0) return {at::empty({0, x.H, x.M, x.D}, landmarks.options()), at::empty(key.sizes(), key.options()), at::empty(value.sizes(), value.options())};
+  const Softmax softmax(context, x, landmarks, dcompressed, compressed, lse, dlse);
+  const Tensor dlandmarks = landmark_gradient_stage(context, x, softmax, key, value, static_cast<float>(scale), {});
+  const auto [dkey, dvalue] = key_gradient_stage(context, x, &softmax, nullptr, {}, key, value, nullptr, static_cast<float>(scale));
   return {dlandmarks, dkey, dvalue};
 }
 
@@ -365,44 +376,42 @@ std::tuple<Tensor, Tensor> expert_attention(const Tensor& query, const Tensor& k
                          static_cast<float>(landmark_scale));
 }
 
-// The backward of both attention ops. With `landmark_lse` the compressed values are differentiated on to landmarks and keys.
+// The backward of both attention ops. With `landmark_lse` the compressed values are differentiated on to landmarks and keys; with
+// `pooling` the landmarks' gradient on to the queries.
 struct AttentionGradient {
-  Tensor dquery, dkey, dvalue;
-  SharedGradient shared;
-  Tensor dlandmarks;  // fp32, complete
+  Tensor dquery, dkey, dvalue, dlandmarks, dcompressed;
 };
 
 AttentionGradient attention_gradient(const Problem& x, const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& key, const Tensor& value,
                                      const Tensor& landmarks, const Tensor& compressed, const Tensor& indices, const Tensor& experts, const Tensor& out, const Tensor& lse,
                                      const Tensor* landmark_lse, const Windows* pooling, bool shared_expert, float scale, float landmark_scale) {
   const Context context(query);
+  const auto zeros = [](const Tensor& t) { return at::zeros(t.sizes(), t.options()); };
+  if (lse.numel() == 0) return {zeros(query), zeros(key), zeros(value), zeros(landmarks), zeros(compressed)};
   AttentionGradient result;
-  if (lse.numel() == 0) {
-    const auto zeros = [](const Tensor& t) { return at::zeros(t.sizes(), t.options()); };
-    result = {zeros(query), zeros(key), zeros(value), {zeros(compressed), zeros(landmarks).to(at::kFloat)}, {}};
-    result.dlandmarks = result.shared.dlandmarks;
-    return result;
-  }
-  const Softmax softmax{query, dout, lse, delta_stage(context, x, dout, out, dlse)};
+  const Softmax softmax(context, x, query, dout, out, lse, dlse);
   const Grouped grouped = group_stage(context, x, experts, row_gradient_tile_rows(x.dtype, x.D, entries_per_expert(x)));
-  if (shared_expert) result.shared = shared_gradient_stage(context, x, softmax, landmarks, compressed, landmark_scale);
-  else result.shared = {at::zeros({x.B, x.H, x.M, x.D}, landmarks.options()), at::zeros({x.B, x.H, x.M, x.D}, landmarks.options().dtype(at::kFloat))};
-  result.dlandmarks = result.shared.dlandmarks;
+  result.dquery = query_gradient_stage(context, x, softmax, units(shared_expert, landmarks, compressed, key, value, indices), grouped.groups, scale, landmark_scale);
 
+  const OptionalTensor none;  // the lse of the landmarks is no output
   std::optional<Softmax> landmark_softmax;
-  if (shared_expert && landmark_lse)
-    landmark_softmax.emplace(Softmax{landmarks, result.shared.dcompressed, *landmark_lse, delta_stage(context, x, result.shared.dcompressed, compressed, {})});
+  if (shared_expert) {
+    const SharedGradient shared = shared_gradient_stage(context, x, softmax, landmarks, compressed, landmark_scale);
+    result.dcompressed = shared.dcompressed;
+    if (landmark_lse) {
+      landmark_softmax.emplace(context, x, landmarks, result.dcompressed, compressed, *landmark_lse, none);
+      result.dlandmarks = landmark_gradient_stage(context, x, *landmark_softmax, key, value, scale, shared.dlandmarks);
+    } else {
+      result.dlandmarks = shared.dlandmarks.to(landmarks.scalar_type());
+    }
+  } else {
+    result.dlandmarks = zeros(landmarks), result.dcompressed = zeros(compressed);
+  }
   std::optional<RoutedGradient> routed;
   if (x.s > 0) routed = routed_gradient_stage(context, x, softmax, key, value, indices, grouped.groups, scale);
   std::tie(result.dkey, result.dvalue) = key_gradient_stage(context, x, landmark_softmax ? &*landmark_softmax : nullptr, routed ? &*routed : nullptr, grouped.groups,
                                                             key, value, &indices, scale);
-  routed.reset();  // the largest of all intermediates
-  if (landmark_softmax) {
-    result.dlandmarks = at::empty_like(result.shared.dlandmarks);
-    landmark_gradient_stage(context, x, *landmark_softmax, key, value, scale, result.shared.dlandmarks, result.dlandmarks, {});
-  }
-  result.dquery = query_gradient_stage(context, x, softmax, units(shared_expert, landmarks, compressed, key, value, indices), grouped.groups, scale, landmark_scale,
-                                       pooling ? OptionalTensor(result.dlandmarks) : OptionalTensor(), pooling ? *pooling : Windows{});
+  if (pooling && shared_expert) context.run("mita_ext::pool_backward", launch_pool_backward, {x, *pooling, rows(result.dlandmarks), true, rows(result.dquery)});
   return result;
 }
 
@@ -414,7 +423,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_attention_backward(con
                                check_expert_attention_backward(dout, dlse, query, key, value, landmarks, compressed, indices, experts, out, lse, shared_expert), query);
   AttentionGradient g = attention_gradient(x, dout, dlse, query, key, value, landmarks, compressed, indices, experts, out, lse, nullptr, nullptr, shared_expert,
                                            static_cast<float>(scale), static_cast<float>(landmark_scale));
-  return {g.dquery, g.dkey, g.dvalue, g.dlandmarks.to(landmarks.scalar_type()), g.shared.dcompressed};
+  return {g.dquery, g.dkey, g.dvalue, g.dlandmarks, g.dcompressed};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& landmarks,
@@ -448,7 +457,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& dout
   const Windows w = windows(num_landmarks, grid, num_prefix_tokens);
   AttentionGradient g = attention_gradient(x, dout, dlse, query, key, value, landmarks, compressed, indices, experts, out, lse, &landmark_lse, pooled ? &w : nullptr,
                                            shared_expert, static_cast<float>(scale), static_cast<float>(landmark_scale));
-  return {g.dquery, g.dkey, g.dvalue, pooled ? at::empty({0}, landmarks.options()) : g.dlandmarks.to(landmarks.scalar_type())};
+  return {g.dquery, g.dkey, g.dvalue, pooled ? at::empty({0}, landmarks.options()) : g.dlandmarks};
 }
 
 TORCH_LIBRARY_IMPL(mita_ext, CUDA, m) {

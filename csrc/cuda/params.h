@@ -13,7 +13,7 @@ enum class Dtype { bf16, fp16, fp32 };
 struct Rows {
   void* data;                  // read-only wherever it is an input
   std::int64_t batch, head, row;
-  bool aligned;                // every row starts on 16 bytes: loads may be vectors
+  bool aligned;                // every row starts on 16 bytes, less than 4 GB behind the one before: loads may be vectors
 };
 
 // Which rows belong to which batch element. `lengths` and `starts` are null where all have `max_length` rows.
@@ -45,7 +45,8 @@ struct PoolBackwardParams {
   Problem problem;
   Windows windows;
   Rows dlandmarks;             // [B, H, M, D]
-  void* dq;                    // [B, H, N, D], contiguous
+  bool add;                    // to what dq holds
+  Rows dq;                     // [B, H, N, D], aligned
 };
 
 // Scores, compressed values and top-K keys of every landmark.
@@ -112,7 +113,7 @@ struct AttentionParams {
   float* lse;                  // [B, H, N], natural logarithm
 };
 
-// delta[row] = sum_d dout * out - dlse, for the rows of `out` [B, H, rows, D].
+// delta[row] = sum_d dout * out - dlse, for the rows of `out` [B, H, rows, D]: exact but for the rounding of `out`.
 struct DeltaParams {
   Dtype dtype;
   int B, H, D;
@@ -137,6 +138,7 @@ struct UnitGradientParams {
   Rows row_q, row_dout;        // q and dout, or landmarks and dcompressed
   const float* lse;            // [B, H, rows]
   const float* delta;          // [B, H, rows]
+  const float* normalizer;     // [B, H, rows], fp32 only: what the probabilities of a row are multiplied by
   int splits;                  // shared: parts of the query range
   int landmark_rows;           // compress: M, or 0 to only collect the routed gradients
   const std::int32_t* indices; // routed, compress: [B, H, M, K] ascending (as unsigned), or null
@@ -148,7 +150,7 @@ struct UnitGradientParams {
   Rows dk, dv;                 // compress: [B, Hkv, L, D] twice, aligned
 };
 
-// Gradients of the rows (queries) of one softmax:
+// Gradients of the rows (queries) of one softmax, without what queries receive as parts of pooled landmarks:
 //   attention: rows = queries grouped by expert, units = [landmarks | gathered keys]
 //   landmark:  rows = landmarks, units = all keys (in `splits` parts)
 enum class RowRole { attention, landmark };
@@ -159,22 +161,23 @@ struct RowGradientParams {
   float scale, landmark_scale;
   Rows q, dout;                // [B, H, rows, D] twice
   const float* lse;            // [B, H, rows]
-  const float* delta;          // [B, H, rows]
+  const float* dlse;           // [B, H, rows], already in delta; null: zeros
+  float* delta;                // [B, H, rows]: as from launch_delta; left exact
+  float* normalizer;           // [B, H, rows], fp32 only (else null): see UnitGradientParams
   Units units;                 // landmark: only k and v
   Groups groups;               // attention
   int splits;                  // landmark: parts of the key range
-  float* partial_dq;           // landmark: [BH, splits, M, D]; attention with s > 1: [BH, N*s, D]
-  Rows dq;                     // attention with s <= 1: [B, H, N, D], aligned
-  const float* dlandmarks;     // attention: [BH, M, D] to spread over the pooling windows, or null
-  Windows windows;
+  float* partial;              // landmark: [BH, splits, M, 2, D]; attention with s > 1: [BH, N*s, 2, D]
+  float* partial_sums;         // the same rows: [..., 3]
+  const float* base;           // landmark: [BH, M, D] to add, or null
+  Rows dq;                     // [B, H, rows, D], aligned
 };
 
-// Sums of partial gradients in a fixed order: total = base + sum over parts.
+// Sums of partial gradients in a fixed order, in fp32 or rounded.
 struct ReduceParams {
   Dtype dtype;
   int BH, parts, rows, D;
   const float* partial;        // [BH, parts, rows, D]
-  const float* base;           // [BH, rows, D], or null
   float* total;                // [BH, rows, D], or null
   void* rounded;               // [BH, rows, D] in dtype, or null
 };

@@ -2,7 +2,7 @@
 //
 // pool: one block per landmark. A thread owns 16 bytes of a row (neighbouring threads neighbouring bytes) and every
 // `lanes`-th row of the window; fp32 sums, combined in a fixed order, divided and rounded once.
-// pool_backward: one thread per 16 bytes of dq; it reads the few windows that hold its token.
+// pool_backward: four threads per row of dq; they read the few windows that hold its token, and may add to what is there.
 #include "device.cuh"
 #include "launch.h"
 
@@ -43,23 +43,47 @@ template <class T> __global__ void __launch_bounds__(kThreads) pool_kernel(const
   }
 }
 
+constexpr int kRowThreads = 4;  // of one row of dq
+
 template <class T> __global__ void __launch_bounds__(kThreads) pool_backward_kernel(const PoolBackwardParams p) {
   const Problem& x = p.problem;
   const int chunks = x.D / kChunk<T>, N = x.queries.max_length;
-  const std::int64_t i = std::int64_t(blockIdx.x) * kThreads + threadIdx.x, row = i / chunks;
+  const std::int64_t row = (std::int64_t(blockIdx.x) * kThreads + threadIdx.x) / kRowThreads;
   if (row >= std::int64_t(x.B) * x.H * N) return;
-  const int c = static_cast<int>(i % chunks), n = static_cast<int>(row % N), bh = static_cast<int>(row / N), b = bh / x.H;
-  const T* dlandmarks = head_rows<T>(p.dlandmarks, b, bh % x.H, 0) + c * kChunk<T>;
-  float sum[kChunk<T>] = {};
-  for_each_window(windows_of(p.windows, x.queries, span(x.queries, b).length), n, [&](int m, float weight) {
-    const Vector<T> v = load_vector(dlandmarks + m * p.dlandmarks.row, p.dlandmarks.aligned);
+  const int n = static_cast<int>(row % N), bh = static_cast<int>(row / N), b = bh / x.H;
+  const Span queries = span(x.queries, b);
+  const Windows w = windows_of(p.windows, x.queries, queries.length);
+  if ((x.queries.starts && n >= queries.length) || (p.add && !is_pooled(w, n))) return;
+  const T* dlandmarks = head_rows<T>(p.dlandmarks, b, bh % x.H, 0);
+  T* dq = head_rows<T>(p.dq, b, bh % x.H, queries.start + n);
+
+  constexpr int kMost = kMaxCudaHeadDim / kChunk<T> / kRowThreads;  // chunks of one thread, all in flight at once
+  const int first = threadIdx.x % kRowThreads;
+  float sum[kMost][kChunk<T>] = {};
+  const auto each_chunk = [&](auto&& f) {
 #pragma unroll
-    for (int e = 0; e < kChunk<T>; ++e) sum[e] += weight * to_float(v.element[e]);
+    for (int i = 0; i < kMost; ++i)
+      if (const int c = first + i * kRowThreads; c < chunks) f(sum[i], c * kChunk<T>);
+  };
+  if (p.add)
+    each_chunk([&](float(&sum)[kChunk<T>], int d) {
+      const Vector<T> before = load_vector(dq + d, true);
+#pragma unroll
+      for (int e = 0; e < kChunk<T>; ++e) sum[e] = to_float(before.element[e]);
+    });
+  for_each_window(w, n, [&](int m, float weight) {
+    each_chunk([&](float(&sum)[kChunk<T>], int d) {
+      const Vector<T> v = load_vector(dlandmarks + m * p.dlandmarks.row + d, p.dlandmarks.aligned);
+#pragma unroll
+      for (int e = 0; e < kChunk<T>; ++e) sum[e] += weight * to_float(v.element[e]);
+    });
   });
-  Vector<T> result;
+  each_chunk([&](float(&sum)[kChunk<T>], int d) {
+    Vector<T> result;
 #pragma unroll
-  for (int e = 0; e < kChunk<T>; ++e) result.element[e] = from_float<T>(sum[e]);
-  reinterpret_cast<uint4*>(p.dq)[i] = result.bits;
+    for (int e = 0; e < kChunk<T>; ++e) result.element[e] = from_float<T>(sum[e]);
+    *reinterpret_cast<uint4*>(dq + d) = result.bits;
+  });
 }
 
 }  // namespace
@@ -76,8 +100,8 @@ cudaError_t launch_pool_backward(const PoolBackwardParams& p, cudaStream_t strea
   return dispatch_dtype(p.problem.dtype, [&](auto element) {
     using T = decltype(element);
     const Problem& x = p.problem;
-    const std::int64_t vectors = std::int64_t(x.B) * x.H * x.queries.max_length * (x.D / kChunk<T>);
-    pool_backward_kernel<T><<<static_cast<unsigned>((vectors + kThreads - 1) / kThreads), kThreads, 0, stream>>>(p);
+    const std::int64_t threads = std::int64_t(x.B) * x.H * x.queries.max_length * kRowThreads;
+    pool_backward_kernel<T><<<static_cast<unsigned>((threads + kThreads - 1) / kThreads), kThreads, 0, stream>>>(p);
     return cudaGetLastError();
   });
 }

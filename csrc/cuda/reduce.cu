@@ -34,7 +34,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) reduce_kernel(con
   const std::int64_t i = std::int64_t(blockIdx.x) * kThreads + threadIdx.x, size = std::int64_t(p.rows) * p.D;
   if (i >= p.BH * size) return;
   const float* partial = p.partial + i / size * p.parts * size + i % size;
-  float sum = p.base ? p.base[i] : 0.0f;
+  float sum = 0.0f;
 #pragma unroll 4
   for (int part = 0; part < p.parts; ++part) sum += partial[part * size];
   if (p.total) p.total[i] = sum;

@@ -30,7 +30,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, 2) 
   using L = Layout<C>;
   using T = typename C::T;
   constexpr int DP = C::DP, kRows = 16 * L::kWarps, kTile = L::kLandmarks, kTiles = kTile / 8;
-  extern __shared__ __align__(256) unsigned char memory[];
+  extern __shared__ __align__(kPanel) unsigned char memory[];
   typename L::Shared& shared = *reinterpret_cast<typename L::Shared*>(memory);
   const Window window(memory);
 
@@ -42,19 +42,18 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, 2) 
   const int tiles = ceil_div(x.M, kTile), steps = x.s * tiles;  // steps run through the tiles once per round
   const auto load_landmarks = [&](int buffer, int step) {
     const int m0 = step % tiles * kTile;
-    load_rows<T, DP>(kTile, x.D, m0 + kTile <= x.M, [&](int i) { return m0 + i < x.M ? m0 + i : -1; },
-                     Copy<T, DP>(shared.stage[buffer].in(window), p.landmarks, opaque(b), opaque(h), 0));
+    load_rows<T, DP>(kTile, x.D, x.M - m0, [m0](int i) { return m0 + i; }, Copy<T, DP>(shared.stage[buffer].in(window), p.landmarks, opaque(b), opaque(h), 0));
   };
   const auto load_queries = [&](int pass) {
     const int n0 = first_row + pass * kRows, batch = opaque(b);
-    load_rows<T, DP>(kRows, x.D, n0 + kRows <= length, [&](int i) { return n0 + i < length ? n0 + i : -1; },
+    load_rows<T, DP>(kRows, x.D, length - n0, [n0](int i) { return n0 + i; },
                      Copy<T, DP>(shared.queries[pass & 1].in(window), p.q, batch, opaque(h), span(x.queries, batch).start));
   };
   load_queries(0);
   load_landmarks(0, 0);
   commit_loads();
 
-  HeldRows<T, DP> rows;
+  std::conditional_t<C::kGroups, GroupRows<T, DP>, HeldRows<T, DP>> rows;
   Best previous[2], best[2];
   float highest[2];
   int pass = 0, step = 0;
@@ -67,13 +66,13 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, 2) 
     wait_loads<1>();
     __syncthreads();
     if (step == 0) {
-      rows.load(shared.queries[pass & 1].in(window).from_row(16 * warp), lane);
+      rows.load(shared.queries[pass & 1].in(window).from_row(own_rows<C>(warp)), lane);
       highest[0] = highest[1] = -kInfinity;
       best[0].landmark = best[1].landmark = -1;
     }
     float s[kTiles][4];
-    clear(s);
-    add_product<T, DP, kTiles>(s, rows, shared.stage[buffer].in(window), lane);
+    product<C>(s, rows, shared.stage[buffer].in(window), lane);
+    wait_products<C, 0>(s);
     const int tile = step % tiles, m0 = tile * kTile + 2 * t;
     if (step < tiles) {
       if ((tile + 1) * kTile > x.M) mask_logits(s, x.M - tile * kTile, lane);
@@ -131,7 +130,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, 2) 
 cudaError_t launch_route(const RouteParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
   if (x.s < 1) return cudaErrorInvalidValue;
-  return dispatch(x.dtype, x.D, [&](auto config) {
+  return dispatch(x.dtype, x.D, true, [&](auto config) {
     using C = decltype(config);
     using L = Layout<C>;
     if (cudaError_t status = allow_shared_memory(route_kernel<C>, sizeof(typename L::Shared))) return status;

@@ -1,10 +1,15 @@
-// Gradients of the rows of a softmax, the "queries". Two sums, one kernel (RowRole):
-//   attention: rows = a tile of queries of one expert, taken in passes, units = [landmarks | its gathered keys]; the epilogue adds what the
-//              queries receive as parts of pooled landmarks and scatters whole rows
+// Gradients of the rows of a softmax, the "queries", and the statistics of those rows. Two sums, one kernel (RowRole):
+//   attention: rows = a tile of queries of one expert, taken in passes, units = [landmarks | its gathered keys]; whole rows are scattered
 //   landmark:  rows = landmarks, units = all keys, cut into parts
 //
-// One warp owns 16 rows and keeps their dq in registers; unit tiles pass by, two stages deep:
-//   P = exp(scale * q k^T - lse)    dS = scale * P * (dout v^T - delta)    dq += dS k
+// One warp owns 16 rows and keeps their sums in registers; unit tiles pass by, two stages deep:
+//   P = exp(scale * q k^T - lse)    dS = P * (dout v^T - delta)    dq += scale * dS k    kappa += scale * P k
+//
+// Where keys are nearly the same, dq is what is left when dS cancels, and roundings do not cancel with it: that of the saved output
+// in delta, that of a large lse, that of dS to 16 bits. But what the rows of P and of dS sum to is known: 1 and dlse. What dS, as
+// rounded, sums to beyond that, the excess, has moved dq by excess * kappa. The sums before rounding correct delta and the
+// weight of a row (one over its sum of P, for fp32) for the unit gradients, which run later. Rows whose units are cut between
+// blocks, or whose slots are, leave partial sums, and finish_kernel does the same with their totals.
 #include "device.cuh"
 #include "launch.h"
 
@@ -14,7 +19,7 @@ namespace {
 template <class C> struct Layout : C {
   static constexpr bool kHalf = sizeof(typename C::T) == 2;
   static constexpr int kWarps = kRowGradientRows<sizeof(typename C::T), C::DP> / 16;  // at most
-  static constexpr int kUnits = kHalf ? 64 : C::DP == 64 ? 32 : 16;                   // of one tile
+  static constexpr int kUnits = C::kGroups ? 64 : kHalf || C::DP == 64 ? 32 : 16;     // of one tile
   static constexpr int kBlocks = !kHalf ? 1 : C::DP == 64 ? 3 : 2;                    // of a multiprocessor, by registers
   struct Shared {
     UnitStage<typename C::T, C::DP, kUnits> stage[2];
@@ -22,14 +27,44 @@ template <class C> struct Layout : C {
     TileStorage<typename C::T, C::DP, 16 * kWarps> q, dout;
     std::int32_t indices[kMaxTopk];  // of the expert's keys; last: only K are allocated
   };
-  static_assert(offsetof(Shared, indices) <= 97 * 1024);
+  static_assert(offsetof(Shared, indices) <= 100 * 1024);
+};
+
+// Sums over the units of a lane's two rows: of dS as rounded, of dS, of P. The lane's share until `finish`.
+struct RowSums {
+  float rounded[2] = {0.0f, 0.0f}, exact[2] = {0.0f, 0.0f}, probability[2] = {0.0f, 0.0f};
+  __device__ void finish() {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      for (float* sum : {&rounded[i], &exact[i], &probability[i]}) {
+        *sum += __shfl_xor_sync(0xffffffffu, *sum, 1);
+        *sum += __shfl_xor_sync(0xffffffffu, *sum, 2);
+      }
+  }
+};
+
+// What the logit gradients of a row sum to; a row without units has none.
+__device__ inline float given(const RowGradientParams& p, std::int64_t at) { return p.dlse && p.lse[at] != -kInfinity ? p.dlse[at] : 0.0f; }
+
+// What the sums of a row say about it: dq = normalizer * (its sum - excess * kappa).
+struct Correction {
+  float excess, delta, normalizer;  // delta: of the row's delta
+  __device__ Correction(float rounded, float exact, float probability, float dlse)
+      : normalizer(probability > 0.0f ? 1.0f / probability : 1.0f) {
+    excess = rounded * normalizer - dlse;
+    delta = exact * normalizer - dlse;
+  }
+  __device__ void write(const RowGradientParams& p, std::int64_t at, float before) const {
+    p.delta[at] = before + delta;
+    if (p.normalizer) p.normalizer[at] = normalizer;
+  }
 };
 
 template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Layout<C>::kBlocks) row_gradient_kernel(const RowGradientParams p) {
   using L = Layout<C>;
   using T = typename C::T;
   constexpr int DP = C::DP, kUnits = L::kUnits, kTiles = kUnits / 8;
-  extern __shared__ __align__(256) unsigned char memory[];
+  extern __shared__ __align__(kPanel) unsigned char memory[];
   typename L::Shared& shared = *reinterpret_cast<typename L::Shared*>(memory);
   const Window window(memory);
 
@@ -48,7 +83,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   __syncthreads();
   const int length = span(x.keys, b).length;
   const int gathered = landmark ? length : x.s > 0 ? load_indices(shared.indices, p.units.indices + (std::int64_t(bh) * x.M + work.expert) * x.K, x.K, length) : 0;
-  const UnitTiles<kUnits>& units = UnitTiles<kUnits>::of(!landmark && p.units.shared ? x.M : 0, gathered, landmark ? nullptr : shared.indices);
+  const UnitTiles<kUnits>& units = UnitTiles<kUnits>::of(!landmark && p.units.shared ? x.M : 0, gathered, window.of(shared.indices), !landmark);
   const int tiles_per_part = ceil_div(units.tiles, parts), first_tile = part * tiles_per_part, last_tile = min(units.tiles, first_tile + tiles_per_part);
   int buffer = 0;  // the stage of the tile at hand
   if (first_tile < last_tile) units.load(shared.stage[buffer], window, p.units, x, b, h, first_tile);
@@ -59,25 +94,28 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
     const auto own = [&](int i) { return pass * rows + 16 * warp + g + 8 * i; };  // entries of the lane's two rows
     const int batch = opaque(b), head = opaque(h);
     const std::int64_t start = landmark ? 0 : span(x.queries, batch).start;
-    load_rows<T, DP>(rows, x.D, (pass + 1) * rows <= work.entries, [&](int i) { return pass * rows + i < work.entries ? work.query_of(shared.entries[pass * rows + i]) : -1; },
+    load_rows<T, DP>(rows, x.D, work.entries - pass * rows,
+                     [list = window.of(shared.entries) + 4 * pass * rows, slots = work.slots](int i) { return query_of(load_shared_int(list + 4 * i), slots); },
                      Copy<T, DP>(shared.q.in(window), p.q, batch, head, start), Copy<T, DP>(shared.dout.in(window), p.dout, batch, head, start));
     commit_loads();
-    SharedRows<T, DP> q, dout;
-    q.load(shared.q.in(window).from_row(16 * warp), lane);
-    dout.load(shared.dout.in(window).from_row(16 * warp), lane);
-    // Only the first slot of a query has the shared units, and takes the pooled gradient.
+    StoredRows<C> q, dout;
+    q.load(shared.q.in(window).from_row(own_rows<C>(warp)), lane);
+    dout.load(shared.dout.in(window).from_row(own_rows<C>(warp)), lane);
+    // Only the first slot of a query has the shared units.
     const auto first_slot = [&](int i) { return work.slots == 1 || (own(i) < work.entries && shared.entries[own(i)] % work.slots == 0); };
     float lse[2], delta[2];
+    const auto statistics = [&](int i) { return std::int64_t(opaque(bh)) * (landmark ? x.M : N) + query_of(shared.entries[own(i)], work.slots); };
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const bool present = own(i) < work.entries;
-      const std::int64_t at = std::int64_t(opaque(bh)) * (landmark ? x.M : N) + (present ? work.query_of(shared.entries[own(i)]) : 0);
-      lse[i] = present ? p.lse[at] * kLogit<T> : kInfinity;
+      lse[i] = present ? p.lse[statistics(i)] * kLogit<T> : kInfinity;
       if (lse[i] == -kInfinity) lse[i] = kInfinity;  // attended to nothing
-      delta[i] = present ? p.delta[at] : 0.0f;
+      delta[i] = present ? p.delta[statistics(i)] : 0.0f;
     }
-    float dq[DP / 8][4], sum[2] = {0.0f, 0.0f};
+    float dq[DP / 8][4], kappa[DP / 8][4];
     clear(dq);
+    clear(kappa);
+    RowSums sums;
     wait_loads<0>();
     if (first_tile >= last_tile) __syncthreads();
     for (int tile = first_tile; tile < last_tile; ++tile, buffer ^= 1) {
@@ -86,14 +124,13 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
       wait_loads<1>();
       __syncthreads();
       auto& stage = shared.stage[buffer];
-      if (pass * rows + 16 * warp < work.entries) {
+      if (C::kGroups || pass * rows + 16 * warp < work.entries) {
         const bool dense = units.is_shared(tile);
         const float scale = dense ? p.landmark_scale : p.scale;
         float s[kTiles][4], gradient[kTiles][4];
-        clear(s);
-        add_product<T, DP, kTiles>(s, q, stage.k.in(window), lane);
-        clear(gradient);
-        add_product<T, DP, kTiles>(gradient, dout, stage.v.in(window), lane);
+        product<C>(s, q, stage.k.in(window), lane);
+        product<C>(gradient, dout, stage.v.in(window), lane);
+        wait_products<C, 1>(s);
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
 #pragma unroll
@@ -108,56 +145,91 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
 #pragma unroll
+          for (int i = 0; i < 4; ++i) s[n][i] = exponential<T>(s[n][i]);
+        wait_products<C, 0>(gradient);
+        // Units of constant logits (scale 0) move nothing, but count in the sums.
+        const float factor = (scale == 0.0f ? 1.0f : scale) * power_of_2(kGradientShift<T>), inverse = 1.0f / factor;
+        float exact[2] = {0.0f, 0.0f};
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+#pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const float probability = exponential<T>(s[n][i]);
-            if constexpr (!L::kHalf) sum[i / 2] += probability;
-            gradient[n][i] = probability * (gradient[n][i] - delta[i / 2]) * (scale * power_of_2(kGradientShift<T>));
+            if constexpr (!L::kHalf) sums.probability[i / 2] += s[n][i];
+            s[n][i] *= factor;
+            exact[i / 2] += gradient[n][i] = s[n][i] * (gradient[n][i] - delta[i / 2]);
           }
-        add_weighted_rows<T, DP, kTiles>(dq, gradient, stage.k.in(window), lane);
+        Weights<T, kTiles> dlogits(gradient), weights(s);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) sums.exact[i] += exact[i] * inverse, sums.rounded[i] += dlogits.sum(i) * inverse;
+        if (scale != 0.0f) {
+          add_weighted_rows<C>(dq, dlogits, stage.k.in(window), lane);
+          add_weighted_rows<C>(kappa, weights, stage.k.in(window), lane);
+        }
+        wait_products<C, 0>(dq, kappa);
       }
       __syncthreads();
     }
-    // The probabilities of a row sum to 1, but for the rounding of a large lse, which is far above that of fp32 gradients.
-    if constexpr (!L::kHalf)
-      if (!landmark && work.slots == 1)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 1);
-          sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 2);
-          const float factor = sum[i] > 0.0f ? 1.0f / sum[i] : 1.0f;
-#pragma unroll
-          for (int d = 0; d < DP / 8; ++d) dq[d][2 * i] *= factor, dq[d][2 * i + 1] *= factor;
-        }
-    if constexpr (kGradientShift<T> != 0)
-#pragma unroll
-      for (int d = 0; d < DP / 8; ++d)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) dq[d][i] *= power_of_2(-kGradientShift<T>);
+    sums.finish();
 
-    if (!landmark && p.dlandmarks != nullptr) {
-      Windows windows = windows_of(p.windows, x.queries, span(x.queries, batch).length);
-      windows.gw = opaque(windows.gw), windows.gh = opaque(windows.gh);
-      const float* dlandmarks = p.dlandmarks + std::int64_t(opaque(bh)) * x.M * x.D;
+    const auto entry = [&](int i) { return pass * rows + 16 * warp + i < work.entries ? shared.entries[pass * rows + 16 * warp + i] : -1; };
+    float unshifted[2] = {power_of_2(-kGradientShift<T>), power_of_2(-kGradientShift<T>)};
+    if (landmark || x.s > 1) {
+      const std::int64_t row0 = landmark ? (std::int64_t(opaque(bh)) * parts + part) * x.M : std::int64_t(opaque(bh)) * N * work.slots;
+      const auto row_in = [&](int which) { return [=](int i) { return entry(i) < 0 ? nullptr : p.partial + (2 * (row0 + entry(i)) + which) * x.D; }; };
+      store_partial_rows<DP>(dq, unshifted, x.D, lane, row_in(0));
+      store_partial_rows<DP>(kappa, unshifted, x.D, lane, row_in(1));
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        if (own(i) < work.entries && first_slot(i))
-          for_each_window(windows, work.query_of(shared.entries[own(i)]), [&](int m, float weight) {
+        if (t == 0 && own(i) < work.entries) {
+          float* to = p.partial_sums + 3 * (row0 + shared.entries[own(i)]);
+          to[0] = sums.rounded[i], to[1] = sums.exact[i], to[2] = sums.probability[i];
+        }
+    } else {
 #pragma unroll
-            for (int d = 0; d < DP / 8; ++d)
-              if (8 * d < x.D) {
-                const float2 z = *reinterpret_cast<const float2*>(dlandmarks + std::int64_t(m) * x.D + 8 * d + 2 * t);
-                dq[d][2 * i] += weight * z.x, dq[d][2 * i + 1] += weight * z.y;
-              }
-          });
+      for (int i = 0; i < 2; ++i) {
+        const bool present = own(i) < work.entries;
+        const Correction correct(sums.rounded[i], sums.exact[i], L::kHalf ? 1.0f : sums.probability[i], present ? given(p, statistics(i)) : 0.0f);
+        if (t == 0 && present) correct.write(p, statistics(i), delta[i]);
+#pragma unroll
+        for (int d = 0; d < DP / 8; ++d)
+#pragma unroll
+          for (int j = 2 * i; j < 2 * i + 2; ++j) dq[d][j] -= correct.excess * kappa[d][j];
+        unshifted[i] *= correct.normalizer;
+      }
+      store_rows<T, DP>(shared.q.in(window).from_row(16 * warp), dq, unshifted, x.D, lane, [&](int i) { return entry(i) < 0 ? nullptr : head_rows<T>(p.dq, batch, head, span(x.queries, batch).start + entry(i)); });
     }
-    const float one[2] = {1.0f, 1.0f};
-    const std::int64_t row0 = landmark ? (std::int64_t(opaque(bh)) * parts + part) * x.M : std::int64_t(opaque(bh)) * N * work.slots;
-    const auto entry = [&](int i) { return pass * rows + 16 * warp + i < work.entries ? shared.entries[pass * rows + 16 * warp + i] : -1; };
-    if (landmark || x.s > 1)
-      store_partial_rows<DP>(dq, one, x.D, lane, [&](int i) { return entry(i) < 0 ? nullptr : p.partial_dq + (row0 + entry(i)) * x.D; });
-    else
-      store_rows<T, DP>(q.tile, dq, one, x.D, lane, [&](int i) { return entry(i) < 0 ? nullptr : head_rows<T>(p.dq, batch, head, span(x.queries, batch).start + entry(i)); });
     __syncthreads();  // the next queries take the place of these
+  }
+}
+
+constexpr int kFinishWarps = 4;
+
+// The rows of which blocks left partial sums, one warp each: landmarks, or queries with several slots.
+template <class T> __global__ void __launch_bounds__(32 * kFinishWarps) finish_kernel(const RowGradientParams p) {
+  const Problem& x = p.problem;
+  const bool landmark = p.role == RowRole::landmark;
+  const int rows = landmark ? x.M : x.queries.max_length, parts = landmark ? p.splits : x.s, lane = threadIdx.x % 32;
+  const std::int64_t at = std::int64_t(blockIdx.x) * kFinishWarps + threadIdx.x / 32;
+  if (at >= std::int64_t(x.B) * x.H * rows) return;
+  const int row = static_cast<int>(at % rows), bh = static_cast<int>(at / rows);
+  const Span sequence = landmark ? Span{0, x.M} : span(x.queries, bh / x.H);
+  if (row >= sequence.length) return;
+  const auto part_row = [&](int part) { return landmark ? (std::int64_t(bh) * parts + part) * rows + row : at * parts + part; };
+
+  float sums[3] = {0.0f, 0.0f, 0.0f};
+  for (int part = 0; part < parts; ++part)
+#pragma unroll
+    for (int i = 0; i < 3; ++i) sums[i] += p.partial_sums[3 * part_row(part) + i];
+  const Correction correct(sums[0], sums[1], sizeof(T) == 2 ? 1.0f : sums[2], given(p, at));
+  if (lane == 0) correct.write(p, at, p.delta[at]);
+  T* dq = head_rows<T>(p.dq, bh / x.H, bh % x.H, sequence.start + row);
+  for (int d = lane; d < x.D; d += 32) {
+    float sum = 0.0f, kappa = 0.0f;
+    for (int part = 0; part < parts; ++part) {
+      sum += p.partial[2 * part_row(part) * x.D + d];
+      kappa += p.partial[(2 * part_row(part) + 1) * x.D + d];
+    }
+    dq[d] = from_float<T>((p.base ? p.base[at * x.D + d] : 0.0f) + correct.normalizer * (sum - correct.excess * kappa));
   }
 }
 
@@ -165,17 +237,22 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
 
 cudaError_t launch_row_gradient(const RowGradientParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
-  return dispatch(x.dtype, x.D, [&](auto config) {
+  const bool landmark = p.role == RowRole::landmark;
+  const int most_rows = landmark ? x.M : p.groups.tile_rows;  // of one pass
+  return dispatch(x.dtype, x.D, most_rows > 48, [&](auto config) {
     using C = decltype(config);
     using L = Layout<C>;
-    const bool landmark = p.role == RowRole::landmark;
-    const int warps = std::min(L::kWarps, landmark ? ceil_div(x.M, 16) : p.groups.tile_rows / 16);
+    const int warps = std::min(L::kWarps, C::kGroups ? 4 : ceil_div(most_rows, 16));
     if (warps < 1 || p.groups.tile_rows > kMaxTileRows) return cudaErrorInvalidValue;
     const std::size_t bytes = offsetof(typename L::Shared, indices) + (landmark ? 0 : x.K * sizeof(std::int32_t));
     if (cudaError_t status = allow_shared_memory(row_gradient_kernel<C>, sizeof(typename L::Shared))) return status;
     const unsigned heads = static_cast<unsigned>(x.B) * x.H;
     const unsigned blocks = landmark ? heads * p.splits * ceil_div(x.M, 16 * warps) : heads * max_tiles(x, p.groups.tile_rows);
     row_gradient_kernel<C><<<blocks, 32 * warps, bytes, stream>>>(p);
+    if (cudaError_t status = cudaGetLastError()) return status;
+    if (!landmark && x.s <= 1) return cudaSuccess;
+    const std::int64_t rows = std::int64_t(heads) * (landmark ? x.M : x.queries.max_length);
+    finish_kernel<typename C::T><<<static_cast<unsigned>((rows + kFinishWarps - 1) / kFinishWarps), 32 * kFinishWarps, 0, stream>>>(p);
     return cudaGetLastError();
   });
 }

@@ -16,13 +16,13 @@ namespace {
 template <class C> struct Layout : C {
   static constexpr bool kHalf = sizeof(typename C::T) == 2;
   static constexpr int kWarps = kHalf || C::DP == 64 ? 4 : 2;     // at most; 16 units each
-  static constexpr int kRows = kHalf && C::DP == 64 ? 64 : 32;    // of one tile. Evidence: 64 rows of 128 columns spill
+  static constexpr int kRows = C::kGroups || (kHalf && C::DP == 64) ? 64 : 32;  // of one tile. Evidence: by warps, 64 rows of 128 columns spill
   static constexpr int kBlocks = kHalf ? 2 : 1;                   // of a multiprocessor, by registers
-  static constexpr int kListedRows = 512;
+  static constexpr int kListedRows = 512;  // a multiple of kRows
   struct Shared {
     struct {
       TileStorage<typename C::T, C::DP, kRows> q, dout;
-      float lse[kRows], delta[kRows];
+      float lse[kRows], delta[kRows], normalizer[kHalf ? 1 : kRows];
     } stage[2];
     TileStorage<typename C::T, C::DP, 16 * kWarps> k, v;
     std::int32_t rows[kListedRows];  // routed: the queries that come next
@@ -146,7 +146,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   using L = Layout<C>;
   using T = typename C::T;
   constexpr int DP = C::DP, kRows = L::kRows, kTiles = kRows / 8;
-  extern __shared__ __align__(256) unsigned char memory[];
+  extern __shared__ __align__(kPanel) unsigned char memory[];
   typename L::Shared& shared = *reinterpret_cast<typename L::Shared*>(memory);
   const Window window(memory);
 
@@ -168,42 +168,42 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   if (routed && work.entries <= 0) return;
   const int tiles = max(0, ceil_div(work.entries, kRows)), steps = compress ? tiles * group : tiles;
 
-  const auto unit_row = [&](int i) {  // the row of unit u0 + i, -1 where there is none
-    if (!routed) return u0 + i < (compress ? keys.length : x.M) ? u0 + i : -1;
-    const int index = u0 + i < x.K ? p.indices[(std::int64_t(bh) * x.M + work.expert) * x.K + u0 + i] : -1;
-    return static_cast<unsigned>(index) < static_cast<unsigned>(keys.length) ? index : -1;
-  };
+  const auto unit_row = [&](int i) { return routed ? p.indices[(std::int64_t(bh) * x.M + work.expert) * x.K + u0 + i] : u0 + i; };
+  const auto is_key = [&](int i) { return i < block_units && u0 + i < x.K && static_cast<unsigned>(unit_row(i)) < static_cast<unsigned>(keys.length); };
+  // The units that are there come first.
+  const int present = routed ? __syncthreads_count(is_key(threadIdx.x)) : (compress ? keys.length : x.M) - u0;
   const auto load_stage = [&](int step) {
     auto& stage = shared.stage[step & 1];
     const int row_head = compress ? h * group + step / tiles : h, base = (compress ? step % tiles : step) * kRows;
     const std::int64_t row_start = compress ? 0 : span(x.queries, b).start, stats = (std::int64_t(b) * x.H + row_head) * (compress ? x.M : x.queries.max_length);
-    const auto row = [&](int i) { return base + i >= work.entries ? -1 : routed ? shared.rows[(base + i) % L::kListedRows] : work.first + base + i; };
-    load_rows<T, DP>(kRows, x.D, base + kRows <= work.entries, row, Copy<T, DP>(stage.q.in(window), p.row_q, b, row_head, row_start),
+    // kListedRows is a multiple of kRows: a tile's rows are listed one after the other.
+    const auto row = [routed, list = window.of(shared.rows) + base % L::kListedRows * 4, first = work.first + base](int i) {
+      return routed ? load_shared_int(list + 4 * i) : first + i;
+    };
+    load_rows<T, DP>(kRows, x.D, work.entries - base, row, Copy<T, DP>(stage.q.in(window), p.row_q, b, row_head, row_start),
                      Copy<T, DP>(stage.dout.in(window), p.row_dout, b, row_head, row_start));
     const auto number = [&](const float* numbers) {
-      return [=](int i) {
-        const int r = row(i);
-        return r < 0 ? nullptr : numbers + stats + r;
-      };
+      return [=, present = work.entries - base](int i) { return i < present ? numbers + stats + row(i) : nullptr; };
     };
     load_numbers(window.of(stage.lse), kRows, number(p.lse));
     load_numbers(window.of(stage.delta), kRows, number(p.delta));
+    if constexpr (!L::kHalf) load_numbers(window.of(stage.normalizer), kRows, number(p.normalizer));
   };
   const auto list_rows = [&](int first) {  // gathering through global memory would stall every tile: list many rows at once
-    for (int i = first + threadIdx.x; i < min(first + L::kListedRows, work.entries); i += blockDim.x) shared.rows[i % L::kListedRows] = work.query_of(work.entry(i));
+    for (int i = first + threadIdx.x; i < min(first + L::kListedRows, work.entries); i += blockDim.x) shared.rows[i % L::kListedRows] = query_of(work.entry(i), work.slots);
     __syncthreads();
   };
   const int unit_head = routed ? h / group : h;
   const std::int64_t unit_start = routed || compress ? keys.start : 0;
-  load_rows<T, DP>(block_units, x.D, false, unit_row, Copy<T, DP>(shared.k.in(window), p.unit_k, b, unit_head, unit_start),
+  load_rows<T, DP>(block_units, x.D, present, unit_row, Copy<T, DP>(shared.k.in(window), p.unit_k, b, unit_head, unit_start),
                    Copy<T, DP>(shared.v.in(window), p.unit_v, b, unit_head, unit_start));
   if (routed) list_rows(0);
   if (steps > 0) load_stage(0);
   commit_loads();
 
-  SharedRows<T, DP> k, v;
-  k.load(shared.k.in(window).from_row(16 * warp), lane);
-  v.load(shared.v.in(window).from_row(16 * warp), lane);
+  StoredRows<C> k, v;
+  k.load(shared.k.in(window).from_row(own_rows<C>(warp)), lane);
+  v.load(shared.v.in(window).from_row(own_rows<C>(warp)), lane);
   float dk[DP / 8][4], dv[DP / 8][4];
   clear(dk);
   clear(dv);
@@ -217,27 +217,34 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
     __syncthreads();
     auto& stage = shared.stage[step & 1];
     float probability[kTiles][4], gradient[kTiles][4];
-    clear(probability);
-    add_product<T, DP, kTiles>(probability, k, stage.q.in(window), lane);
+    product<C>(probability, k, stage.q.in(window), lane);
+    product<C>(gradient, v, stage.dout.in(window), lane);
+    wait_products<C, 1>(probability);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      const float2 lse = *reinterpret_cast<const float2*>(&stage.lse[8 * n + 2 * (lane & 3)]);
+      const int column = 8 * n + 2 * (lane & 3);
+      const float2 lse = *reinterpret_cast<const float2*>(&stage.lse[column]);
       // A row that attended to nothing gives nothing; absent rows are zeros, and so is all that they give.
       const auto offset = [](float l) { return l == -kInfinity ? -kInfinity : kProbabilityShift<T> - l * kLogit<T>; };
       const float offsets[2] = {offset(lse.x), offset(lse.y)};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) probability[n][i] = exponential<T>(fmaf(probability[n][i], scale, offsets[i & 1]));
+      for (int i = 0; i < 4; ++i) {
+        probability[n][i] = exponential<T>(fmaf(probability[n][i], scale, offsets[i & 1]));
+        if constexpr (!L::kHalf) probability[n][i] *= stage.normalizer[column + (i & 1)];
+      }
     }
-    add_weighted_rows<T, DP, kTiles>(dv, probability, stage.dout.in(window), lane);
-    clear(gradient);
-    add_product<T, DP, kTiles>(gradient, v, stage.dout.in(window), lane);
+    Weights<T, kTiles> weights(probability);
+    add_weighted_rows<C>(dv, weights, stage.dout.in(window), lane);
+    wait_products<C, 1>(gradient);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const float2 delta = *reinterpret_cast<const float2*>(&stage.delta[8 * n + 2 * (lane & 3)]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) gradient[n][i] = probability[n][i] * kRescale * (gradient[n][i] - (i & 1 ? delta.y : delta.x));
     }
-    add_weighted_rows<T, DP, kTiles>(dk, gradient, stage.q.in(window), lane);
+    Weights<T, kTiles> dlogits(gradient);
+    add_weighted_rows<C>(dk, dlogits, stage.q.in(window), lane);
+    wait_products<C, 0>(dv, dk);
     __syncthreads();
   }
   wait_loads<0>();
@@ -257,7 +264,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i)
-    if (unit_row(16 * warp + g + 8 * i) < 0)  // keys beyond a short sequence
+    if (16 * warp + g + 8 * i >= present)  // keys beyond a short sequence
 #pragma unroll
       for (int d = 0; d < DP / 8; ++d) dk[d][2 * i] = dk[d][2 * i + 1] = dv[d][2 * i] = dv[d][2 * i + 1] = 0.0f;
   if (p.indices != nullptr) {
@@ -279,21 +286,21 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
     T* data = head_rows<T>(rows, b, h, keys.start);
     return [=](int i) { return own + i < (p.problem.keys.starts ? keys.length : units) ? data + (own + i) * rows.row : nullptr; };
   };
-  store_rows<T, DP>(k.tile, dk, one, x.D, lane, row_in(p.dk));
-  store_rows<T, DP>(v.tile, dv, one, x.D, lane, row_in(p.dv));
+  store_rows<T, DP>(shared.k.in(window).from_row(16 * warp), dk, one, x.D, lane, row_in(p.dk));
+  store_rows<T, DP>(shared.v.in(window).from_row(16 * warp), dv, one, x.D, lane, row_in(p.dv));
 }
 
 }  // namespace
 
 cudaError_t launch_unit_gradient(const UnitGradientParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
-  return dispatch(x.dtype, x.D, [&](auto config) {
+  const bool compress = p.role == UnitRole::compress;
+  const int units = compress ? x.keys.max_length : p.role == UnitRole::routed ? x.K : x.M;
+  return dispatch(x.dtype, x.D, units > 48, [&](auto config) {
     using C = decltype(config);
     using L = Layout<C>;
-    const bool compress = p.role == UnitRole::compress;
-    const int units = compress ? x.keys.max_length : p.role == UnitRole::routed ? x.K : x.M;
     const int parts = compress ? 1 : p.role == UnitRole::routed ? p.max_segments : p.splits;
-    const int warps = std::min(L::kWarps, ceil_div(units, 16));
+    const int warps = C::kGroups ? 4 : std::min(L::kWarps, ceil_div(units, 16));
     const bool collects = compress && p.indices != nullptr;
     const std::size_t bytes = collects ? std::max(sizeof(typename L::Shared), sizeof(RoutedSums<C>)) : sizeof(typename L::Shared);
     if (cudaError_t status = allow_shared_memory(unit_gradient_kernel<C>, bytes)) return status;

@@ -207,6 +207,7 @@ struct Case {
   bool integers = false;      // small integers: every score is exact, ties abound, selections have one right answer
   int gap = 8;
   Windows windows = {0, 0, 0, 0, 0};  // zeros: one dimension
+  double noise = 1;                   // of the keys around 1: nearly equal keys leave of dq what other sums round away
 };
 
 const Case kCases[] = {
@@ -234,6 +235,16 @@ const Case kCases[] = {
     {"packed", Dtype::bf16, 3, 4, 2, 150, 130, 20, 24, 1, 64, true, Batch::packed},
     {"packed_two_routes_fp32", Dtype::fp32, 3, 2, 1, 70, 80, 6, 10, 2, 32, true, Batch::packed},
     {"long_sequence", Dtype::bf16, 1, 1, 1, 2500, 3000, 65, 64, 1, 64},
+    // whole warpgroups in every stage
+    {"many_queries", Dtype::bf16, 1, 2, 1, 1500, 300, 5, 100, 1, 128},
+    {"many_queries_fp16", Dtype::fp16, 1, 1, 1, 700, 200, 3, 70, 1, 64},
+    {"many_landmarks", Dtype::fp16, 1, 2, 1, 300, 400, 100, 64, 1, 128},
+    {"many_queries_two_routes", Dtype::bf16, 3, 2, 1, 500, 150, 6, 60, 2, 72, true, Batch::padded},
+    {"many_queries_compress_only", Dtype::bf16, 1, 2, 2, 200, 100, 64, 8, 0, 128},
+    {"nearly_equal_keys", Dtype::bf16, 1, 2, 2, 150, 150, 20, 24, 1, 64, true, Batch::full, false, 8, {}, 0.1},
+    {"nearly_equal_keys_many_queries", Dtype::bf16, 1, 1, 1, 700, 300, 5, 64, 1, 128, true, Batch::full, false, 8, {}, 0.1},
+    {"nearly_equal_keys_two_routes", Dtype::fp16, 1, 1, 1, 200, 300, 7, 40, 2, 64, true, Batch::full, false, 8, {}, 0.1},
+    {"nearly_equal_keys_fp32", Dtype::fp32, 1, 1, 1, 80, 90, 5, 40, 1, 64, true, Batch::full, false, 8, {}, 0.1},
 };
 
 // ---- the definition, in double -------------------------------------------------------------------------------------
@@ -272,13 +283,17 @@ double attend(const double* q, const std::vector<Unit>& units, int D, double* ou
   return maximum + std::log(sum);
 }
 
-void attend_backward(const double* q, const std::vector<Unit>& units, int D, const double* dout, double lse, double delta, double* dq) {
+// Returns delta = dout . out - dlse.
+double attend_backward(const double* q, const std::vector<Unit>& units, int D, const double* dout, double dlse, double* dq) {
+  std::vector<double> out(D, 0.0);
+  const double lse = attend(q, units, D, out.data()), delta = (units.empty() ? 0 : dot(dout, out.data(), D)) - dlse;
   for (const Unit& u : units) {
     const double p = std::exp(u.scale * dot(q, u.k, D) - lse), ds = p * (dot(dout, u.v, D) - delta);
     add(dq, u.scale * ds, u.k, D);
     add(u.dk, u.scale * ds, q, D);
     add(u.dv, p, dout, D);
   }
+  return delta;
 }
 
 // Larger score, then lower index; NaN last.
@@ -342,7 +357,10 @@ void run(const Case& c) {
     return std::vector<float>(host.x.begin(), host.x.end());
   };
   const Input q(dtype, random(H, N, D), queries, c.gap), dout(dtype, random(H, N, D), queries, c.gap);
-  const Input k(dtype, random(Hkv, L, D), keys, c.gap), v(dtype, random(Hkv, L, D), keys, c.gap);
+  Host key_values = random(Hkv, L, D);
+  if (c.noise != 1)
+    for (double& x : key_values.x) x = 1 + c.noise * x;
+  const Input k(dtype, key_values, keys, c.gap), v(dtype, random(Hkv, L, D), keys, c.gap);
   const Problem problem{dtype, B, H, Hkv, M, K, s, D, queries.view(), keys.view()};
   const Windows windows = c.windows.mh ? c.windows : Windows{1, M, 1, N, 0};
   const auto windows_of_batch = [&](int b) {
@@ -526,24 +544,40 @@ void run(const Case& c) {
 
   Gradients want{Host(B, H, M, D), Host(B, H, M, D), Host(B, Hkv, L, D), Host(B, Hkv, L, D)};
   Host want_dq(B, H, N, D);
-  each_head([&](int b, int h, int, int) {
+  each_head([&](int b, int h, int bh, int) {
     for (int n = 0; n < queries.each[b]; ++n)
-      attend_backward(q.host.row(b, h, n), query_units(b, h, n, &want), D, dout.host.row(b, h, n), *got_lse.row(b, h, n), *want_delta.row(b, h, n),
-                      want_dq.row(b, h, n));
+      *want_delta.row(b, h, n) = attend_backward(q.host.row(b, h, n), query_units(b, h, n, &want), D, dout.host.row(b, h, n), dlse_host[std::size_t(bh) * N + n],
+                                                 want_dq.row(b, h, n));
   });
+
+  // gradient of the queries, which makes delta exact (and, in fp32, the rows sum to one)
+  const Output dq(dtype, B, H, N, D, &queries);
+  Buffer<float> normalizer(std::size_t(BH) * N), landmark_normalizer(std::size_t(BH) * M);
+  const auto only_fp32 = [&](const Buffer<float>& x) { return dtype == Dtype::fp32 ? x.data : nullptr; };
+  {
+    const std::size_t entries = s > 1 ? std::size_t(BH) * N * s : 0;
+    Buffer<float> partial(2 * entries * D), partial_sums(3 * entries);
+    RowGradientParams p{};
+    p.problem = problem, p.role = RowRole::attention, p.scale = scale, p.landmark_scale = landmark_scale, p.units = attended;
+    p.q = q.rows, p.dout = dout.rows, p.lse = lse.data, p.dlse = dlse.data, p.delta = delta.data, p.normalizer = only_fp32(normalizer);
+    p.groups = backward_grouping.view(), p.partial = partial.data, p.partial_sums = partial_sums.data, p.dq = dq.view();
+    RUN(launch_row_gradient(p, 0));
+    expect_close("dq", valid(dq.get(), queries), want_dq.x, gradient_tolerance);
+    expect_close("delta, exact", valid(Host(B, H, N, 1, widen(delta.get())), queries), want_delta.x, 1e-5);
+  }
 
   // gradients of the shared units, summed over the parts of the query range
   const std::size_t per_landmark = std::size_t(BH) * M * D;
-  Buffer<float> shared_dk(kSplits * per_landmark), shared_dv(kSplits * per_landmark), dlandmarks_shared(per_landmark), dlandmarks(per_landmark);
-  const Output dcompressed(dtype, B, H, M, D), dlandmarks_rounded(dtype, B, H, M, D);
+  Buffer<float> shared_dk(kSplits * per_landmark), shared_dv(kSplits * per_landmark), dlandmarks_shared(per_landmark);
+  const Output dcompressed(dtype, B, H, M, D), dlandmarks(dtype, B, H, M, D);
   if (c.shared) {
     UnitGradientParams p{};
     p.problem = problem, p.role = UnitRole::shared, p.scale = landmark_scale, p.splits = kSplits;
     p.unit_k = z_rows, p.unit_v = compressed.view(), p.row_q = q.rows, p.row_dout = dout.rows, p.lse = lse.data, p.delta = delta.data;
-    p.partial_dk = shared_dk.data, p.partial_dv = shared_dv.data;
+    p.normalizer = only_fp32(normalizer), p.partial_dk = shared_dk.data, p.partial_dv = shared_dv.data;
     RUN(launch_unit_gradient(p, 0));
-    RUN(launch_reduce({dtype, BH, kSplits, M, D, shared_dk.data, nullptr, dlandmarks_shared.data, nullptr}, 0));
-    RUN(launch_reduce({dtype, BH, kSplits, M, D, shared_dv.data, nullptr, nullptr, dcompressed.memory.data}, 0));
+    RUN(launch_reduce({dtype, BH, kSplits, M, D, shared_dk.data, dlandmarks_shared.data, nullptr}, 0));
+    RUN(launch_reduce({dtype, BH, kSplits, M, D, shared_dv.data, nullptr, dcompressed.memory.data}, 0));
     expect_close("gradient of the landmarks as shared keys", widen(dlandmarks_shared.get()), want.shared_k.x, gradient_tolerance);
     expect_close("gradient of the compressed values", dcompressed.get().x, want.shared_v.x, gradient_tolerance);
   }
@@ -554,18 +588,31 @@ void run(const Case& c) {
   if (c.shared) {
     RUN(launch_delta({dtype, B, H, D, all_landmarks.view(), dcompressed.view(), compressed.view(), dlandmark_lse.data, landmark_delta.data}, 0));
     const auto dlse_of_landmarks = dlandmark_lse.get();
-    const auto lse_of_landmarks = landmark_lse.get();
     const Host dvalues = dcompressed.get();
     want_dz.x = widen(dlandmarks_shared.get());
     each_head([&](int b, int h, int bh, int g) {
       for (int m = 0; m < M; ++m) {
         const std::size_t row = std::size_t(bh) * M + m;
         *want_landmark_delta.row(b, h, m) = dot(dvalues.row(b, h, m), values.row(b, h, m), D) - dlse_of_landmarks[row];
-        attend_backward(z.row(b, h, m), landmark_units(b, g, &want.routed_k, &want.routed_v), D, dvalues.row(b, h, m), lse_of_landmarks[row],
-                        *want_landmark_delta.row(b, h, m), want_dz.row(b, h, m));
       }
     });
     expect_close("delta of the landmarks", widen(landmark_delta.get()), want_landmark_delta.x, 1e-5);
+    each_head([&](int b, int h, int bh, int g) {
+      for (int m = 0; m < M; ++m)
+        *want_landmark_delta.row(b, h, m) = attend_backward(z.row(b, h, m), landmark_units(b, g, &want.routed_k, &want.routed_v), D, dvalues.row(b, h, m),
+                                                            dlse_of_landmarks[std::size_t(bh) * M + m], want_dz.row(b, h, m));
+    });
+
+    // gradient of the landmarks as queries of the dense softmax
+    Buffer<float> partial(2 * kSplits * per_landmark), partial_sums(3 * std::size_t(kSplits) * BH * M);
+    RowGradientParams p{};
+    p.problem = problem, p.role = RowRole::landmark, p.scale = scale, p.units.k = k.rows, p.units.v = v.rows;
+    p.q = z_rows, p.dout = dcompressed.view(), p.lse = landmark_lse.data, p.dlse = dlandmark_lse.data, p.delta = landmark_delta.data;
+    p.normalizer = only_fp32(landmark_normalizer);
+    p.splits = kSplits, p.partial = partial.data, p.partial_sums = partial_sums.data, p.base = dlandmarks_shared.data, p.dq = dlandmarks.view();
+    RUN(launch_row_gradient(p, 0));
+    expect_close("dlandmarks", dlandmarks.get().x, want_dz.x, gradient_tolerance);
+    expect_close("delta of the landmarks, exact", widen(landmark_delta.get()), want_landmark_delta.x, 1e-5);
   }
   const std::size_t routed_rows = std::size_t(BH) * max_segments * K * D;
   Buffer<float> routed_dk(s ? routed_rows : 0), routed_dv(s ? routed_rows : 0);
@@ -578,57 +625,30 @@ void run(const Case& c) {
   units.partial_dk = routed_dk.data, units.partial_dv = routed_dv.data;
   if (s) {
     UnitGradientParams p = units;
-    p.role = UnitRole::routed, p.row_q = q.rows, p.row_dout = dout.rows, p.lse = lse.data, p.delta = delta.data;
+    p.role = UnitRole::routed, p.row_q = q.rows, p.row_dout = dout.rows, p.lse = lse.data, p.delta = delta.data, p.normalizer = only_fp32(normalizer);
     RUN(launch_unit_gradient(p, 0));
   }
   units.role = UnitRole::compress, units.landmark_rows = c.shared ? M : 0, units.row_q = z_rows, units.row_dout = dcompressed.view();
-  units.lse = landmark_lse.data, units.delta = landmark_delta.data, units.dk = dk.view(), units.dv = dv.view();
+  units.lse = landmark_lse.data, units.delta = landmark_delta.data, units.normalizer = only_fp32(landmark_normalizer), units.dk = dk.view(), units.dv = dv.view();
   RUN(launch_unit_gradient(units, 0));
   expect_close("dk", valid(dk.get(), keys), want.routed_k.x, gradient_tolerance);
   expect_close("dv", valid(dv.get(), keys), want.routed_v.x, gradient_tolerance);
 
-  // gradient of the landmarks as queries of the dense softmax
-  if (c.shared) {
-    Buffer<float> partial_dz(kSplits * per_landmark);
-    RowGradientParams p{};
-    p.problem = problem, p.role = RowRole::landmark, p.scale = scale, p.units.k = k.rows, p.units.v = v.rows;
-    p.q = z_rows, p.dout = dcompressed.view(), p.lse = landmark_lse.data, p.delta = landmark_delta.data;
-    p.splits = kSplits, p.partial_dq = partial_dz.data;
-    RUN(launch_row_gradient(p, 0));
-    RUN(launch_reduce({dtype, BH, kSplits, M, D, partial_dz.data, dlandmarks_shared.data, dlandmarks.data, dlandmarks_rounded.memory.data}, 0));
-    expect_close("dlandmarks", widen(dlandmarks.get()), want_dz.x, gradient_tolerance);
-    expect_close("dlandmarks, rounded", dlandmarks_rounded.get().x, want_dz.x, gradient_tolerance);
-  }
-
-  // gradient of the queries, without and with the landmarks' gradient spread over the pooling windows
-  for (const bool pool : {false, true}) {
-    if (pool && !c.shared) continue;
-    const Output dq(dtype, B, H, N, D, s > 1 ? nullptr : &queries);  // the sum over slots is padded
-    Buffer<float> partial_dq(s > 1 ? std::size_t(BH) * N * s * D : 0);
-    RowGradientParams p{};
-    p.problem = problem, p.role = RowRole::attention, p.scale = scale, p.landmark_scale = landmark_scale, p.units = attended;
-    p.q = q.rows, p.dout = dout.rows, p.lse = lse.data, p.delta = delta.data, p.groups = backward_grouping.view(), p.partial_dq = partial_dq.data;
-    p.dq = dq.view(), p.windows = windows, p.dlandmarks = pool ? dlandmarks.data : nullptr;
-    RUN(launch_row_gradient(p, 0));
-    if (s > 1) RUN(launch_reduce({dtype, BH * N, s, 1, D, partial_dq.data, nullptr, nullptr, dq.memory.data}, 0));
-    const auto spread = [&](const Host& from, Host& to) {
-      each_head([&](int b, int h, int, int) {
-        const Windows w = windows_of_batch(b);
-        if (w.gw == 0) return;
-        std::vector<int> tokens(M, 0);
-        for_each_pooled(w, [&](int m, int) { ++tokens[m]; });
-        for_each_pooled(w, [&](int m, int n) { add(to.row(b, h, n), 1.0 / tokens[m], from.row(b, h, m), D); });
-      });
-    };
-    if (pool) spread(Host(B, H, M, D, widen(dlandmarks.get())), want_dq);
-    expect_close(pool ? "dq with pooled landmarks" : "dq", valid(dq.get(), queries), want_dq.x, gradient_tolerance);
-    if (pool) {
-      const Output pooled_only(dtype, B, H, N, D);
-      Host want_pooled_only(B, H, N, D);
-      spread(dlandmarks_rounded.get(), want_pooled_only);
-      RUN(launch_pool_backward({problem, windows, dlandmarks_rounded.view(), pooled_only.memory.data}, 0));
-      expect_close("pool backward", pooled_only.get().x, want_pooled_only.x, tolerance);
-    }
+  // what the queries receive as parts of pooled landmarks, alone and added to dq
+  if (!c.shared) return;
+  for (const bool add : {false, true}) {
+    const Output alone(dtype, B, H, N, D, &queries);
+    const Output& target = add ? dq : alone;
+    Host want_pooled_dq = add ? dq.get() : Host(B, H, N, D), from = dlandmarks.get();
+    each_head([&](int b, int h, int, int) {
+      const Windows w = windows_of_batch(b);
+      if (w.gw == 0) return;
+      std::vector<int> tokens(M, 0);
+      for_each_pooled(w, [&](int m, int) { ++tokens[m]; });
+      for_each_pooled(w, [&](int m, int n) { ::add(want_pooled_dq.row(b, h, n), 1.0 / tokens[m], from.row(b, h, m), D); });
+    });
+    RUN(launch_pool_backward({problem, windows, dlandmarks.view(), add, target.view()}, 0));
+    expect_close(add ? "pool backward, added" : "pool backward", valid(target.get(), queries), valid(want_pooled_dq, queries), tolerance);
   }
 }
 
