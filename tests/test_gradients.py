@@ -41,7 +41,7 @@ def test_gradients_given_the_selection(case, backend):
     dout, dlse = grad_outputs(case, device, dtype)
     draws = []
     size = case.B * case.H * case.N * case.D
-    for seed in range(1 if size >= 5000 else min(64, max(8, 5000 // size))):
+    for seed in range(1 if size >= 5000 else max(8, 5000 // size)):
         tensors = make_inputs(case, device, dtype, requires_grad=True, seed=seed)
         q, k, v, z = tensors
         out, aux = mita_ext.attention(q, k, v, **case.options(z), return_aux=True)

@@ -2,8 +2,9 @@
 //
 // score_compress: one block per (batch, head, part of the key range, group of landmarks); one warp owns 16 landmarks and
 // walks over key tiles that the block brings in with cp.async, two stages deep:
-//   S = Z k^T  -> stored unscaled in fp32: the selection never sees a rounded score
+//   S = Z k^T  -> the largest of every eight, or all of them, unscaled in fp32: the selection never sees a rounded score
 //   online softmax over scale * S, O += P v  -> partial values, maximum and sum of this part
+// The keys of a tile are permuted, so that the columns of one lane are consecutive keys.
 // combine: one warp per landmark merges the parts in their order, rounds the value once and writes the lse.
 #include "device.cuh"
 #include "launch.h"
@@ -15,6 +16,7 @@ template <class C> struct Layout : C {
   static constexpr bool kHalf = sizeof(typename C::T) == 2;
   static constexpr int kWarps = kHalf ? 8 : 4;   // at most; fewer where there are fewer landmarks
   static constexpr int kKeys = kHalf ? 64 : 32;  // of one tile
+  static constexpr int kLaneKeys = kKeys / 4;    // of one lane
   struct Shared {
     struct {
       TileStorage<typename C::T, C::DP, kKeys> k, v;
@@ -45,7 +47,12 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::kGroups && C::DP ==
   const auto load_stage = [&](int tile) {
     auto& stage = shared.stage[tile & 1];
     const int head = h / (x.H / x.Hkv), key0 = tile * kKeys;
-    load_rows<T, DP>(kKeys, x.D, keys.length - key0, [key0](int i) { return key0 + i; },
+    // Tile row 8n + 2t + i is key t * kLaneKeys + 2n + i. A ragged tile lacks the last of both.
+    const auto key_of = [key0, length = keys.length](int row) {
+      const int key = key0 + row / 2 % 4 * L::kLaneKeys + row / 8 * 2 + row % 2;
+      return key < length ? key : -1;
+    };
+    load_rows<T, DP>(kKeys, x.D, key0 + kKeys <= keys.length ? kKeys : kKeys - 1, key_of,
                      Copy<T, DP>(stage.k.in(window), p.k, b, head, keys.start), Copy<T, DP>(stage.v.in(window), p.v, b, head, keys.start));
   };
 
@@ -73,20 +80,47 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::kGroups && C::DP ==
     product<C>(s, landmarks, stage.k.in(window), lane);
     wait_products<C, 0>(s);
 
-    const int key0 = tile * kKeys + 2 * t;
+    const int lane_key = tile * kKeys + t * L::kLaneKeys;
+    const auto each_absent = [&](auto&& f) {
+      if ((tile + 1) * kKeys > keys.length)
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (lane_key + 2 * n + i % 2 >= keys.length) f(s[n][i]);
+    };
+    each_absent([](float& score) { score = NAN; });
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       if (m + 8 * i < x.M) {
-        float* scores = p.scores + (std::int64_t(bh) * x.M + m + 8 * i) * p.score_pitch + key0;
+        float* scores = p.scores + (std::int64_t(bh) * x.M + m + 8 * i) * p.score_pitch;
+        if (x.keys.max_length <= kStoredKeys) {
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n)
-          if (key0 + 8 * n < p.score_pitch) *reinterpret_cast<float2*>(scores + 8 * n) = make_float2(s[n][2 * i], s[n][2 * i + 1]);
+          for (int n = 0; n < kTiles; n += 2)
+            *reinterpret_cast<float4*>(scores + lane_key + 2 * n) = make_float4(s[n][2 * i], s[n][2 * i + 1], s[n + 1][2 * i], s[n + 1][2 * i + 1]);
+        } else {
+          float highest[kTiles / 4];  // of each group
+#pragma unroll
+          for (int group = 0; group < kTiles / 4; ++group) {
+            float& score = highest[group] = -kInfinity;  // fmaxf looks over NaN
+            bool number = false;
+#pragma unroll
+            for (int n = 4 * group; n < 4 * group + 4; ++n) score = fmaxf(score, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
+            if (score == -kInfinity) {
+#pragma unroll
+              for (int n = 4 * group; n < 4 * group + 4; ++n) number |= s[n][2 * i] == score || s[n][2 * i + 1] == score;
+              if (!number) score = NAN;
+            }
+          }
+          if constexpr (kTiles == 8) *reinterpret_cast<float2*>(scores + lane_key / kGroupKeys) = make_float2(highest[0], highest[1]);
+          else scores[lane_key / kGroupKeys] = highest[0];
+        }
       }
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[n][i] *= scale;
-    if ((tile + 1) * kKeys > keys.length) mask_logits(s, keys.length - tile * kKeys, lane);
+    each_absent([](float& logit) { logit = -kInfinity; });
     softmax.update(s, values);
     Weights<T, kTiles> weights(s);
     add_weighted_rows<C>(values, weights, stage.v.in(window), lane);

@@ -3,13 +3,14 @@
 // A candidate is one 64-bit number, ordered(score) above the complement of its key index: all candidates differ, so every
 // comparison is decided, and nothing depends on the timing of threads. Indices come out ascending; -1 fills the rest.
 //
-// short rows (L <= 2048): one warp per landmark, scores in registers, the K-th largest by bisection over its 32 bits,
-//   ties cut by position.
-// long rows: one block per landmark.
-//   1. threshold: a rank of a stratified sample so low that fewer than K scores above it are a 6-sigma event,
-//   2. filter: one pass over the row keeps the candidates above it, about K + 6 sqrt(K r) of them for a sample of L / r,
-//   3. select exactly among the candidates, by radix digits in shared memory,
-//   4. should the filter have kept fewer than K or more than fit, select over the whole row instead: slow, still exact.
+// short rows (L <= kStoredKeys): one warp per landmark, its scores in registers, the K-th largest by bisection over their 32
+//   bits, ties cut by position.
+// long rows: of each group of 8 consecutive keys only the largest score is known. The K best keys lie in the K best groups, in
+//   the total order of maxima and group indices: K groups in front of a key's would hold K keys in front of it. One block per landmark
+//   1. takes the K best groups. Where there are many, a rank of a stratified sample so low that fewer than K maxima above it are
+//      a 6-sigma event cuts them down first; should it have left fewer than K or more than fit, all of them are looked at,
+//   2. computes the scores of their 8 K keys again,
+//   3. takes the K best of those.
 #include <cub/block/block_radix_sort.cuh>
 
 #include "device.cuh"
@@ -22,7 +23,7 @@ using u32 = std::uint32_t;
 using u64 = unsigned long long;
 constexpr u32 kAll = 0xffffffffu;
 
-__device__ u64 candidate(float score, int index) { return u64(ordered(score)) << 32 | (kAll - static_cast<u32>(index)); }
+__device__ u64 candidate(u32 ordered_score, int index) { return u64(ordered_score) << 32 | (kAll - static_cast<u32>(index)); }
 // The lowest score that a candidate at or above this one can have; -infinity where that is no number.
 __device__ float score_of(u64 candidate) {
   const u32 bits = static_cast<u32>(candidate >> 32);
@@ -33,9 +34,9 @@ __device__ u32 index_of(u64 candidate) { return kAll - static_cast<u32>(candidat
 
 // ---- short rows ----------------------------------------------------------------------------------------------------
 
-constexpr int kShortWarps = 4;
+constexpr int kShortWarps = 4, kLaneKeys = kStoredKeys / 32;
 
-template <int PER_LANE> __global__ void __launch_bounds__(32 * kShortWarps) topk_short_kernel(const LandmarkParams p) {
+__global__ void __launch_bounds__(32 * kShortWarps) topk_short_kernel(const LandmarkParams p) {
   const Problem& x = p.problem;
   const std::int64_t row = std::int64_t(blockIdx.x) * kShortWarps + threadIdx.x / 32;
   if (row >= std::int64_t(x.B) * x.H * x.M) return;
@@ -43,25 +44,25 @@ template <int PER_LANE> __global__ void __launch_bounds__(32 * kShortWarps) topk
   const float* scores = p.scores + row * p.score_pitch;
   std::int32_t* indices = p.indices + row * x.K;
 
-  u32 key[PER_LANE];
+  u32 key[kLaneKeys];
 #pragma unroll
-  for (int i = 0; i < PER_LANE; ++i) key[i] = 32 * i + lane < length ? ordered(scores[32 * i + lane]) : 0;
+  for (int i = 0; i < kLaneKeys; ++i) key[i] = 32 * i + lane < length ? ordered(scores[32 * i + lane]) : 0;
 
   u32 kth = 0;  // the largest value that at least k keys reach
   for (u32 bit = 1u << 31; bit; bit >>= 1) {
     int count = 0;
 #pragma unroll
-    for (int i = 0; i < PER_LANE; ++i) count += key[i] >= (kth | bit);
+    for (int i = 0; i < kLaneKeys; ++i) count += key[i] >= (kth | bit);
     if (__reduce_add_sync(kAll, count) >= k) kth |= bit;
   }
   int above = 0;
 #pragma unroll
-  for (int i = 0; i < PER_LANE; ++i) above += key[i] > kth;
+  for (int i = 0; i < kLaneKeys; ++i) above += key[i] > kth;
   int ties = k - __reduce_add_sync(kAll, above), written = 0;  // how many of the keys equal to kth still fit, lowest index first
 
   const u32 before = (1u << lane) - 1;
 #pragma unroll
-  for (int i = 0; i < PER_LANE; ++i) {
+  for (int i = 0; i < kLaneKeys; ++i) {
     const u32 equal = __ballot_sync(kAll, key[i] == kth && key[i] != 0);
     const bool chosen = key[i] > kth || (key[i] == kth && key[i] != 0 && __popc(equal & before) < ties);
     const u32 all = __ballot_sync(kAll, chosen);
@@ -74,28 +75,40 @@ template <int PER_LANE> __global__ void __launch_bounds__(32 * kShortWarps) topk
 
 // ---- long rows -----------------------------------------------------------------------------------------------------
 
-constexpr int kThreads = 512;
-constexpr int kSample = 4096;         // at most; also the fewest candidates that there is room for
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kSample = 4096;         // of the maxima, at most; fewer are all candidates
 constexpr int kMaxCapacity = 11264;   // candidates: 88 KB, within the 99 KB of the smallest devices
+constexpr int kCountedTopk = 512;     // up to here the chosen are put in order by counting
+using Sort = cub::BlockRadixSort<u32, kThreads, kMaxTopk / kThreads>;
 
-struct Selection {  // scratch of `kth_largest`
+struct Selection {  // scratch of the functions below
   u32 histogram[256];
-  u64 prefix;
-  int rank, bucket;
+  u64 prefix, differing;
+  int rank, bucket, count;
 };
 
-// The k-th largest of the n different numbers value(0..n-1): radix digits from the top, until a digit's bucket is taken whole.
-// Returns a number that exactly k of them reach.
+// The k-th largest of the n different numbers value(0..n-1): radix digits from the first bit in which they differ, until a digit's
+// bucket is taken whole. Returns a number that exactly k of them reach.
 template <class Value> __device__ u64 kth_largest(Selection& s, int n, int k, Value value) {
-  if (threadIdx.x == 0) s.prefix = 0, s.rank = k;
-  for (int shift = 56;; shift -= 8) {
+  const u64 any = value(0);
+  u64 differing = 0;
+  for (int i = threadIdx.x; i < n; i += kThreads) differing |= value(i) ^ any;
+  if (threadIdx.x == 0) s.differing = 0;
+  __syncthreads();
+  const u32 high = __reduce_or_sync(kAll, static_cast<u32>(differing >> 32)), low = __reduce_or_sync(kAll, static_cast<u32>(differing));
+  if (threadIdx.x % 32 == 0) atomicOr(&s.differing, u64(high) << 32 | low);
+  __syncthreads();
+  int known = 64 - __clzll(static_cast<long long>(s.differing | 1));  // bits from here on are the same in all
+  if (threadIdx.x == 0) s.prefix = known < 64 ? any >> known << known : 0, s.rank = k;
+  for (;;) {
+    const int shift = max(known - 8, 0);
     if (threadIdx.x < 256) s.histogram[threadIdx.x] = 0;
     __syncthreads();
     const u64 prefix = s.prefix;
     const int rank = s.rank;
     for (int i = threadIdx.x; i < n; i += kThreads) {
       const u64 v = value(i);
-      if (shift == 56 || v >> (shift + 8) == prefix >> (shift + 8)) atomicAdd(&s.histogram[(v >> shift) & 255], 1u);
+      if (known == 64 || v >> known == prefix >> known) atomicAdd(&s.histogram[(v >> shift) & ((1u << (known - shift)) - 1)], 1u);
     }
     __syncthreads();
     if (threadIdx.x < 32) {  // lane i sums the digits 255-8i .. 248-8i, highest first, and finds the one that holds the rank
@@ -116,111 +129,157 @@ template <class Value> __device__ u64 kth_largest(Selection& s, int n, int k, Va
       }
     }
     __syncthreads();
+    known = shift;
     if (s.rank == s.bucket || shift == 0) return s.prefix;
   }
 }
 
-// The number of the row's K best that fall into a sample of one in `stride` is binomial with mean K / stride; the threshold is
+// The number of a row's K best that fall into a sample of one in `stride` is binomial with mean K / stride; the threshold is
 // the first rank that 6 standard deviations do not reach.
 struct Sampling {
   int stride, rank, capacity;
 };
-__host__ __device__ inline Sampling sampling(int L, int K) {
-  const int stride = (L + kSample - 1) / kSample;
+__host__ __device__ inline Sampling sampling(int groups, int K) {
+  if (groups <= kSample) return {1, 0, groups};
+  const int stride = (groups + kSample - 1) / kSample;
   const float mean = static_cast<float>(K) / stride;
   const int rank = static_cast<int>(mean + 6.0f * sqrtf(mean) + 5.0f);
   return {stride, rank, min(kMaxCapacity, max(kSample, 2 * stride * rank))};
 }
 
-template <int ITEMS> using Sort = cub::BlockRadixSort<u32, kThreads, ITEMS>;
-
-struct LongShared {
-  Selection selection;
-  int count;
-  u32 chosen[kMaxTopk];
-  union {
-    typename Sort<1>::TempStorage sort1;
-    typename Sort<4>::TempStorage sort4;
-  };
-};
-
-template <int ITEMS> __device__ void sort_chosen(typename Sort<ITEMS>::TempStorage& storage, u32* chosen) {
-  u32 item[ITEMS];
-#pragma unroll
-  for (int i = 0; i < ITEMS; ++i) item[i] = chosen[threadIdx.x * ITEMS + i];
-  Sort<ITEMS>(storage).Sort(item);
-#pragma unroll
-  for (int i = 0; i < ITEMS; ++i) chosen[threadIdx.x * ITEMS + i] = item[i];
+// The indices of the k largest candidates, in any order.
+template <class Value> __device__ void choose(Selection& s, u32* chosen, int n, int k, Value value) {
+  const u64 kth = kth_largest(s, n, k, value);
+  if (threadIdx.x == 0) s.count = 0;
+  __syncthreads();
+  for (int i = threadIdx.x; i < n; i += kThreads)
+    if (const u64 c = value(i); c >= kth) chosen[atomicAdd(&s.count, 1)] = index_of(c);
   __syncthreads();
 }
 
-__global__ void __launch_bounds__(kThreads) topk_long_kernel(const LandmarkParams p, const Sampling plan) {
-  extern __shared__ __align__(16) u64 candidates[];  // [capacity]
-  __shared__ LongShared shared;
-  const Problem& x = p.problem;
-  const std::int64_t row = blockIdx.x;
-  const int length = span(x.keys, static_cast<int>(row / x.M / x.H)).length, k = min(x.K, length);
-  const float* scores = p.scores + row * p.score_pitch;
-  const auto in_row = [&](int i) { return candidate(scores[i], i); };
+// The k best groups of a row of maxima.
+__device__ void choose_groups(Selection& s, u32* chosen, u64* candidates, const float* maxima, int groups, int k, const Sampling& plan) {
+  const auto in_row = [&](int i) { return candidate(ordered(maxima[i]), i); };
   const auto in_candidates = [&](int i) { return candidates[i]; };
-
-  // 1. threshold. One score per stratum of `stride` keys, at a hashed place: contiguous structure cannot mislead it.
-  u64 threshold = 0;
-  const int samples = length / plan.stride;
-  if (samples > 2 * plan.rank) {
-    for (int i = threadIdx.x; i < samples; i += kThreads) {
-      u32 hash = (i + 1) * 0x9e3779b9u;
-      hash = (hash ^ (hash >> 15)) * 0x85ebca6bu;
-      candidates[i] = in_row(i * plan.stride + static_cast<int>((hash ^ (hash >> 13)) % plan.stride));
-    }
+  if (groups <= plan.capacity) {
+    for (int i = threadIdx.x; i < groups; i += kThreads) candidates[i] = in_row(i);
     __syncthreads();
-    threshold = kth_largest(shared.selection, samples, plan.rank, in_candidates);
+    return choose(s, chosen, groups, k, in_candidates);
   }
-  if (threadIdx.x == 0) shared.count = 0;
+  // One maximum per stratum, at a hashed place: contiguous structure cannot mislead it.
+  const int samples = groups / plan.stride;
+  for (int i = threadIdx.x; i < samples; i += kThreads) {
+    u32 hash = (i + 1) * 0x9e3779b9u;
+    hash = (hash ^ (hash >> 15)) * 0x85ebca6bu;
+    candidates[i] = in_row(i * plan.stride + static_cast<int>((hash ^ (hash >> 13)) % plan.stride));
+  }
+  __syncthreads();
+  const u64 threshold = samples > plan.rank ? kth_largest(s, samples, plan.rank, in_candidates) : 0;
+  if (threadIdx.x == 0) s.count = 0;
   __syncthreads();
 
-  // 2. filter, four scores a load and four loads in flight.
+  // Four maxima a load and four loads in flight.
   const float least = score_of(threshold);
   constexpr int kLoads = 4, kStride = 4 * kThreads;
-  for (int base = 4 * threadIdx.x; base < length; base += kLoads * kStride) {
+  for (int base = 4 * threadIdx.x; base < groups; base += kLoads * kStride) {
     float4 four[kLoads];
 #pragma unroll
     for (int l = 0; l < kLoads; ++l)
-      if (base + l * kStride < length) four[l] = *reinterpret_cast<const float4*>(scores + base + l * kStride);
+      if (base + l * kStride < groups) four[l] = *reinterpret_cast<const float4*>(maxima + base + l * kStride);
 #pragma unroll
     for (int l = 0; l < kLoads; ++l) {
+      if (base + l * kStride >= groups) break;
       const float score[4] = {four[l].x, four[l].y, four[l].z, four[l].w};
-      // One branch for four scores, seldom taken. Not "below" lets NaN pass, as the exact comparison will not.
-      if (base + l * kStride >= length || (score[0] < least && score[1] < least && score[2] < least && score[3] < least)) continue;
+      // Nearly all maxima end here. NaN is below no number, and may be above the threshold.
+      if (score[0] < least && score[1] < least && score[2] < least && score[3] < least) continue;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int i = base + l * kStride + j;
-        const u64 c = candidate(score[j], i);
-        if (i < length && c >= threshold) {
-          const int at = atomicAdd(&shared.count, 1);  // the order does not matter: the chosen are sorted below
+        const u64 c = candidate(ordered(score[j]), i);
+        if (i < groups && c >= threshold) {
+          const int at = atomicAdd(&s.count, 1);
           if (at < plan.capacity) candidates[at] = c;
         }
       }
     }
   }
   __syncthreads();
-
-  // 3. and 4. exact selection.
-  const int count = shared.count;
-  const bool whole_row = count < k || count > plan.capacity;
-  const u64 kth = k == 0 ? 0 : whole_row ? kth_largest(shared.selection, length, k, in_row) : kth_largest(shared.selection, count, k, in_candidates);
-  for (int i = threadIdx.x; i < kMaxTopk; i += kThreads) shared.chosen[i] = kAll;  // -1, and last when sorted
-  if (threadIdx.x == 0) shared.count = 0;
+  const int count = s.count;
   __syncthreads();
-  const int n = k == 0 ? 0 : whole_row ? length : count;
-  for (int i = threadIdx.x; i < n; i += kThreads) {
-    const u64 c = whole_row ? in_row(i) : in_candidates(i);
-    if (c >= kth) shared.chosen[atomicAdd(&shared.count, 1)] = index_of(c);
+  if (count < k || count > plan.capacity) choose(s, chosen, groups, k, in_row);
+  else choose(s, chosen, count, k, in_candidates);
+}
+
+// Dynamic shared memory: candidates, or the scores of 8 K keys, or what sorting needs; then K groups and the chosen keys.
+struct LongLayout {
+  std::size_t groups, keys, bytes;
+  __host__ __device__ LongLayout(const Sampling& plan, int K) {
+    groups = max(plan.capacity * sizeof(u64), K * kGroupKeys * sizeof(u32));
+    if (K > kCountedTopk) groups = max(groups, (sizeof(typename Sort::TempStorage) + 7) / 8 * 8);
+    keys = groups + K * sizeof(u32);
+    bytes = keys + (K > kCountedTopk ? kMaxTopk : K) * sizeof(u32);
+  }
+};
+
+template <class T> __global__ void __launch_bounds__(kThreads) topk_long_kernel(const LandmarkParams p, const Sampling plan) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  __shared__ Selection selection;
+  const Problem& x = p.problem;
+  const LongLayout layout(plan, x.K);
+  u32 *const scores = reinterpret_cast<u32*>(memory), *const group = reinterpret_cast<u32*>(memory + layout.groups), *const chosen = reinterpret_cast<u32*>(memory + layout.keys);
+  const std::int64_t row = blockIdx.x;
+  const int m = static_cast<int>(row % x.M), bh = static_cast<int>(row / x.M), b = bh / x.H, h = bh % x.H, lane = threadIdx.x % 32;
+  const Span keys = span(x.keys, b);
+  std::int32_t* indices = p.indices + row * x.K;
+  const int k = min(x.K, keys.length), row_groups = ceil_div(keys.length, kGroupKeys), groups = min(x.K, row_groups);
+  for (int i = k + threadIdx.x; i < x.K; i += kThreads) indices[i] = -1;
+  if (k == 0) return;
+  choose_groups(selection, group, reinterpret_cast<u64*>(memory), p.scores + row * p.score_pitch, row_groups, groups, plan);
+
+  // A warp scores the keys of a group, four lanes each; a lane has every fourth 16 bytes of a row.
+  constexpr int kChunks = kMaxCudaHeadDim / kChunk<T> / 4;
+  const int chunks = x.D / kChunk<T>, quarter = lane % 4;
+  float z[kChunks][kChunk<T>];
+  const auto each_element = [&](const T* row, bool aligned, auto&& f) {
+    Vector<T> v[kChunks] = {};
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i)
+      if (const int c = quarter + 4 * i; c < chunks) v[i] = load_vector(row + c * kChunk<T>, aligned);
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i)
+#pragma unroll
+      for (int e = 0; e < kChunk<T>; ++e) f(z[i][e], to_float(v[i].element[e]));
+  };
+  each_element(head_rows<T>(p.landmarks, b, h, m), p.landmarks.aligned, [](float& z, float x) { z = x; });
+  const T* rows = head_rows<T>(p.k, b, h / (x.H / x.Hkv), keys.start);
+#pragma unroll 2
+  for (int g = threadIdx.x / 32; g < groups; g += kWarps) {
+    const int key = group[g] * kGroupKeys + lane / 4;
+    float score = 0.0f;
+    each_element(rows + min(key, keys.length - 1) * p.k.row, p.k.aligned, [&](float z, float x) { score = fmaf(z, x, score); });
+    score += __shfl_xor_sync(kAll, score, 1);
+    score += __shfl_xor_sync(kAll, score, 2);
+    if (quarter == 0) scores[g * kGroupKeys + lane / 4] = key < keys.length ? ordered(score) : 0;
   }
   __syncthreads();
-  if (x.K <= kThreads) sort_chosen<1>(shared.sort1, shared.chosen);
-  else sort_chosen<4>(shared.sort4, shared.chosen);
-  for (int i = threadIdx.x; i < x.K; i += kThreads) p.indices[row * x.K + i] = static_cast<std::int32_t>(shared.chosen[i]);
+  choose(selection, chosen, groups * kGroupKeys, k, [&](int i) { return candidate(scores[i], group[i / kGroupKeys] * kGroupKeys + i % kGroupKeys); });
+
+  if (x.K <= kCountedTopk) {
+    for (int i = threadIdx.x; i < k; i += kThreads) {
+      int before = 0;
+      for (int j = 0; j < k; ++j) before += chosen[j] < chosen[i];
+      indices[before] = static_cast<std::int32_t>(chosen[i]);
+    }
+  } else {
+    constexpr int kItems = kMaxTopk / kThreads;
+    u32 item[kItems];
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) item[i] = threadIdx.x * kItems + i < k ? chosen[threadIdx.x * kItems + i] : kAll;
+    Sort(*reinterpret_cast<typename Sort::TempStorage*>(memory)).Sort(item);
+#pragma unroll
+    for (int i = 0; i < kItems; ++i)
+      if (threadIdx.x * kItems + i < k) indices[threadIdx.x * kItems + i] = static_cast<std::int32_t>(item[i]);
+  }
 }
 
 }  // namespace
@@ -228,19 +287,19 @@ __global__ void __launch_bounds__(kThreads) topk_long_kernel(const LandmarkParam
 cudaError_t launch_landmark_topk(const LandmarkParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
   if (x.K < 1 || x.K > kMaxTopk) return cudaErrorInvalidValue;
-  const std::int64_t rows = std::int64_t(x.B) * x.H * x.M;
-  const int L = x.keys.max_length;
-  if (L <= 2048) {
-    const unsigned blocks = static_cast<unsigned>((rows + kShortWarps - 1) / kShortWarps);
-    if (L <= 256) topk_short_kernel<8><<<blocks, 32 * kShortWarps, 0, stream>>>(p);
-    else topk_short_kernel<64><<<blocks, 32 * kShortWarps, 0, stream>>>(p);
+  const unsigned rows = static_cast<unsigned>(x.B) * x.H * x.M;
+  if (x.keys.max_length <= kStoredKeys) {
+    topk_short_kernel<<<(rows + kShortWarps - 1) / kShortWarps, 32 * kShortWarps, 0, stream>>>(p);
     return cudaGetLastError();
   }
-  const Sampling plan = sampling(L, x.K);
-  const std::size_t bytes = plan.capacity * sizeof(u64);
-  if (cudaError_t status = allow_shared_memory(topk_long_kernel, bytes)) return status;
-  topk_long_kernel<<<static_cast<unsigned>(rows), kThreads, bytes, stream>>>(p, plan);
-  return cudaGetLastError();
+  const Sampling plan = sampling(ceil_div(x.keys.max_length, kGroupKeys), x.K);
+  const std::size_t bytes = LongLayout(plan, x.K).bytes;
+  return dispatch_dtype(x.dtype, [&](auto element) {
+    using T = decltype(element);
+    if (cudaError_t status = allow_shared_memory(topk_long_kernel<T>, bytes)) return status;
+    topk_long_kernel<T><<<rows, kThreads, bytes, stream>>>(p, plan);
+    return cudaGetLastError();
+  });
 }
 
 }  // namespace mita

@@ -93,7 +93,7 @@ struct Landmarked {
 };
 
 Landmarked landmark_stage(const Context& context, const Problem& x, const Tensor& landmarks, const Tensor& key, const Tensor& value, float scale) {
-  const int64_t BH = heads(x), L = x.keys.max_length, pitch = (L + 7) / 8 * 8;
+  const int64_t BH = heads(x), L = x.keys.max_length, pitch = score_pitch(x.keys.max_length);
   const int splits = parts(BH * ceil_div(x.M, 128), L);
   Landmarked result{ints(landmarks, {x.B, x.H, x.M, x.K}), at::empty({x.B, x.H, x.M, x.D}, landmarks.options()), floats(landmarks, {x.B, x.H, x.M})};
   const Tensor scores = floats(landmarks, {BH, x.M, pitch}), values = floats(landmarks, {BH, splits, x.M, x.D}), state = floats(landmarks, {BH, splits, x.M, 2});
