@@ -259,14 +259,22 @@ template <class T, int DP> struct Copy {
   }
 };
 
-// Starts copying `rows` rows into one or more tiles with all threads of the block. source(i), i < present, is the row of the
+// Threads that work together: the block, or one of its warpgroups.
+struct Team {
+  int thread, threads, barrier;  // barrier: the number of its own
+  __device__ static Team block() { return {static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x), 0}; }
+  __device__ static Team warpgroup() { return {static_cast<int>(threadIdx.x % 128), 128, 1 + static_cast<int>(threadIdx.x / 128)}; }
+  __device__ void sync() const { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
+};
+
+// Starts copying `rows` rows into one or more tiles with all threads of a team. source(i), i < present, is the row of the
 // tensors that becomes row i. The others become zeros, as do the columns from D to DP: probability 0 times garbage would be NaN
 // if the garbage is. The usual case, whole vectors of whole rows, has a loop of its own: a thread's rows there lie a multiple of
 // eight apart, at the same place of their panels, and what is neither computed nor tested is most of the instructions.
 template <class T, int DP, class Source, class... Copies>
-__device__ inline void load_rows(int rows, int D, int present, Source source, const Copies&... copies) {
+__device__ inline void load_rows(const Team& team, int rows, int D, int present, Source source, const Copies&... copies) {
   constexpr int kChunks = Tile<T, DP>::kChunks;
-  const int c = threadIdx.x % kChunks, first = threadIdx.x / kChunks, step = blockDim.x / kChunks;
+  const int c = team.thread % kChunks, first = team.thread / kChunks, step = team.threads / kChunks;
   const bool inside = c * kChunk<T> < D, aligned = (copies.aligned && ...);
   const auto source_of = [&](int row) { return row < present ? source(row) : -1; };
   if (present >= rows && aligned && D == DP && step % 8 == 0 && rows % (2 * step) == 0) {
@@ -292,6 +300,11 @@ __device__ inline void load_rows(int rows, int D, int present, Source source, co
       (copies.elements(row, c, from, inside && from >= 0), ...);
     }
   }
+}
+
+template <class T, int DP, class Source, class... Copies>
+__device__ inline void load_rows(int rows, int D, int present, Source source, const Copies&... copies) {
+  load_rows<T, DP>(Team::block(), rows, D, present, source, copies...);
 }
 
 // ---- the two products, by warps ---------------------------------------------------------------------------------------
@@ -581,17 +594,18 @@ __device__ inline void add_weighted_rows(float (&acc)[DP / 8][4], Weights<T, KT>
 template <class T> struct OnlineSoftmax {
   float maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {0.0f, 0.0f};
 
-  // logits -> probabilities relative to the running maximum; rescales what was accumulated before.
-  template <int NT, int DT> __device__ void update(float (&logits)[NT][4], float (&acc)[DT][4]) {
+  // scores -> probabilities of scale * score, relative to the running maximum; rescales what was accumulated before. scale > 0.
+  template <int NT, int DT> __device__ void update(float (&scores)[NT][4], float scale, float (&acc)[DT][4]) {
     float base[2], rescale[2];
     bool grown = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float m = maximum[h];
+      float m = -kInfinity;
 #pragma unroll
-      for (int n = 0; n < NT; ++n) m = fmaxf(m, fmaxf(logits[n][2 * h], logits[n][2 * h + 1]));
+      for (int n = 0; n < NT; ++n) m = fmaxf(m, fmaxf(scores[n][2 * h], scores[n][2 * h + 1]));
       m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
       m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
+      m = fmaxf(maximum[h], m * scale);
       base[h] = m == -kInfinity ? 0.0f : m;  // nothing but absent units so far: exp(-inf - 0) = 0, never NaN
       rescale[h] = exponential<T>(maximum[h] - base[h]);
       grown |= m > maximum[h];
@@ -609,7 +623,7 @@ template <class T> struct OnlineSoftmax {
 #pragma unroll
       for (int n = 0; n < NT; ++n)
 #pragma unroll
-        for (int i = 2 * h; i < 2 * h + 2; ++i) sum[h] += logits[n][i] = exponential<T>(logits[n][i] - base[h]);
+        for (int i = 2 * h; i < 2 * h + 2; ++i) sum[h] += scores[n][i] = exponential<T>(fmaf(scores[n][i], scale, -base[h]));
   }
 
   __device__ void finish() {
@@ -623,32 +637,15 @@ template <class T> struct OnlineSoftmax {
 
 // ---- work by expert ------------------------------------------------------------------------------------------------
 
-// Some queries of one expert. With s = 0 there are no experts: the queries as they come.
-struct WorkItem {
-  int expert, entries, slots;   // slots: max(s, 1); an entry is query * slots + slot
-  const std::int32_t* list;     // null: entries are first, first + 1, ...
-  int first;
-  __device__ int entry(int i) const { return list ? list[first + i] : first + i; }
-};
-__device__ inline int query_of(int entry, int slots) { return slots == 1 ? entry : entry / slots; }
-
-// The `item`-th piece of at most `rows` entries in the order of `table` (prefix sums [BH, M+1]); entries <= 0: beyond the last.
-// All threads of the block must call it, once. It stays in shared memory: it would hold registers all the time.
-__device__ inline const WorkItem& find_work(const std::int32_t* table, const Groups& groups, const Problem& x, int s, int bh, int length, int item, int rows) {
-  __shared__ WorkItem work;
-  if (threadIdx.x == 0) work = s == 0 ? WorkItem{0, min(rows, length - item * rows), 1, nullptr, item * rows} : WorkItem{0, 0, s, nullptr, 0};
-  __syncthreads();
-  if (s == 0) return work;
-  table += std::int64_t(bh) * (x.M + 1);
-  for (int m = threadIdx.x; m < x.M; m += blockDim.x)
-    if (const int tile = table[m]; tile <= item && item < table[m + 1]) {
-      const std::int32_t* starts = groups.first + std::int64_t(bh) * (x.M + 1) + m;
-      const int first = starts[0] + (item - tile) * rows;
-      work = {m, min(rows, starts[1] - first), s, groups.entries + std::int64_t(bh) * x.queries.max_length * s, first};
-    }
-  __syncthreads();
-  return work;
+// The `item`-th piece of at most `rows` entries of a list of work. With s = 0 there are no experts: the rows as they come.
+__device__ inline Work find_work(const Work* list, const Problem& x, int s, int bh, int length, int item, int rows) {
+  if (s == 0) return {0, item * rows, min(rows, length - item * rows), 0};
+  return list[std::int64_t(bh) * max_tiles(x, rows) + item];
 }
+__device__ inline int entry_of(const Groups& groups, const Problem& x, int s, int bh, const Work& work, int i) {
+  return s == 0 ? work.first + i : groups.entries[std::int64_t(bh) * x.queries.max_length * s + work.first + i];
+}
+__device__ inline int query_of(int entry, int slots) { return slots == 1 ? entry : entry / slots; }
 
 // ---- units ---------------------------------------------------------------------------------------------------------
 
@@ -663,12 +660,8 @@ template <int UNITS> struct UnitTiles {
   int shared, gathered;         // units of either kind; the valid indices come first
   int shared_tiles, tiles;
 
-  // In shared memory, like the work item: all threads must call it, once.
-  __device__ static const UnitTiles& of(int shared, int gathered, std::uint32_t indices, bool listed) {
-    __shared__ UnitTiles units;
-    if (threadIdx.x == 0) units = {indices, listed, shared, gathered, ceil_div(shared, UNITS), ceil_div(shared, UNITS) + ceil_div(gathered, UNITS)};
-    __syncthreads();
-    return units;
+  __device__ static UnitTiles of(int shared, int gathered, std::uint32_t indices, bool listed) {
+    return {indices, listed, shared, gathered, ceil_div(shared, UNITS), ceil_div(shared, UNITS) + ceil_div(gathered, UNITS)};
   }
   __device__ bool is_shared(int tile) const { return tile < shared_tiles; }
   __device__ int first(int tile) const { return (is_shared(tile) ? tile : tile - shared_tiles) * UNITS; }
@@ -686,19 +679,26 @@ template <int UNITS> struct UnitTiles {
   }
 };
 
-// Copies an expert's K indices to shared memory; returns how many come before the empty slots. All threads must call it.
+// Copies an expert's K indices to shared memory; returns how many come before the empty slots. All threads must call it, and it
+// is a barrier for them.
 __device__ inline int load_indices(std::int32_t* target, const std::int32_t* indices, int K, int length) {
-  __shared__ int valid;
-  const auto present = [&](int index) { return static_cast<unsigned>(index) < static_cast<unsigned>(length); };
-  if (threadIdx.x == 0) valid = 0;
-  __syncthreads();
-  for (int i = threadIdx.x; i < K; i += blockDim.x) {
-    const int index = indices[i];
-    target[i] = index;
-    if (present(index) && (i + 1 == K || !present(indices[i + 1]))) valid = i + 1;
+  int valid = 0;
+  for (int base = 0; base < K; base += blockDim.x) {
+    const int i = base + threadIdx.x, index = i < K ? indices[i] : -1;
+    if (i < K) target[i] = index;
+    valid += __syncthreads_count(static_cast<unsigned>(index) < static_cast<unsigned>(length));
   }
-  __syncthreads();
   return valid;
+}
+
+// The scale that `OnlineSoftmax::update` takes: what is no positive number is multiplied in at once.
+template <int NT> __device__ inline float positive_scale(float (&scores)[NT][4], float scale) {
+  if (scale > 0.0f) return scale;
+#pragma unroll
+  for (int n = 0; n < NT; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) scores[n][i] *= scale;
+  return 1.0f;
 }
 
 // Logits of units that do not exist.
@@ -713,9 +713,9 @@ template <int NT> __device__ inline void mask_logits(float (&s)[NT][4], int coun
 // ---- whole rows out of accumulators --------------------------------------------------------------------------------
 
 // Writes the warp's 16 x D accumulator rows through its own 16 rows of a tile (free by now), so that global memory sees
-// whole 16-byte chunks. row_pointer(i) is null for rows not to be stored. The rows must be 16-byte aligned.
-template <class T, int DP, class RowPointer>
-__device__ inline void store_rows(Tile<T, DP> tile, const float (&acc)[DP / 8][4], const float (&factor)[2], int D, int lane, RowPointer row_pointer) {
+// whole 16-byte chunks. Row i goes to row index(i) behind `base`, nowhere if that is negative. The rows must be aligned.
+template <class T, int DP, class Index>
+__device__ inline void store_rows(Tile<T, DP> tile, const float (&acc)[DP / 8][4], const float (&factor)[2], int D, int lane, T* base, std::int64_t pitch, Index index) {
   const int g = lane >> 2, t = lane & 3;
   __syncwarp();
 #pragma unroll
@@ -727,12 +727,18 @@ __device__ inline void store_rows(Tile<T, DP> tile, const float (&acc)[DP / 8][4
       else store_shared2(to, acc[d][2 * h] * factor[h], acc[d][2 * h + 1] * factor[h]);
     }
   __syncwarp();
-  constexpr int kChunks = Tile<T, DP>::kChunks;
-#pragma unroll 4
-  for (int i = lane; i < 16 * kChunks; i += 32) {
-    const int row = i / kChunks, c = i % kChunks;
-    if (c * kChunk<T> >= D) continue;
-    if (T* target = row_pointer(row)) *reinterpret_cast<float4*>(target + c * kChunk<T>) = load_shared4(tile.chunk(row, c));
+  constexpr int kChunks = Tile<T, DP>::kChunks, kRows = 32 / kChunks;  // at once
+  const int c = lane % kChunks;
+  if (c * kChunk<T> >= D) return;
+  base += c * kChunk<T>;
+#pragma unroll
+  for (int i = 0; i < 16; i += kRows) {
+    const int row = i + lane / kChunks, to = index(row);
+    const float4 x = load_shared4(tile.chunk(row, c));
+    if (to >= 0)
+      asm volatile("{ .reg .u64 to; mad.wide.u32 to, %0, %1, %2; st.global.v4.f32 [to], {%3,%4,%5,%6}; }" ::"r"(to), "r"(static_cast<std::uint32_t>(pitch * sizeof(T))), "l"(base),
+                   "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+                   : "memory");
   }
 }
 

@@ -16,26 +16,26 @@ namespace mita {
 // device.
 constexpr int kBlocksOfAWave = 528;
 
-// Queries that one block of the attention and of the query-gradient kernel holds at a time, by element size and padded head
-// dimension: what fits two blocks' registers on a multiprocessor and 99 KB of shared memory.
-constexpr int kPassRows = 64, kMaxTileRows = 4 * kPassRows;
+// Queries that a block, or a warpgroup of it, holds at a time, by element size and padded head dimension: what fits two blocks'
+// registers on a multiprocessor and 99 KB of shared memory.
+constexpr int kPassRows = 64;
 template <int BYTES, int DP> constexpr int kRowGradientRows = BYTES == 2 || DP == 64 ? kPassRows : 32;
 
-// Queries of one block, a power of two: the smallest tile that takes an expert of average load, as the units that a block
-// brings in cost more than the rows that it leaves empty. Several passes in a block: its start is three dependent gathers, and
-// the units of the next pass come while this one ends (H100: 7 to 14 % at 64 columns, little at 128).
+// Queries of one block, a power of two: the smallest tile that takes most experts whole, as the units that a block brings in cost
+// more than the rows that it leaves empty. Several passes in a block: its start is three dependent gathers.
+constexpr int kMaxAttentionTile = 512, kMaxRowGradientTile = 256;
 inline int tile_rows(int most, int entries_per_expert) {
   int rows = 16;
-  while (2 * rows <= most && rows < entries_per_expert) rows *= 2;
+  while (2 * rows <= most && 2 * rows < 3 * entries_per_expert) rows *= 2;
   return rows;
 }
 // Several passes need a second set of queries in shared memory, for which fp32 and long index lists leave no room everywhere.
 inline int attention_tile_rows(Dtype dtype, int K, int entries_per_expert) {
-  return tile_rows(dtype == Dtype::fp32 || K > 512 ? kPassRows : kMaxTileRows, entries_per_expert);
+  return tile_rows(dtype == Dtype::fp32 || K > 512 ? kPassRows : kMaxAttentionTile, entries_per_expert);
 }
 inline int row_gradient_tile_rows(Dtype dtype, int D, int entries_per_expert) {
   const int pass = dtype != Dtype::fp32 ? kRowGradientRows<2, 128> : D <= 64 ? kRowGradientRows<4, 64> : kRowGradientRows<4, 128>;
-  return tile_rows(4 * pass, entries_per_expert);
+  return tile_rows(std::min(4 * pass, kMaxRowGradientTile), entries_per_expert);
 }
 
 // Queries whose key gradients one block sums: twice the average load, so that usual experts are one segment, and one expert

@@ -1,9 +1,11 @@
 // Gather, softmax and product in one kernel: every query attends to the M shared units (landmarks, compressed values) and to
 // the K keys of its expert, in one online softmax.
 //
-// attention: one block per tile of queries of one expert (found in the tile table), taken in passes of up to 64; one warp owns
-//   16 of a pass. Unit tiles come in two stages deep, without a break between the passes: first the shared units, as dense
-//   rows, then the expert's keys and values, gathered by index. Queries are gathered and outputs scattered as whole rows.
+// attention: one block per tile of queries of one expert (found in the tile table). A team, the block or each of its warpgroups,
+//   takes 64 queries or fewer at a time, one warp 16 of them, while the next ones are on their way. Units come in tiles: first the
+//   shared units, as dense rows, then the expert's keys and values, gathered by index. Where all of them fit in shared
+//   memory they stay there, and the teams need not wait for each other; else they pass by, in step, for every pass of all teams.
+//   Queries are gathered and outputs scattered as whole rows.
 // merge: with s > 1 experts per query every (query, slot) entry leaves a partial output and lse (slot 0 has the shared units);
 //   one warp per query combines its s parts in slot order.
 #include "device.cuh"
@@ -14,110 +16,149 @@ namespace {
 
 template <class C> struct Layout : C {
   static constexpr bool kHalf = sizeof(typename C::T) == 2;
-  static constexpr int kWarps = kPassRows / 16;                          // at most; fewer where the tiles are smaller
-  static constexpr int kUnits = kHalf ? 64 : 32;                         // of one tile
-  static constexpr int kBlocks = !kHalf ? 1 : C::DP == 64 ? 4 : 2;       // of a multiprocessor, by registers
-  struct Shared {
-    UnitStage<typename C::T, C::DP, kUnits> stage[2];
-    std::int32_t entries[kMaxTileRows];
-    TileStorage<typename C::T, C::DP, kPassRows> queries[2];  // of this pass and the next; one where there is one pass
-  };
-  // Behind the queries in use: the indices of the expert's keys.
-  __host__ __device__ static std::size_t indices_offset(int tile_rows) {
-    return sizeof(Shared) - (tile_rows > kPassRows ? 0 : sizeof(TileStorage<typename C::T, C::DP, kPassRows>));
+  static constexpr int kTeams = !C::kGroups ? 1 : C::DP == 64 ? 2 : 3;   // at most
+  static constexpr int kUnits = C::kGroups ? 64 : 32;                    // of one tile
+  static constexpr int kBlocks = C::kGroups ? (C::DP == 64 ? 2 : 1) : !kHalf ? 1 : C::DP == 64 ? 4 : 2;  // of a multiprocessor, by registers
+  static constexpr int kMemory = (!C::kGroups ? 99 : C::DP == 64 ? 112 : 227) * 1024 - 512;              // of a block, beside the lists
+  using Stage = UnitStage<typename C::T, C::DP, kUnits>;
+  using Queries = TileStorage<typename C::T, C::DP, kPassRows>;
+};
+
+// Shared memory of a block: stages of units, queries of every team (two sets where there is more than one pass), its entries, and
+// the indices of its expert's keys.
+template <class C> struct Memory {
+  using L = Layout<C>;
+  int teams, stages;
+  std::size_t queries, entries, indices, bytes;
+  __host__ __device__ Memory(const AttentionParams& p) {
+    const Problem& x = p.problem;
+    teams = min(L::kTeams, ceil_div(p.groups.tile_rows, kPassRows));
+    const std::size_t sets = teams * (p.groups.tile_rows > teams * kPassRows ? 2 : 1), rest = sets * sizeof(typename L::Queries) + (p.groups.tile_rows + x.K) * sizeof(std::int32_t);
+    const int tiles = (p.units.shared ? ceil_div(x.M, L::kUnits) : 0) + (x.s > 0 ? ceil_div(x.K, L::kUnits) : 0);
+    stages = max(2, min(tiles, static_cast<int>((L::kMemory - rest) / sizeof(typename L::Stage))));
+    queries = stages * sizeof(typename L::Stage);
+    entries = queries + sets * sizeof(typename L::Queries);
+    indices = entries + p.groups.tile_rows * sizeof(std::int32_t);
+    bytes = indices + x.K * sizeof(std::int32_t);
   }
 };
 
 template <class C>
-__global__ void __launch_bounds__(32 * Layout<C>::kWarps, Layout<C>::kBlocks) attention_kernel(const AttentionParams p) {
+__global__ void __launch_bounds__(128 * Layout<C>::kTeams, Layout<C>::kBlocks) attention_kernel(const AttentionParams p, const Memory<C> layout) {
   using L = Layout<C>;
   using T = typename C::T;
   constexpr int DP = C::DP, kUnits = L::kUnits, kTiles = kUnits / 8;
   extern __shared__ __align__(kPanel) unsigned char memory[];
-  typename L::Shared& shared = *reinterpret_cast<typename L::Shared*>(memory);
   const Window window(memory);
+  auto* const stage = reinterpret_cast<typename L::Stage*>(memory);
+  auto* const queries = reinterpret_cast<typename L::Queries*>(memory + layout.queries);
+  auto* const entries = reinterpret_cast<std::int32_t*>(memory + layout.entries);
+  auto* const indices = reinterpret_cast<std::int32_t*>(memory + layout.indices);
 
   const Problem& x = p.problem;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
+  const Team team = C::kGroups ? Team::warpgroup() : Team::block();
+  const int warp = team.thread / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
   const int tiles = max_tiles(x, p.groups.tile_rows), bh = blockIdx.x / tiles, b = bh / x.H, h = bh % x.H;
-  const WorkItem& work = find_work(p.groups.tiles, p.groups, x, x.s, bh, span(x.queries, b).length, blockIdx.x % tiles, p.groups.tile_rows);
+  const Work work = find_work(p.groups.tiles, x, x.s, bh, span(x.queries, b).length, blockIdx.x % tiles, p.groups.tile_rows);
   if (work.entries <= 0) return;
+  const int slots = max(x.s, 1);
 
-  const int rows = blockDim.x / 2, passes = ceil_div(work.entries, rows);
+  // A team's passes are every `teams`-th.
+  const int rows = team.threads / 2, own_team = threadIdx.x / team.threads, passes = ceil_div(work.entries, rows);
+  const auto queries_of = [&](int pass) { return queries[own_team + (pass / layout.teams & 1) * layout.teams].in(window); };
   const auto load_queries = [&](int pass) {
     const int first = pass * rows, batch = opaque(b);
-    load_rows<T, DP>(rows, x.D, work.entries - first, [list = window.of(shared.entries) + 4 * first, slots = work.slots](int i) { return query_of(load_shared_int(list + 4 * i), slots); },
-                     Copy<T, DP>(shared.queries[pass & 1].in(window), p.q, batch, opaque(h), span(x.queries, batch).start));
+    load_rows<T, DP>(team, rows, x.D, work.entries - first, [list = window.of(*entries) + 4 * first, slots](int i) { return query_of(load_shared_int(list + 4 * i), slots); },
+                     Copy<T, DP>(queries_of(pass), p.q, batch, opaque(h), span(x.queries, batch).start));
   };
-  for (int i = threadIdx.x; i < work.entries; i += blockDim.x) shared.entries[i] = work.entry(i);
-  __syncthreads();
-  load_queries(0);
-  std::int32_t* indices = reinterpret_cast<std::int32_t*>(memory + L::indices_offset(p.groups.tile_rows));
-  const int gathered = x.s > 0 ? load_indices(indices, p.units.indices + (std::int64_t(bh) * x.M + work.expert) * x.K, x.K, span(x.keys, b).length) : 0;
-  const UnitTiles<kUnits>& units = UnitTiles<kUnits>::of(p.units.shared ? x.M : 0, gathered, window.of(*indices), true);
-  int buffer = 0;  // the stage of the tile at hand
-  if (units.tiles > 0) units.load(shared.stage[buffer], window, p.units, x, b, h, 0);
-  commit_loads();
-  if (units.tiles == 0) wait_loads<0>();
-  __syncthreads();
+  for (int i = threadIdx.x; i < work.entries; i += blockDim.x) entries[i] = entry_of(p.groups, x, x.s, bh, work, i);
+  int gathered = 0;
+  if (x.s > 0) gathered = load_indices(indices, p.units.indices + (std::int64_t(bh) * x.M + work.expert) * x.K, x.K, span(x.keys, b).length);
+  else __syncthreads();
+  const auto units = UnitTiles<kUnits>::of(p.units.shared ? x.M : 0, gathered, window.of(*indices), true);
+  if (own_team < passes) load_queries(own_team);
+  const bool resident = units.tiles <= layout.stages;
+  const auto load_units = [&](int tile, int to) { units.load(stage[to], window, p.units, x, opaque(b), opaque(h), tile); };
+  int next = 0;  // the tile to load next, and its stage
+  for (; next < (resident ? units.tiles : layout.stages - 1); ++next) load_units(next, next), commit_loads();
+  if (resident) {
+    commit_loads();
+    wait_loads<0>();
+    __syncthreads();
+  }
 
+  int buffer = 0, next_buffer = next;  // the stages of the tile at hand and of the one to load
 #pragma unroll 1
-  for (int pass = 0; pass < passes; ++pass) {
+  for (int pass = own_team; resident ? pass < passes : pass - own_team < passes; pass += layout.teams) {
     const auto own = [&](int i) { return pass * rows + 16 * warp + g + 8 * i; };  // entries of the lane's two rows
-    const bool busy = C::kGroups || pass * rows + 16 * warp < work.entries;
-    const Tile<T, DP> queries = shared.queries[pass & 1].in(window);
+    const bool busy = C::kGroups ? pass < passes : pass * rows + 16 * warp < work.entries;
+    if (resident && pass >= layout.teams) {  // the first queries came with the units
+      wait_loads<0>();
+      team.sync();
+    }
+    const bool more = pass + layout.teams < passes;
+    if (resident && more) load_queries(pass + layout.teams), commit_loads();
     OwnRows<C> q;
+    if (resident) q.load(queries_of(pass).from_row(own_rows<C>(warp)), lane);
     OnlineSoftmax<T> softmax;
     float out[DP / 8][4];
     clear(out);
-    for (int tile = 0; tile < units.tiles; ++tile, buffer ^= 1) {
-      if (tile + 1 < units.tiles || pass + 1 < passes) {
-        if (tile + 1 == units.tiles) load_queries(pass + 1);
-        units.load(shared.stage[buffer ^ 1], window, p.units, x, opaque(b), opaque(h), tile + 1 < units.tiles ? tile + 1 : 0);
+    for (int tile = 0; tile < units.tiles; ++tile) {
+      if (resident) {
+        buffer = tile;
+      } else {
+        wait_products<C, 0>(out);
+        if (layout.stages == 2) wait_loads<0>();
+        else if (layout.stages == 3) wait_loads<1>();
+        else wait_loads<2>();
+        __syncthreads();
+        // The stage of the tile before is free now. The next pass begins with the first tile again.
+        if (next < units.tiles || pass - own_team + layout.teams < passes) {
+          if (next == units.tiles) next = 0;
+          if (tile == 0 && more) load_queries(pass + layout.teams);
+          load_units(next++, next_buffer);
+          next_buffer = next_buffer + 1 == layout.stages ? 0 : next_buffer + 1;
+        }
+        commit_loads();
+        if (tile == 0) q.load(queries_of(pass).from_row(own_rows<C>(warp)), lane);
       }
-      commit_loads();
-      wait_loads<1>();
-      __syncthreads();
-      auto& stage = shared.stage[buffer];
-      if (tile == 0) q.load(queries.from_row(own_rows<C>(warp)), lane);
       if (busy) {
-        const float scale = (units.is_shared(tile) ? p.landmark_scale : p.scale) * kLogit<T>;
+        const bool dense = units.is_shared(tile);
         float s[kTiles][4];
-        product<C>(s, q, stage.k.in(window), lane);
-        wait_products<C, 0>(s);
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) s[n][i] *= scale;
+        product<C>(s, q, stage[buffer].k.in(window), lane);
+        wait_products<C, 0>(s, out);
+        const float scale = positive_scale(s, (dense ? p.landmark_scale : p.scale) * kLogit<T>);
         if (units.count(tile) < kUnits) mask_logits(s, units.count(tile), lane);
-        if (units.is_shared(tile) && work.slots > 1)  // only the first slot of a query has the shared units
+        if (dense && slots > 1)  // only the first slot of a query has the shared units
 #pragma unroll
           for (int i = 0; i < 2; ++i)
-            if (own(i) < work.entries && shared.entries[own(i)] % work.slots != 0)
+            if (own(i) < work.entries && entries[own(i)] % slots != 0)
 #pragma unroll
               for (int n = 0; n < kTiles; ++n) s[n][2 * i] = s[n][2 * i + 1] = -kInfinity;
-        softmax.update(s, out);
-        Weights<T, kTiles> p(s);
-        add_weighted_rows<C>(out, p, stage.v.in(window), lane);
-        wait_products<C, 0>(out);
+        softmax.update(s, scale, out);
+        Weights<T, kTiles> weights(s);
+        add_weighted_rows<C>(out, weights, stage[buffer].v.in(window), lane);
       }
-      __syncthreads();
+      if (!resident) buffer = buffer + 1 == layout.stages ? 0 : buffer + 1;
     }
+    wait_products<C, 0>(out);
+    if (!busy) continue;
     softmax.finish();
 
-    const std::int64_t entry0 = std::int64_t(opaque(bh)) * x.queries.max_length * work.slots;
+    const std::int64_t entry0 = std::int64_t(opaque(bh)) * x.queries.max_length * slots;
     float factor[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       factor[i] = softmax.sum[i] == 0.0f ? 0.0f : __frcp_rn(softmax.sum[i]);
-      if (t == 0 && own(i) < work.entries) (x.s > 1 ? p.partial_lse : p.lse)[entry0 + shared.entries[own(i)]] = log_sum<T>(softmax.maximum[i], softmax.sum[i]);
+      if (t == 0 && own(i) < work.entries) (x.s > 1 ? p.partial_lse : p.lse)[entry0 + entries[own(i)]] = log_sum<T>(softmax.maximum[i], softmax.sum[i]);
     }
-    const auto entry = [&](int i) { return pass * rows + 16 * warp + i < work.entries ? shared.entries[pass * rows + 16 * warp + i] : -1; };
+    const auto entry = [list = window.of(*entries) + 4 * (pass * rows + 16 * warp), present = work.entries - pass * rows - 16 * warp](int i) {
+      return i < present ? load_shared_int(list + 4 * i) : -1;
+    };
     if (x.s > 1)
       store_partial_rows<DP>(out, factor, x.D, lane, [&](int i) { return entry(i) < 0 ? nullptr : p.partial_out + (entry0 + entry(i)) * x.D; });
     else
-      store_rows<T, DP>(queries.from_row(16 * warp), out, factor, x.D, lane,
-                        [&](int i) { return entry(i) < 0 ? nullptr : head_rows<T>(p.out, opaque(b), opaque(h), span(x.queries, b).start + entry(i)); });
+      store_rows<T, DP>(queries_of(pass).from_row(16 * warp), out, factor, x.D, lane, head_rows<T>(p.out, opaque(b), opaque(h), span(x.queries, b).start), p.out.row, entry);
   }
 }
 
@@ -156,13 +197,12 @@ cudaError_t launch_expert_attention(const AttentionParams& p, cudaStream_t strea
   const Problem& x = p.problem;
   return dispatch(x.dtype, x.D, p.groups.tile_rows >= kPassRows, [&](auto config) {
     using C = decltype(config);
-    using L = Layout<C>;
-    if (p.groups.tile_rows < 16 || p.groups.tile_rows % 16 != 0 || p.groups.tile_rows > kMaxTileRows) return cudaErrorInvalidValue;
-    const int warps = std::min(L::kWarps, p.groups.tile_rows / 16);
-    const std::size_t bytes = L::indices_offset(p.groups.tile_rows) + x.K * sizeof(std::int32_t);
-    if (cudaError_t status = allow_shared_memory(attention_kernel<C>, bytes)) return status;
+    if (p.groups.tile_rows < 16 || p.groups.tile_rows % 16 != 0 || p.groups.tile_rows > kMaxAttentionTile) return cudaErrorInvalidValue;
+    const Memory<C> layout(p);
+    const int threads = 128 * layout.teams;
+    if (cudaError_t status = allow_shared_memory(attention_kernel<C>, layout.bytes)) return status;
     const unsigned blocks = static_cast<unsigned>(x.B) * x.H * max_tiles(x, p.groups.tile_rows);
-    attention_kernel<C><<<blocks, 32 * warps, bytes, stream>>>(p);
+    attention_kernel<C><<<blocks, C::kGroups ? threads : std::min(threads, 2 * p.groups.tile_rows), layout.bytes, stream>>>(p, layout);
     if (cudaError_t status = cudaGetLastError()) return status;
     if (x.s <= 1) return cudaSuccess;
     const std::int64_t rows = std::int64_t(x.B) * x.H * x.queries.max_length;

@@ -1,7 +1,7 @@
-// Queries grouped by expert: a stable counting sort of the N*s (query, slot) entries of every head, and the tables by which
-// blocks of the attention kernels find their work. Integer counts only, so the result does not depend on timing.
+// Queries grouped by expert: a stable counting sort of the N*s (query, slot) entries of every head, and the lists of work for the
+// blocks of the attention kernels. Integer counts only, so the result does not depend on timing.
 //   count:   one block per chunk of entries -> counts[m][chunk]
-//   scan:    one block per (batch, head): exclusive sums, expert-major; starts, tiles and segments of every expert
+//   scan:    one block per (batch, head): exclusive sums, expert-major; tiles and segments of every expert
 //   scatter: one block per chunk; each warp places its share of the chunk in order
 #include <cub/block/block_scan.cuh>
 
@@ -44,9 +44,25 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const GroupParams p) {
 constexpr int kScanThreads = 1024, kScanItems = 4;
 static_assert(kScanThreads >= kMaxLandmarks);
 
+// Fills the list of work of one head: pieces of `rows` entries, `starts` the prefix sums of each expert's pieces.
+__device__ void write_work(Work* list, int most, int rows, int M, const int* first, const int* starts) {
+  for (int i = threadIdx.x; i < most; i += kScanThreads) {
+    Work work{0, 0, 0, 0};
+    if (i < starts[M]) {
+      int m = 0;  // the last expert that does not start behind piece i
+      for (int step = kMaxLandmarks; step; step >>= 1)
+        if (m + step < M && starts[m + step] <= i) m += step;
+      const int from = first[m] + (i - starts[m]) * rows;
+      work = {m, from, min(rows, first[m + 1] - from), 0};
+    }
+    list[i] = work;
+  }
+}
+
 __global__ void __launch_bounds__(kScanThreads) scan_kernel(const GroupParams p) {
   using Scan = cub::BlockScan<int, kScanThreads>;
   __shared__ typename Scan::TempStorage storage;
+  __shared__ int first[kMaxLandmarks + 1], tiles[kMaxLandmarks + 1], segments[kMaxLandmarks + 1];
   const int M = p.problem.M, bh = blockIdx.x, m = threadIdx.x;
   const std::int64_t n = std::int64_t(M) * p.chunks;
   std::int32_t* counts = p.counts + bh * n;
@@ -63,18 +79,20 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(const GroupParams p)
     total += sum;
     __syncthreads();
   }
-  const int first = m < M ? counts[std::int64_t(m) * p.chunks] : total;
-  const int size = m < M ? (m + 1 < M ? counts[std::int64_t(m + 1) * p.chunks] : total) - first : 0;
-  int tiles, segments;
-  Scan(storage).ExclusiveSum(ceil_div(size, p.tile_rows), tiles);
+  const int start = m < M ? counts[std::int64_t(m) * p.chunks] : total;
+  const int size = m < M ? (m + 1 < M ? counts[std::int64_t(m + 1) * p.chunks] : total) - start : 0;
+  int tile, segment;
+  Scan(storage).ExclusiveSum(ceil_div(size, p.tile_rows), tile);
   __syncthreads();
-  Scan(storage).ExclusiveSum(ceil_div(size, p.segment_rows), segments);
-  const auto write = [&](int i, int a, int b, int c) {
-    const std::int64_t at = std::int64_t(bh) * (M + 1) + i;
-    p.first[at] = a, p.tiles[at] = b, p.segments[at] = c;
-  };
-  if (m < M) write(m, first, tiles, segments);
-  if (m == M - 1) write(M, total, tiles + ceil_div(size, p.tile_rows), segments + ceil_div(size, p.segment_rows));
+  Scan(storage).ExclusiveSum(ceil_div(size, p.segment_rows), segment);
+  if (m < M) first[m] = start, tiles[m] = tile, segments[m] = segment;
+  if (m == M - 1) first[M] = total, tiles[M] = tile + ceil_div(size, p.tile_rows), segments[M] = segment + ceil_div(size, p.segment_rows);
+  __syncthreads();
+  if (m <= M) p.segment_starts[std::int64_t(bh) * (M + 1) + m] = segments[m];
+  if (m == 0 && M == kScanThreads) p.segment_starts[std::int64_t(bh) * (M + 1) + M] = segments[M];
+  const auto list_of = [&](Work* list, int rows) { return list + std::int64_t(bh) * max_tiles(p.problem, rows); };
+  write_work(list_of(p.tiles, p.tile_rows), max_tiles(p.problem, p.tile_rows), p.tile_rows, M, first, tiles);
+  write_work(list_of(p.segments, p.segment_rows), max_tiles(p.problem, p.segment_rows), p.segment_rows, M, first, segments);
 }
 
 __global__ void __launch_bounds__(kThreads) scatter_kernel(const GroupParams p) {

@@ -116,12 +116,9 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::kGroups && C::DP ==
           else scores[lane_key / kGroupKeys] = highest[0];
         }
       }
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) s[n][i] *= scale;
+    const float positive = positive_scale(s, scale);
     each_absent([](float& logit) { logit = -kInfinity; });
-    softmax.update(s, values);
+    softmax.update(s, positive, values);
     Weights<T, kTiles> weights(s);
     add_weighted_rows<C>(values, weights, stage.v.in(window), lane);
     wait_products<C, 0>(values);

@@ -131,21 +131,23 @@ Grouped group_stage(const Context& context, const Problem& x, const Tensor& expe
   result.groups.tile_rows = tile_rows;
   result.groups.segment_rows = segment_rows(entries_per_expert(x));
   if (x.s == 0) return result;
-  const int64_t entries = int64_t(x.queries.max_length) * x.s, chunks = (entries + kGroupChunk - 1) / kGroupChunk, table = heads(x) * (x.M + 1);
-  result.memory = ints(experts, {heads(x) * (entries + x.M * chunks) + 3 * table});
+  const int64_t entries = int64_t(x.queries.max_length) * x.s, chunks = (entries + kGroupChunk - 1) / kGroupChunk;
+  const int64_t tiles = heads(x) * max_tiles(x, tile_rows), segments = heads(x) * max_tiles(x, result.groups.segment_rows);
+  constexpr int64_t kWork = sizeof(Work) / sizeof(int);
+  result.memory = ints(experts, {kWork * (tiles + segments) + heads(x) * (x.M + 1 + entries + x.M * chunks)});
   GroupParams p{};
   p.problem = x;
   p.experts = experts.const_data_ptr<int>();
   p.chunks = static_cast<int>(chunks);
-  p.first = result.memory.data_ptr<int>();
-  p.tiles = p.first + table;
-  p.segments = p.tiles + table;
-  p.entries = p.segments + table;
+  p.tiles = reinterpret_cast<Work*>(result.memory.data_ptr<int>());
+  p.segments = p.tiles + tiles;
+  p.segment_starts = reinterpret_cast<int*>(p.segments + segments);
+  p.entries = p.segment_starts + heads(x) * (x.M + 1);
   p.counts = p.entries + heads(x) * entries;
   p.tile_rows = result.groups.tile_rows;
   p.segment_rows = result.groups.segment_rows;
   context.run("mita_ext::group", launch_group, p);
-  result.groups.entries = p.entries, result.groups.first = p.first, result.groups.tiles = p.tiles, result.groups.segments = p.segments;
+  result.groups.entries = p.entries, result.groups.tiles = p.tiles, result.groups.segments = p.segments, result.groups.segment_starts = p.segment_starts;
   return result;
 }
 
@@ -232,7 +234,7 @@ SharedGradient shared_gradient_stage(const Context& context, const Problem& x, c
 }
 
 struct RoutedGradient {
-  Tensor partial_dk, partial_dv;  // [BH, max_segments, K, D]; only existing segments are written
+  Tensor partial_dk, partial_dv;  // [BH, max_tiles(segment_rows), K, D]; only existing segments are written
 };
 
 RoutedGradient routed_gradient_stage(const Context& context, const Problem& x, const Softmax& softmax, const Tensor& key, const Tensor& value, const Tensor& indices,
@@ -246,8 +248,8 @@ RoutedGradient routed_gradient_stage(const Context& context, const Problem& x, c
   softmax.describe(p);
   p.indices = indices.const_data_ptr<int>();
   p.groups = groups;
-  p.max_segments = max_tiles(x, groups.segment_rows);
-  RoutedGradient result{floats(key, {heads(x), p.max_segments, x.K, x.D}), floats(key, {heads(x), p.max_segments, x.K, x.D})};
+  const int64_t segments = max_tiles(x, groups.segment_rows);
+  RoutedGradient result{floats(key, {heads(x), segments, x.K, x.D}), floats(key, {heads(x), segments, x.K, x.D})};
   p.partial_dk = result.partial_dk.data_ptr<float>(), p.partial_dv = result.partial_dv.data_ptr<float>();
   context.run("mita_ext::routed_gradient", launch_unit_gradient, p);
   return result;
@@ -274,7 +276,6 @@ std::tuple<Tensor, Tensor> key_gradient_stage(const Context& context, const Prob
     p.key_starts = key_starts.data_ptr<int>();
     p.indices = indices->const_data_ptr<int>();
     p.groups = groups;
-    p.max_segments = static_cast<int>(routed->partial_dk.size(1));
     p.partial_dk = routed->partial_dk.data_ptr<float>(), p.partial_dv = routed->partial_dv.data_ptr<float>();
   }
   p.dk = rows(dkey), p.dv = rows(dvalue);

@@ -78,12 +78,18 @@ struct RouteParams {
   std::int32_t* experts;       // [B, H, N, s], best first
 };
 
-// Queries grouped by expert. An entry is query * s + slot; entries of one expert keep their order.
+// Entries [first, first + entries) of one expert, the work of one block. No entries: no work.
+struct alignas(16) Work {
+  std::int32_t expert, first, entries, unused;
+};
+
+// Queries grouped by expert. An entry is query * s + slot; entries of one expert keep their order. Lists of work have room for
+// max_tiles(rows) of a head, and name expert after expert.
 struct Groups {
   const std::int32_t* entries; // [BH, N*s], expert after expert; null where s = 0: the queries as they come
-  const std::int32_t* first;   // [BH, M+1], where each expert's entries start
-  const std::int32_t* tiles;   // [BH, M+1], prefix sums of ceil(entries / tile_rows)
-  const std::int32_t* segments;  // [BH, M+1], prefix sums of ceil(entries / segment_rows)
+  const Work* tiles;           // [BH, max_tiles(tile_rows)]
+  const Work* segments;        // [BH, max_tiles(segment_rows)]
+  const std::int32_t* segment_starts;  // [BH, M+1], prefix sums of each expert's segments
   int tile_rows;               // queries of one forward or query-gradient block
   int segment_rows;            // queries that one block sums into a key gradient
 };
@@ -94,9 +100,9 @@ struct GroupParams {
   int chunks;                  // ceil(N*s / kGroupChunk)
   std::int32_t* counts;        // [BH, M, chunks]
   std::int32_t* entries;       // the writable side of Groups
-  std::int32_t* first;
-  std::int32_t* tiles;
-  std::int32_t* segments;
+  Work* tiles;
+  Work* segments;
+  std::int32_t* segment_starts;
   int tile_rows, segment_rows;
 };
 constexpr int kGroupChunk = 2048;
@@ -151,9 +157,8 @@ struct UnitGradientParams {
   int landmark_rows;           // compress: M, or 0 to only collect the routed gradients
   const std::int32_t* indices; // routed, compress: [B, H, M, K] ascending (as unsigned), or null
   Groups groups;               // routed, compress
-  int max_segments;            // routed, compress: of one (batch, head)
   std::int32_t* key_starts;    // compress with indices, scratch: [BH, M, ceil(L / kKeyBlock) + 1]
-  float* partial_dk;           // shared: [BH, splits, M, D]; routed (written) and compress (read): [BH, max_segments, K, D]
+  float* partial_dk;           // shared: [BH, splits, M, D]; routed (written) and compress (read): [BH, max_tiles(segment_rows), K, D]
   float* partial_dv;           // likewise
   Rows dk, dv;                 // compress: [B, Hkv, L, D] twice, aligned
 };

@@ -20,10 +20,10 @@ template <class C> struct Layout : C {
   static constexpr bool kHalf = sizeof(typename C::T) == 2;
   static constexpr int kWarps = kRowGradientRows<sizeof(typename C::T), C::DP> / 16;  // at most
   static constexpr int kUnits = C::kGroups ? 64 : kHalf || C::DP == 64 ? 32 : 16;     // of one tile
-  static constexpr int kBlocks = !kHalf ? 1 : C::DP == 64 ? 3 : 2;                    // of a multiprocessor, by registers
+  static constexpr int kBlocks = !kHalf ? 1 : C::kGroups && C::DP == 64 ? 3 : 2;      // of a multiprocessor, by registers
   struct Shared {
     UnitStage<typename C::T, C::DP, kUnits> stage[2];
-    std::int32_t entries[kMaxTileRows];
+    std::int32_t entries[kMaxRowGradientTile];
     TileStorage<typename C::T, C::DP, 16 * kWarps> q, dout;
     std::int32_t indices[kMaxTopk];  // of the expert's keys; last: only K are allocated
   };
@@ -77,13 +77,17 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   const int block_rows = landmark ? rows : p.groups.tile_rows, blocks = landmark ? ceil_div(x.M, rows) : max_tiles(x, block_rows), parts = landmark ? p.splits : 1;
   const int block = blockIdx.x % blocks, part = blockIdx.x / blocks % parts, bh = blockIdx.x / blocks / parts, b = bh / x.H, h = bh % x.H;
   // Landmarks come as they are, like queries without experts.
-  const WorkItem& work = find_work(p.groups.tiles, p.groups, x, landmark ? 0 : x.s, bh, landmark ? x.M : span(x.queries, b).length, block, block_rows);
+  const int experts = landmark ? 0 : x.s;
+  const auto slots_of_query = [&] { return landmark ? 1 : max(x.s, 1); };
+  const Work work = find_work(p.groups.tiles, x, experts, bh, landmark ? x.M : span(x.queries, b).length, block, block_rows);
   if (work.entries <= 0) return;
-  for (int i = threadIdx.x; i < work.entries; i += blockDim.x) shared.entries[i] = work.entry(i);
-  __syncthreads();
+  for (int i = threadIdx.x; i < work.entries; i += blockDim.x) shared.entries[i] = entry_of(p.groups, x, experts, bh, work, i);
   const int length = span(x.keys, b).length;
-  const int gathered = landmark ? length : x.s > 0 ? load_indices(shared.indices, p.units.indices + (std::int64_t(bh) * x.M + work.expert) * x.K, x.K, length) : 0;
-  const UnitTiles<kUnits>& units = UnitTiles<kUnits>::of(!landmark && p.units.shared ? x.M : 0, gathered, window.of(shared.indices), !landmark);
+  int gathered = landmark ? length : 0;
+  if (experts > 0) gathered = load_indices(shared.indices, p.units.indices + (std::int64_t(bh) * x.M + work.expert) * x.K, x.K, length);
+  __shared__ UnitTiles<kUnits> units;  // there are no registers left for it
+  if (threadIdx.x == 0) units = UnitTiles<kUnits>::of(!landmark && p.units.shared ? x.M : 0, gathered, window.of(shared.indices), !landmark);
+  __syncthreads();
   const int tiles_per_part = ceil_div(units.tiles, parts), first_tile = part * tiles_per_part, last_tile = min(units.tiles, first_tile + tiles_per_part);
   int buffer = 0;  // the stage of the tile at hand
   if (first_tile < last_tile) units.load(shared.stage[buffer], window, p.units, x, b, h, first_tile);
@@ -95,16 +99,16 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
     const int batch = opaque(b), head = opaque(h);
     const std::int64_t start = landmark ? 0 : span(x.queries, batch).start;
     load_rows<T, DP>(rows, x.D, work.entries - pass * rows,
-                     [list = window.of(shared.entries) + 4 * pass * rows, slots = work.slots](int i) { return query_of(load_shared_int(list + 4 * i), slots); },
+                     [list = window.of(shared.entries) + 4 * pass * rows, slots = slots_of_query()](int i) { return query_of(load_shared_int(list + 4 * i), slots); },
                      Copy<T, DP>(shared.q.in(window), p.q, batch, head, start), Copy<T, DP>(shared.dout.in(window), p.dout, batch, head, start));
     commit_loads();
     StoredRows<C> q, dout;
     q.load(shared.q.in(window).from_row(own_rows<C>(warp)), lane);
     dout.load(shared.dout.in(window).from_row(own_rows<C>(warp)), lane);
     // Only the first slot of a query has the shared units.
-    const auto first_slot = [&](int i) { return work.slots == 1 || (own(i) < work.entries && shared.entries[own(i)] % work.slots == 0); };
+    const auto first_slot = [&](int i) { return slots_of_query() == 1 || (own(i) < work.entries && shared.entries[own(i)] % slots_of_query() == 0); };
     float lse[2], delta[2];
-    const auto statistics = [&](int i) { return std::int64_t(opaque(bh)) * (landmark ? x.M : N) + query_of(shared.entries[own(i)], work.slots); };
+    const auto statistics = [&](int i) { return std::int64_t(opaque(bh)) * (landmark ? x.M : N) + query_of(shared.entries[own(i)], slots_of_query()); };
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const bool present = own(i) < work.entries;
@@ -136,7 +140,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
 #pragma unroll
           for (int i = 0; i < 4; ++i) s[n][i] = fmaf(s[n][i], scale * kLogit<T>, -lse[i / 2]);
         if (units.count(tile) < kUnits) mask_logits(s, units.count(tile), lane);
-        if (dense && work.slots > 1)
+        if (dense && slots_of_query() > 1)
 #pragma unroll
           for (int i = 0; i < 2; ++i)
             if (!first_slot(i))
@@ -174,7 +178,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
     const auto entry = [&](int i) { return pass * rows + 16 * warp + i < work.entries ? shared.entries[pass * rows + 16 * warp + i] : -1; };
     float unshifted[2] = {power_of_2(-kGradientShift<T>), power_of_2(-kGradientShift<T>)};
     if (landmark || x.s > 1) {
-      const std::int64_t row0 = landmark ? (std::int64_t(opaque(bh)) * parts + part) * x.M : std::int64_t(opaque(bh)) * N * work.slots;
+      const std::int64_t row0 = landmark ? (std::int64_t(opaque(bh)) * parts + part) * x.M : std::int64_t(opaque(bh)) * N * slots_of_query();
       const auto row_in = [&](int which) { return [=](int i) { return entry(i) < 0 ? nullptr : p.partial + (2 * (row0 + entry(i)) + which) * x.D; }; };
       store_partial_rows<DP>(dq, unshifted, x.D, lane, row_in(0));
       store_partial_rows<DP>(kappa, unshifted, x.D, lane, row_in(1));
@@ -196,7 +200,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
           for (int j = 2 * i; j < 2 * i + 2; ++j) dq[d][j] -= correct.excess * kappa[d][j];
         unshifted[i] *= correct.normalizer;
       }
-      store_rows<T, DP>(shared.q.in(window).from_row(16 * warp), dq, unshifted, x.D, lane, [&](int i) { return entry(i) < 0 ? nullptr : head_rows<T>(p.dq, batch, head, span(x.queries, batch).start + entry(i)); });
+      store_rows<T, DP>(shared.q.in(window).from_row(16 * warp), dq, unshifted, x.D, lane, head_rows<T>(p.dq, batch, head, span(x.queries, batch).start), p.dq.row, entry);
     }
     __syncthreads();  // the next queries take the place of these
   }
@@ -243,7 +247,7 @@ cudaError_t launch_row_gradient(const RowGradientParams& p, cudaStream_t stream)
     using C = decltype(config);
     using L = Layout<C>;
     const int warps = std::min(L::kWarps, C::kGroups ? 4 : ceil_div(most_rows, 16));
-    if (warps < 1 || p.groups.tile_rows > kMaxTileRows) return cudaErrorInvalidValue;
+    if (warps < 1 || p.groups.tile_rows > kMaxRowGradientTile) return cudaErrorInvalidValue;
     const std::size_t bytes = offsetof(typename L::Shared, indices) + (landmark ? 0 : x.K * sizeof(std::int32_t));
     if (cudaError_t status = allow_shared_memory(row_gradient_kernel<C>, sizeof(typename L::Shared))) return status;
     const unsigned heads = static_cast<unsigned>(x.B) * x.H;

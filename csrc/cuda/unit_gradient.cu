@@ -60,7 +60,7 @@ template <class C> struct RoutedSums {
   __device__ void add(const UnitGradientParams& p, int bh, int key0, int block_units) {
     const Problem& x = p.problem;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = ceil_div(x.keys.max_length, kKeyBlock), block = key0 / kKeyBlock;
-    const std::int32_t* segments = p.groups.segments + std::int64_t(bh) * (x.M + 1);
+    const std::int32_t* segments = p.groups.segment_starts + std::int64_t(bh) * (x.M + 1);
     const std::int32_t* starts = p.key_starts + std::int64_t(bh) * x.M * (blocks + 1) + block;
     __syncthreads();
     for (int m = threadIdx.x; m < x.M; m += blockDim.x) {  // an expert without queries has left no sums
@@ -121,7 +121,7 @@ template <class C> struct RoutedSums {
       const int from = __ffs(left) - 1, one = from < 0 ? -1 : __shfl_sync(0xffffffffu, mine, from), m = one >> 11 & 1023;
       unit[i] = one >> 21;
       segment[i] = from < 0 ? 0 : segments[m], last[i] = from < 0 ? 0 : segments[m + 1];
-      row[i] = (std::int64_t(bh) * p.max_segments * x.K + (one & 2047)) * x.D + column;
+      row[i] = (std::int64_t(bh) * max_tiles(x, p.groups.segment_rows) * x.K + (one & 2047)) * x.D + column;
       if (segment[i] < last[i] && column < x.D) {
         k[i] = *reinterpret_cast<const Columns*>(p.partial_dk + row[i] + std::int64_t(segment[i]) * x.K * x.D);
         v[i] = *reinterpret_cast<const Columns*>(p.partial_dv + row[i] + std::int64_t(segment[i]) * x.K * x.D);
@@ -157,14 +157,15 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
 
   // What this block works on: units [u0, u0 + block_units) of one head, and the rows that come by in `steps` tiles.
   const int units = compress ? x.keys.max_length : routed ? x.K : x.M, blocks = ceil_div(units, block_units);
-  const int parts = compress ? 1 : routed ? p.max_segments : p.splits;
+  const int parts = compress ? 1 : routed ? max_tiles(x, p.groups.segment_rows) : p.splits;
   const int u0 = blockIdx.x % blocks * block_units, part = blockIdx.x / blocks % parts, head = blockIdx.x / blocks / parts;
   const int heads = compress ? x.Hkv : x.H, b = head / heads, h = head % heads, bh = head;  // bh: shared and routed only
   const Span keys = span(x.keys, b);
   // The rows that come by: a segment of an expert's queries, a part of all queries, or all landmarks (once per query head).
   const int length = compress ? p.landmark_rows : span(x.queries, b).length;
   const int rows = compress ? length : routed ? p.groups.segment_rows : ceil_div(ceil_div(length, kRows), parts) * kRows;
-  const WorkItem& work = find_work(p.groups.segments, p.groups, x, routed ? x.s : 0, bh, length, part, rows);
+  const int experts = routed ? x.s : 0;
+  const Work work = find_work(p.groups.segments, x, experts, bh, length, part, rows);
   if (routed && work.entries <= 0) return;
   const int tiles = max(0, ceil_div(work.entries, kRows)), steps = compress ? tiles * group : tiles;
 
@@ -190,7 +191,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
     if constexpr (!L::kHalf) load_numbers(window.of(stage.normalizer), kRows, number(p.normalizer));
   };
   const auto list_rows = [&](int first) {  // gathering through global memory would stall every tile: list many rows at once
-    for (int i = first + threadIdx.x; i < min(first + L::kListedRows, work.entries); i += blockDim.x) shared.rows[i % L::kListedRows] = query_of(work.entry(i), work.slots);
+    for (int i = first + threadIdx.x; i < min(first + L::kListedRows, work.entries); i += blockDim.x) shared.rows[i % L::kListedRows] = query_of(entry_of(p.groups, x, experts, bh, work, i), max(experts, 1));
     __syncthreads();
   };
   const int unit_head = routed ? h / group : h;
@@ -281,13 +282,11 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
       }
   }
   __syncthreads();
-  const auto row_in = [&](const Rows& rows) {
-    const Span keys = span(x.keys, b);
-    T* data = head_rows<T>(rows, b, h, keys.start);
-    return [=](int i) { return own + i < (p.problem.keys.starts ? keys.length : units) ? data + (own + i) * rows.row : nullptr; };
-  };
-  store_rows<T, DP>(shared.k.in(window).from_row(16 * warp), dk, one, x.D, lane, row_in(p.dk));
-  store_rows<T, DP>(shared.v.in(window).from_row(16 * warp), dv, one, x.D, lane, row_in(p.dv));
+  const Span stored_keys = span(x.keys, opaque(b));
+  const int stored = x.keys.starts ? stored_keys.length : units;
+  const auto index = [&](int i) { return own + i < stored ? own + i : -1; };
+  store_rows<T, DP>(shared.k.in(window).from_row(16 * warp), dk, one, x.D, lane, head_rows<T>(p.dk, b, h, stored_keys.start), p.dk.row, index);
+  store_rows<T, DP>(shared.v.in(window).from_row(16 * warp), dv, one, x.D, lane, head_rows<T>(p.dv, b, h, stored_keys.start), p.dv.row, index);
 }
 
 }  // namespace
@@ -299,7 +298,7 @@ cudaError_t launch_unit_gradient(const UnitGradientParams& p, cudaStream_t strea
   return dispatch(x.dtype, x.D, units > 48, [&](auto config) {
     using C = decltype(config);
     using L = Layout<C>;
-    const int parts = compress ? 1 : p.role == UnitRole::routed ? p.max_segments : p.splits;
+    const int parts = compress ? 1 : p.role == UnitRole::routed ? max_tiles(x, p.groups.segment_rows) : p.splits;
     const int warps = C::kGroups ? 4 : std::min(L::kWarps, ceil_div(units, 16));
     const bool collects = compress && p.indices != nullptr;
     const std::size_t bytes = collects ? std::max(sizeof(typename L::Shared), sizeof(RoutedSums<C>)) : sizeof(typename L::Shared);

@@ -241,6 +241,11 @@ const Case kCases[] = {
     {"many_landmarks", Dtype::fp16, 1, 2, 1, 300, 400, 100, 64, 1, 128},
     {"many_queries_two_routes", Dtype::bf16, 3, 2, 1, 500, 150, 6, 60, 2, 72, true, Batch::padded},
     {"many_queries_compress_only", Dtype::bf16, 1, 2, 2, 200, 100, 64, 8, 0, 128},
+    // more units than shared memory holds
+    {"passing_units", Dtype::bf16, 1, 1, 1, 1500, 600, 5, 300, 1, 128},
+    {"passing_units_narrow", Dtype::bf16, 1, 1, 1, 900, 700, 3, 400, 2, 64},
+    {"passing_units_by_warps", Dtype::bf16, 1, 1, 1, 300, 500, 20, 350, 1, 64},
+    {"passing_units_fp32", Dtype::fp32, 1, 1, 1, 200, 300, 6, 200, 1, 64},
     {"nearly_equal_keys", Dtype::bf16, 1, 2, 2, 150, 150, 20, 24, 1, 64, true, Batch::full, false, 8, {}, 0.1},
     {"nearly_equal_keys_many_queries", Dtype::bf16, 1, 1, 1, 700, 300, 5, 64, 1, 128, true, Batch::full, false, 8, {}, 0.1},
     {"nearly_equal_keys_two_routes", Dtype::fp16, 1, 1, 1, 200, 300, 7, 40, 2, 64, true, Batch::full, false, 8, {}, 0.1},
@@ -314,15 +319,17 @@ constexpr int kSplits = 3;        // some of them empty on small problems
 constexpr int kSegmentRows = 32;  // small, so that experts have several segments
 
 struct Grouping {
-  int tile_rows, chunks;
-  Buffer<std::int32_t> counts, entries, first, tiles, segments;
+  int tile_rows, chunks, most_tiles, most_segments;  // of a head
+  Buffer<std::int32_t> counts, entries, segment_starts;
+  Buffer<Work> tiles, segments;
   Grouping(const Problem& x, int tile_rows)
-      : tile_rows(tile_rows), chunks(std::max(1, parts_of(x.queries.max_length * x.s, kGroupChunk))), counts(std::size_t(x.B) * x.H * x.M * chunks),
-        entries(std::size_t(x.B) * x.H * x.queries.max_length * x.s), first(x.B * x.H * (x.M + 1)), tiles(first.count), segments(first.count) {}
+      : tile_rows(tile_rows), chunks(std::max(1, parts_of(x.queries.max_length * x.s, kGroupChunk))), most_tiles(max_tiles(x, tile_rows)),
+        most_segments(max_tiles(x, kSegmentRows)), counts(std::size_t(x.B) * x.H * x.M * chunks), entries(std::size_t(x.B) * x.H * x.queries.max_length * x.s),
+        segment_starts(x.B * x.H * (x.M + 1)), tiles(std::size_t(x.B) * x.H * most_tiles), segments(std::size_t(x.B) * x.H * most_segments) {}
   GroupParams params(const Problem& x, const std::int32_t* experts) const {
-    return {x, experts, chunks, counts.data, entries.data, first.data, tiles.data, segments.data, tile_rows, kSegmentRows};
+    return {x, experts, chunks, counts.data, entries.data, tiles.data, segments.data, segment_starts.data, tile_rows, kSegmentRows};
   }
-  Groups view() const { return {entries.data, first.data, tiles.data, segments.data, tile_rows, kSegmentRows}; }
+  Groups view() const { return {entries.data, tiles.data, segments.data, segment_starts.data, tile_rows, kSegmentRows}; }
 };
 
 std::vector<std::int32_t> lengths_of(Batch batch, int B, int longest, bool longest_first) {
@@ -483,23 +490,28 @@ void run(const Case& c) {
   // grouping of the queries by expert: one table of tiles for the forward, one for the backward
   const int per_expert = std::max(1, N * s / M);
   const Grouping grouping(problem, attention_tile_rows(dtype, K, per_expert)), backward_grouping(problem, row_gradient_tile_rows(dtype, D, per_expert));
-  int max_segments = 2;  // room that stays unused: nothing may be read there
   for (const Grouping* g : {&grouping, &backward_grouping}) {
     if (s == 0) break;
     RUN(launch_group(g->params(problem, experts.data), 0));
-    const auto entries = g->entries.get(), first = g->first.get(), tiles = g->tiles.get(), segments = g->segments.get();
+    const auto entries = g->entries.get(), segment_starts = g->segment_starts.get();
+    const auto tiles = g->tiles.get(), segments = g->segments.get();
     bool right = true;
     each_head([&](int b, int, int bh, int) {
+      const auto is_work = [&](const Work& work, int m, int first, int count) { return work.entries == count && (count == 0 || (work.expert == m && work.first == first)); };
       int entry = 0, tile = 0, segment = 0;
-      const std::size_t row = std::size_t(bh) * (M + 1);
-      for (int m = 0; m <= M; ++m) {
-        right &= first[row + m] == entry && tiles[row + m] == tile && segments[row + m] == segment;
+      for (int m = 0; m < M; ++m) {
+        right &= segment_starts[std::size_t(bh) * (M + 1) + m] == segment;
         const int before = entry;
-        for (int i = 0; m < M && i < queries.each[b] * s; ++i)
+        for (int i = 0; i < queries.each[b] * s; ++i)
           if (routed[std::size_t(bh) * N * s + i] == m) right &= entries[std::size_t(bh) * N * s + entry++] == i;
-        tile += parts_of(entry - before, g->tile_rows), segment += parts_of(entry - before, kSegmentRows);
+        for (int first = before; first < entry; first += g->tile_rows)
+          right &= is_work(tiles[std::size_t(bh) * g->most_tiles + tile++], m, first, std::min(g->tile_rows, entry - first));
+        for (int first = before; first < entry; first += kSegmentRows)
+          right &= is_work(segments[std::size_t(bh) * g->most_segments + segment++], m, first, std::min(kSegmentRows, entry - first));
       }
-      max_segments = std::max(max_segments, segment + 2);
+      right &= segment_starts[std::size_t(bh) * (M + 1) + M] == segment && tile <= g->most_tiles && segment <= g->most_segments;
+      for (; tile < g->most_tiles; ++tile) right &= is_work(tiles[std::size_t(bh) * g->most_tiles + tile], 0, 0, 0);
+      for (; segment < g->most_segments; ++segment) right &= is_work(segments[std::size_t(bh) * g->most_segments + segment], 0, 0, 0);
     });
     expect(right, "queries grouped by expert, in order, tiles of " + std::to_string(g->tile_rows));
   }
@@ -622,14 +634,14 @@ void run(const Case& c) {
     expect_close("dlandmarks", dlandmarks.get().x, want_dz.x, gradient_tolerance);
     expect_close("delta of the landmarks, exact", widen(landmark_delta.get()), want_landmark_delta.x, 1e-5);
   }
-  const std::size_t routed_rows = std::size_t(BH) * max_segments * K * D;
+  const std::size_t routed_rows = std::size_t(BH) * backward_grouping.most_segments * K * D;
   Buffer<float> routed_dk(s ? routed_rows : 0), routed_dv(s ? routed_rows : 0);
   const Output dk(dtype, B, Hkv, L, D, &keys), dv(dtype, B, Hkv, L, D, &keys);
   Buffer<std::int32_t> key_starts(std::size_t(BH) * M * (parts_of(L, kKeyBlock) + 1));
   UnitGradientParams units{};
   units.key_starts = key_starts.data;
   units.problem = problem, units.scale = scale, units.unit_k = k.rows, units.unit_v = v.rows;
-  units.indices = s ? indices.data : nullptr, units.groups = backward_grouping.view(), units.max_segments = max_segments;
+  units.indices = s ? indices.data : nullptr, units.groups = backward_grouping.view();
   units.partial_dk = routed_dk.data, units.partial_dv = routed_dv.data;
   if (s) {
     UnitGradientParams p = units;
