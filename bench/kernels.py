@@ -31,11 +31,11 @@ def with_probes(source: Path) -> str:
     text = f'#include "{source}"\n'
     if "struct Layout" in source.read_text():
         text += "namespace mita { template <class C, int bytes> __global__ void probe() {}\n"
-        kinds = re.findall(r"Config<T, (\d+(?:, true)?)>", (SOURCES / "dispatch.h").read_text())
-        for dtype, kind in product(("__nv_bfloat16", "__half", "float"), kinds):
-            if dtype == "float" and "true" in kind:  # no warpgroups
+        widths = re.findall(r"Config<T, (\d+)>", (SOURCES / "dispatch.h").read_text())
+        for dtype, width, groups in product(("__nv_bfloat16", "__half", "float"), widths, ("false", "true")):
+            if (dtype, groups) == ("float", "true"):
                 continue
-            config = f"Config<{dtype}, {kind}>"
+            config = f"Config<{dtype}, {width}, {groups}>"
             text += f"template __global__ void probe<{config}, sizeof(Layout<{config}>::Shared)>();\n"
         text += "}\n"
     return text

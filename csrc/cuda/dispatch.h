@@ -79,15 +79,23 @@ static inline bool has_warpgroups() {
 #endif
 }
 
-// `whole_groups`: blocks of whole warpgroups suit this problem. Where they do, and the device has them, they take it.
 template <class F>
-cudaError_t dispatch(Dtype dtype, int D, bool whole_groups, F&& f) {
+cudaError_t dispatch(Dtype dtype, int D, F&& f) {
   if (D < kCudaHeadDimStep || D > kMaxCudaHeadDim || D % kCudaHeadDimStep != 0) return cudaErrorInvalidValue;
   return dispatch_dtype(dtype, [&](auto element) {  // zeros fill the head up to 64 or 128 columns in shared memory
     using T = decltype(element);
-    if constexpr (sizeof(T) == 2)
-      if (whole_groups && has_warpgroups()) return D <= 64 ? f(Config<T, 64, true>{}) : f(Config<T, 128, true>{});
     return D <= 64 ? f(Config<T, 64>{}) : f(Config<T, 128>{});
+  });
+}
+
+// `whole_groups`: blocks of whole warpgroups suit this problem. Where they do, and the device has them, they take it.
+template <class F>
+cudaError_t dispatch(Dtype dtype, int D, bool whole_groups, F&& f) {
+  if (!whole_groups || dtype == Dtype::fp32 || !has_warpgroups()) return dispatch(dtype, D, f);
+  return dispatch(dtype, D, [&](auto config) {
+    using C = decltype(config);
+    if constexpr (sizeof(typename C::T) == 2) return f(Config<typename C::T, C::DP, true>{});
+    else return cudaErrorInvalidValue;
   });
 }
 

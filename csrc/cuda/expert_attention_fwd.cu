@@ -16,10 +16,10 @@ namespace {
 
 template <class C> struct Layout : C {
   static constexpr bool kHalf = sizeof(typename C::T) == 2;
-  static constexpr int kTeams = !C::kGroups ? 1 : C::DP == 64 ? 2 : 3;   // at most
+  static constexpr int kTeams = C::kGroups && C::DP == 128 ? 3 : 1;      // at most
   static constexpr int kUnits = C::kGroups ? 64 : 32;                    // of one tile
-  static constexpr int kBlocks = C::kGroups ? (C::DP == 64 ? 2 : 1) : !kHalf ? 1 : C::DP == 64 ? 4 : 2;  // of a multiprocessor, by registers
-  static constexpr int kMemory = (!C::kGroups ? 99 : C::DP == 64 ? 112 : 227) * 1024 - 512;              // of a block, beside the lists
+  static constexpr int kBlocks = !kHalf || kTeams == 3 ? 1 : C::DP == 64 ? 4 : 2;  // of a multiprocessor, by registers
+  static constexpr int kMemory = (kTeams == 3 ? 227 : C::kGroups ? 56 : 99) * 1024 - 512;  // of a block
   using Stage = UnitStage<typename C::T, C::DP, kUnits>;
   using Queries = TileStorage<typename C::T, C::DP, kPassRows>;
 };

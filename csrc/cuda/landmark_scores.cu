@@ -149,9 +149,11 @@ template <class T> __global__ void __launch_bounds__(32 * kCombineWarps) combine
   const auto part = [&](int split) { return (bh * p.splits + split) * x.M + m; };
 
   float maximum = -kInfinity;
+#pragma unroll 8
   for (int i = 0; i < p.splits; ++i) maximum = fmaxf(maximum, p.partial_state[2 * part(i)]);
   const float base = maximum == -kInfinity ? 0.0f : maximum;
   float sum = 0.0f, value[kMaxCudaHeadDim / 32] = {};
+#pragma unroll 8
   for (int i = 0; i < p.splits; ++i) {
     const float weight = exponential<T>(p.partial_state[2 * part(i)] - base);
     sum += weight * p.partial_state[2 * part(i) + 1];

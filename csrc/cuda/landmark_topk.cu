@@ -75,10 +75,10 @@ __global__ void __launch_bounds__(32 * kShortWarps) topk_short_kernel(const Land
 
 // ---- long rows -----------------------------------------------------------------------------------------------------
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kThreads = 128, kWarps = kThreads / 32;  // few: most of the time is latency, and many rows hide it
 constexpr int kSample = 4096;         // of the maxima, at most; fewer are all candidates
 constexpr int kMaxCapacity = 11264;   // candidates: 88 KB, within the 99 KB of the smallest devices
-constexpr int kCountedTopk = 512;     // up to here the chosen are put in order by counting
+constexpr int kCountedTopk = 256;     // up to here the chosen are put in order by counting
 using Sort = cub::BlockRadixSort<u32, kThreads, kMaxTopk / kThreads>;
 
 struct Selection {  // scratch of the functions below
@@ -102,7 +102,7 @@ template <class Value> __device__ u64 kth_largest(Selection& s, int n, int k, Va
   if (threadIdx.x == 0) s.prefix = known < 64 ? any >> known << known : 0, s.rank = k;
   for (;;) {
     const int shift = max(known - 8, 0);
-    if (threadIdx.x < 256) s.histogram[threadIdx.x] = 0;
+    for (int i = threadIdx.x; i < 256; i += kThreads) s.histogram[i] = 0;
     __syncthreads();
     const u64 prefix = s.prefix;
     const int rank = s.rank;
@@ -221,7 +221,8 @@ struct LongLayout {
   }
 };
 
-template <class T> __global__ void __launch_bounds__(kThreads) topk_long_kernel(const LandmarkParams p, const Sampling plan) {
+template <class C> __global__ void __launch_bounds__(kThreads, 7) topk_long_kernel(const LandmarkParams p, const Sampling plan) {
+  using T = typename C::T;
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ Selection selection;
   const Problem& x = p.problem;
@@ -236,30 +237,43 @@ template <class T> __global__ void __launch_bounds__(kThreads) topk_long_kernel(
   if (k == 0) return;
   choose_groups(selection, group, reinterpret_cast<u64*>(memory), p.scores + row * p.score_pitch, row_groups, groups, plan);
 
-  // A warp scores the keys of a group, four lanes each; a lane has every fourth 16 bytes of a row.
-  constexpr int kChunks = kMaxCudaHeadDim / kChunk<T> / 4;
+  // A warp scores the keys of a group or two at a time, four lanes each key; a lane has every fourth 16 bytes of a row.
+  constexpr int kChunks = C::DP / kChunk<T> / 4, kAtOnce = 4 / kChunks > 1 ? 2 : 1;
   const int chunks = x.D / kChunk<T>, quarter = lane % 4;
-  float z[kChunks][kChunk<T>];
-  const auto each_element = [&](const T* row, bool aligned, auto&& f) {
-    Vector<T> v[kChunks] = {};
+  const auto load = [&](Vector<T>(&v)[kChunks], const T* row, bool aligned) {
 #pragma unroll
     for (int i = 0; i < kChunks; ++i)
       if (const int c = quarter + 4 * i; c < chunks) v[i] = load_vector(row + c * kChunk<T>, aligned);
-#pragma unroll
-    for (int i = 0; i < kChunks; ++i)
-#pragma unroll
-      for (int e = 0; e < kChunk<T>; ++e) f(z[i][e], to_float(v[i].element[e]));
   };
-  each_element(head_rows<T>(p.landmarks, b, h, m), p.landmarks.aligned, [](float& z, float x) { z = x; });
+  __shared__ Vector<T> z[C::DP / kChunk<T>];
+  if (threadIdx.x < chunks) z[threadIdx.x] = load_vector(head_rows<T>(p.landmarks, b, h, m) + threadIdx.x * kChunk<T>, p.landmarks.aligned);
+  __syncthreads();
   const T* rows = head_rows<T>(p.k, b, h / (x.H / x.Hkv), keys.start);
-#pragma unroll 2
-  for (int g = threadIdx.x / 32; g < groups; g += kWarps) {
-    const int key = group[g] * kGroupKeys + lane / 4;
-    float score = 0.0f;
-    each_element(rows + min(key, keys.length - 1) * p.k.row, p.k.aligned, [&](float z, float x) { score = fmaf(z, x, score); });
-    score += __shfl_xor_sync(kAll, score, 1);
-    score += __shfl_xor_sync(kAll, score, 2);
-    if (quarter == 0) scores[g * kGroupKeys + lane / 4] = key < keys.length ? ordered(score) : 0;
+  for (int first = threadIdx.x / 32; first < groups; first += kAtOnce * kWarps) {
+    Vector<T> v[kAtOnce][kChunks] = {};
+    int key[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j)
+      if (const int g = first + j * kWarps; g < groups) {
+        key[j] = group[g] * kGroupKeys + lane / 4;
+        load(v[j], rows + min(key[j], keys.length - 1) * p.k.row, p.k.aligned);
+      }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j)
+      if (const int g = first + j * kWarps; g < groups) {
+        float score = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kChunks; ++i)
+          if (const int c = quarter + 4 * i; c < chunks) {
+            Vector<T> landmark;
+            landmark.bits = z[c].bits;
+#pragma unroll
+            for (int e = 0; e < kChunk<T>; ++e) score = fmaf(to_float(landmark.element[e]), to_float(v[j][i].element[e]), score);
+          }
+        score += __shfl_xor_sync(kAll, score, 1);
+        score += __shfl_xor_sync(kAll, score, 2);
+        if (quarter == 0) scores[g * kGroupKeys + lane / 4] = key[j] < keys.length ? ordered(score) : 0;
+      }
   }
   __syncthreads();
   choose(selection, chosen, groups * kGroupKeys, k, [&](int i) { return candidate(scores[i], group[i / kGroupKeys] * kGroupKeys + i % kGroupKeys); });
@@ -294,10 +308,10 @@ cudaError_t launch_landmark_topk(const LandmarkParams& p, cudaStream_t stream) {
   }
   const Sampling plan = sampling(ceil_div(x.keys.max_length, kGroupKeys), x.K);
   const std::size_t bytes = LongLayout(plan, x.K).bytes;
-  return dispatch_dtype(x.dtype, [&](auto element) {
-    using T = decltype(element);
-    if (cudaError_t status = allow_shared_memory(topk_long_kernel<T>, bytes)) return status;
-    topk_long_kernel<T><<<rows, kThreads, bytes, stream>>>(p, plan);
+  return dispatch(x.dtype, x.D, [&](auto config) {
+    using C = decltype(config);
+    if (cudaError_t status = allow_shared_memory(topk_long_kernel<C>, bytes)) return status;
+    topk_long_kernel<C><<<rows, kThreads, bytes, stream>>>(p, plan);
     return cudaGetLastError();
   });
 }

@@ -221,6 +221,7 @@ template <class T> __global__ void __launch_bounds__(32 * kFinishWarps) finish_k
   const auto part_row = [&](int part) { return landmark ? (std::int64_t(bh) * parts + part) * rows + row : at * parts + part; };
 
   float sums[3] = {0.0f, 0.0f, 0.0f};
+#pragma unroll 4
   for (int part = 0; part < parts; ++part)
 #pragma unroll
     for (int i = 0; i < 3; ++i) sums[i] += p.partial_sums[3 * part_row(part) + i];
@@ -229,6 +230,7 @@ template <class T> __global__ void __launch_bounds__(32 * kFinishWarps) finish_k
   T* dq = head_rows<T>(p.dq, bh / x.H, bh % x.H, sequence.start + row);
   for (int d = lane; d < x.D; d += 32) {
     float sum = 0.0f, kappa = 0.0f;
+#pragma unroll 8
     for (int part = 0; part < parts; ++part) {
       sum += p.partial[2 * part_row(part) * x.D + d];
       kappa += p.partial[(2 * part_row(part) + 1) * x.D + d];
