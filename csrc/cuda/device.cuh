@@ -225,6 +225,14 @@ template <int PENDING> __device__ inline void wait_loads() {
 #endif
 }
 
+// The same for a number that is known only here; less may stay under way.
+__device__ inline void wait_all_but(int pending) {
+  if (pending >= 3) wait_loads<3>();
+  else if (pending == 2) wait_loads<2>();
+  else if (pending == 1) wait_loads<1>();
+  else wait_loads<0>();
+}
+
 // Starts copying `count` numbers, number i from source(i), with all threads of the block; zeros where that is null.
 template <class Source> __device__ inline void load_numbers(std::uint32_t target, int count, Source source) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) {

@@ -12,6 +12,8 @@
 
 namespace mita {
 
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
 // Blocks that fill a large GPU once: 132 multiprocessors with 4 blocks each. A constant, so that results do not depend on the
 // device.
 constexpr int kBlocksOfAWave = 528;
@@ -21,22 +23,28 @@ constexpr int kBlocksOfAWave = 528;
 constexpr int kPassRows = 64;
 template <int BYTES, int DP> constexpr int kRowGradientRows = BYTES == 2 || DP == 64 ? kPassRows : 32;
 
-// Queries of one block, a power of two: the smallest tile that takes most experts whole, as the units that a block brings in cost
-// more than the rows that it leaves empty. Several passes in a block: its start is three dependent gathers.
-constexpr int kMaxAttentionTile = 512, kMaxRowGradientTile = 256;
+// Queries of one block: the smallest tile that takes most experts whole (two standard deviations above the average load), as the
+// units that a block brings in cost more than the rows that it leaves empty; or an even part of them, for enough blocks.
+constexpr int kMaxAttentionTile = 1024, kMaxRowGradientTile = 512;
 inline int tile_rows(int most, int entries_per_expert) {
-  int rows = 16;
-  while (2 * rows <= most && 2 * rows < 3 * entries_per_expert) rows *= 2;
-  return rows;
+  int spread = 0;
+  while (spread * spread < 4LL * entries_per_expert) ++spread;
+  const int expert = std::max(1, entries_per_expert + spread), rows = ceil_div(expert, ceil_div(expert, most));
+  return rows <= 16 ? 16 : rows <= 32 ? 32 : ceil_div(rows, kPassRows) * kPassRows;
 }
 // Several passes need a second set of queries in shared memory, for which fp32 and long index lists leave no room everywhere.
-inline int attention_tile_rows(Dtype dtype, int K, int entries_per_expert) {
-  return tile_rows(dtype == Dtype::fp32 || K > 512 ? kPassRows : kMaxAttentionTile, entries_per_expert);
+inline int attention_tile_rows(Dtype dtype, int K, int D, int entries_per_expert) {
+  return tile_rows(dtype == Dtype::fp32 || K > 512 ? kPassRows : D <= 64 ? kMaxAttentionTile / 2 : kMaxAttentionTile, entries_per_expert);
 }
-inline int row_gradient_tile_rows(Dtype dtype, int D, int entries_per_expert) {
-  const int pass = dtype != Dtype::fp32 ? kRowGradientRows<2, 128> : D <= 64 ? kRowGradientRows<4, 64> : kRowGradientRows<4, 128>;
-  return tile_rows(std::min(4 * pass, kMaxRowGradientTile), entries_per_expert);
-}
+inline int row_gradient_tile_rows(int entries_per_expert) { return tile_rows(kMaxRowGradientTile, entries_per_expert); }
+
+// Keys of a group that leaves one score, the largest: eight, or one where computing their scores again would move more than
+// storing all of them. H100: groups of four are no better anywhere.
+constexpr int kGroupKeys = 8;
+constexpr int kWarpKeys = 256;  // so many scores one warp selects from
+inline int group_keys(int L, int K, int D) { return L <= kWarpKeys || (L <= 4096 && L <= K * D) ? 1 : kGroupKeys; }
+// Floats between the rows of scores: whole tiles of the scoring kernel.
+__host__ __device__ inline std::int64_t score_pitch(int L, int group) { return (std::int64_t(L) + 63) / 64 * 64 / group; }
 
 // Queries whose key gradients one block sums: twice the average load, so that usual experts are one segment, and one expert
 // with all queries is still the work of many blocks.
@@ -48,8 +56,6 @@ struct Config {
   static constexpr int DP = DP_;          // padded head dimension
   static constexpr bool kGroups = GROUPS; // products by warpgroups, which all blocks consist of: sm_90a, 16-bit elements
 };
-
-__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // Upper bound, known on the host, of the tiles of `rows` queries that one head can have whatever its routing.
 __host__ __device__ inline int max_tiles(const Problem& x, int rows) {

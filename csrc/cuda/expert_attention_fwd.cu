@@ -19,7 +19,7 @@ template <class C> struct Layout : C {
   static constexpr int kTeams = C::kGroups && C::DP == 128 ? 3 : 1;      // at most
   static constexpr int kUnits = C::kGroups ? 64 : 32;                    // of one tile
   static constexpr int kBlocks = !kHalf || kTeams == 3 ? 1 : C::DP == 64 ? 4 : 2;  // of a multiprocessor, by registers
-  static constexpr int kMemory = (kTeams == 3 ? 227 : C::kGroups ? 56 : 99) * 1024 - 512;  // of a block
+  static constexpr int kMemory = (kTeams == 3 ? 227 : C::kGroups ? 56 : 99) * 1024;  // of a block
   using Stage = UnitStage<typename C::T, C::DP, kUnits>;
   using Queries = TileStorage<typename C::T, C::DP, kPassRows>;
 };
@@ -76,70 +76,75 @@ __global__ void __launch_bounds__(128 * Layout<C>::kTeams, Layout<C>::kBlocks) a
   if (x.s > 0) gathered = load_indices(indices, p.units.indices + (std::int64_t(bh) * x.M + work.expert) * x.K, x.K, span(x.keys, b).length);
   else __syncthreads();
   const auto units = UnitTiles<kUnits>::of(p.units.shared ? x.M : 0, gathered, window.of(*indices), true);
-  if (own_team < passes) load_queries(own_team);
   const bool resident = units.tiles <= layout.stages;
   const auto load_units = [&](int tile, int to) { units.load(stage[to], window, p.units, x, opaque(b), opaque(h), tile); };
-  int next = 0;  // the tile to load next, and its stage
-  for (; next < (resident ? units.tiles : layout.stages - 1); ++next) load_units(next, next), commit_loads();
-  if (resident) {
+  if (own_team < passes) load_queries(own_team);
+  const int under_way = layout.stages - 1;  // tiles, where they pass by
+  for (int tile = 0; tile < (resident ? units.tiles : under_way); ++tile) {
+    load_units(tile, tile);
+    if (resident && tile + 1 == units.tiles && own_team + layout.teams < passes) load_queries(own_team + layout.teams);
+    commit_loads();
+  }
+  if (units.tiles == 0) {
     commit_loads();
     wait_loads<0>();
     __syncthreads();
   }
 
-  int buffer = 0, next_buffer = next;  // the stages of the tile at hand and of the one to load
+  int pass = own_team;
+  // Waits for a tile; returns its stage.
+  const auto arrive = [&](int tile) {
+    if (resident) {
+      if (pass == own_team) {
+        wait_all_but(units.tiles - 1 - tile);
+        __syncthreads();
+      }
+      return tile;
+    }
+    wait_all_but(under_way - 1);
+    __syncthreads();
+    // The stage of the tile before is free now. The next pass begins with the first tile again.
+    const int at = pass / layout.teams * units.tiles + tile, coming = tile + under_way;
+    const bool wraps = coming >= units.tiles, last = pass - own_team + layout.teams >= passes;
+    if (tile == 0 && pass + layout.teams < passes) load_queries(pass + layout.teams);
+    if (!wraps || !last) load_units(wraps ? coming - units.tiles : coming, (at + under_way) % layout.stages);
+    commit_loads();
+    return at % layout.stages;
+  };
 #pragma unroll 1
-  for (int pass = own_team; resident ? pass < passes : pass - own_team < passes; pass += layout.teams) {
+  for (; (resident ? pass : pass - own_team) < passes || pass == own_team; pass += layout.teams) {  // the first one in step
     const auto own = [&](int i) { return pass * rows + 16 * warp + g + 8 * i; };  // entries of the lane's two rows
     const bool busy = C::kGroups ? pass < passes : pass * rows + 16 * warp < work.entries;
-    if (resident && pass >= layout.teams) {  // the first queries came with the units
+    if (resident && pass > own_team) {
       wait_loads<0>();
       team.sync();
+      if (pass + layout.teams < passes) load_queries(pass + layout.teams);
+      commit_loads();
     }
-    const bool more = pass + layout.teams < passes;
-    if (resident && more) load_queries(pass + layout.teams), commit_loads();
     OwnRows<C> q;
-    if (resident) q.load(queries_of(pass).from_row(own_rows<C>(warp)), lane);
     OnlineSoftmax<T> softmax;
     float out[DP / 8][4];
     clear(out);
     for (int tile = 0; tile < units.tiles; ++tile) {
-      if (resident) {
-        buffer = tile;
-      } else {
-        wait_products<C, 0>(out);
-        if (layout.stages == 2) wait_loads<0>();
-        else if (layout.stages == 3) wait_loads<1>();
-        else wait_loads<2>();
-        __syncthreads();
-        // The stage of the tile before is free now. The next pass begins with the first tile again.
-        if (next < units.tiles || pass - own_team + layout.teams < passes) {
-          if (next == units.tiles) next = 0;
-          if (tile == 0 && more) load_queries(pass + layout.teams);
-          load_units(next++, next_buffer);
-          next_buffer = next_buffer + 1 == layout.stages ? 0 : next_buffer + 1;
-        }
-        commit_loads();
-        if (tile == 0) q.load(queries_of(pass).from_row(own_rows<C>(warp)), lane);
-      }
-      if (busy) {
-        const bool dense = units.is_shared(tile);
-        float s[kTiles][4];
-        product<C>(s, q, stage[buffer].k.in(window), lane);
-        wait_products<C, 0>(s, out);
-        const float scale = positive_scale(s, (dense ? p.landmark_scale : p.scale) * kLogit<T>);
-        if (units.count(tile) < kUnits) mask_logits(s, units.count(tile), lane);
-        if (dense && slots > 1)  // only the first slot of a query has the shared units
+      if (!resident) wait_products<C, 0>(out);  // the stage of the tile before is free after the barrier
+      auto& at = stage[arrive(tile)];
+      if (tile == 0) q.load(queries_of(pass).from_row(own_rows<C>(warp)), lane);
+      if (!busy) continue;
+      float s[kTiles][4];
+      product<C>(s, q, at.k.in(window), lane);
+      wait_products<C, 0>(s, out);
+      const bool dense = units.is_shared(tile);
+      const float scale = positive_scale(s, (dense ? p.landmark_scale : p.scale) * kLogit<T>);
+      if (units.count(tile) < kUnits) mask_logits(s, units.count(tile), lane);
+      if (dense && slots > 1)  // only the first slot of a query has the shared units
 #pragma unroll
-          for (int i = 0; i < 2; ++i)
-            if (own(i) < work.entries && entries[own(i)] % slots != 0)
+        for (int i = 0; i < 2; ++i)
+          if (own(i) < work.entries && entries[own(i)] % slots != 0)
 #pragma unroll
-              for (int n = 0; n < kTiles; ++n) s[n][2 * i] = s[n][2 * i + 1] = -kInfinity;
-        softmax.update(s, scale, out);
-        Weights<T, kTiles> weights(s);
-        add_weighted_rows<C>(out, weights, stage[buffer].v.in(window), lane);
-      }
-      if (!resident) buffer = buffer + 1 == layout.stages ? 0 : buffer + 1;
+            for (int n = 0; n < kTiles; ++n) s[n][2 * i] = s[n][2 * i + 1] = -kInfinity;
+      softmax.update(s, scale, out);
+      Weights<T, kTiles> weights(s);
+      add_weighted_rows<C>(out, weights, at.v.in(window), lane);
     }
     wait_products<C, 0>(out);
     if (!busy) continue;

@@ -69,6 +69,9 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::kGroups && C::DP ==
   clear(values);
   const float scale = p.scale * kLogit<T>;
   const int m = m0 + 16 * warp + g;
+  const bool all_scores = p.group == 1;
+  const std::int64_t pitch = score_pitch(x.keys.max_length, p.group);
+  float* const row_scores = p.scores + (std::int64_t(bh) * x.M + m) * pitch;
 
   for (int tile = first_tile; tile < last_tile; ++tile) {
     if (tile + 1 < last_tile) load_stage(tile + 1);
@@ -93,27 +96,20 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::kGroups && C::DP ==
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       if (m + 8 * i < x.M) {
-        float* scores = p.scores + (std::int64_t(bh) * x.M + m + 8 * i) * p.score_pitch;
-        if (x.keys.max_length <= kStoredKeys) {
+        float* scores = row_scores + 8 * i * pitch + (all_scores ? lane_key : lane_key / kGroupKeys);
+        if (all_scores) {
 #pragma unroll
           for (int n = 0; n < kTiles; n += 2)
-            *reinterpret_cast<float4*>(scores + lane_key + 2 * n) = make_float4(s[n][2 * i], s[n][2 * i + 1], s[n + 1][2 * i], s[n + 1][2 * i + 1]);
+            *reinterpret_cast<float4*>(scores + 2 * n) = make_float4(s[n][2 * i], s[n][2 * i + 1], s[n + 1][2 * i], s[n + 1][2 * i + 1]);
         } else {
-          float highest[kTiles / 4];  // of each group
+          const auto highest = [&](int first) {  // looks over NaN, unless all are
+            float score = fmaxf(s[first][2 * i], s[first][2 * i + 1]);
 #pragma unroll
-          for (int group = 0; group < kTiles / 4; ++group) {
-            float& score = highest[group] = -kInfinity;  // fmaxf looks over NaN
-            bool number = false;
-#pragma unroll
-            for (int n = 4 * group; n < 4 * group + 4; ++n) score = fmaxf(score, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
-            if (score == -kInfinity) {
-#pragma unroll
-              for (int n = 4 * group; n < 4 * group + 4; ++n) number |= s[n][2 * i] == score || s[n][2 * i + 1] == score;
-              if (!number) score = NAN;
-            }
-          }
-          if constexpr (kTiles == 8) *reinterpret_cast<float2*>(scores + lane_key / kGroupKeys) = make_float2(highest[0], highest[1]);
-          else scores[lane_key / kGroupKeys] = highest[0];
+            for (int n = first + 1; n < first + kGroupKeys / 2; ++n) score = fmaxf(score, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
+            return score;
+          };
+          if constexpr (kTiles == kGroupKeys) *reinterpret_cast<float2*>(scores) = make_float2(highest(0), highest(kGroupKeys / 2));
+          else *scores = highest(0);
         }
       }
     const float positive = positive_scale(s, scale);

@@ -3,13 +3,13 @@
 // A candidate is one 64-bit number, ordered(score) above the complement of its key index: all candidates differ, so every
 // comparison is decided, and nothing depends on the timing of threads. Indices come out ascending; -1 fills the rest.
 //
-// short rows (L <= kStoredKeys): one warp per landmark, its scores in registers, the K-th largest by bisection over their 32
-//   bits, ties cut by position.
-// long rows: of each group of 8 consecutive keys only the largest score is known. The K best keys lie in the K best groups, in
-//   the total order of maxima and group indices: K groups in front of a key's would hold K keys in front of it. One block per landmark
+// short rows (L <= kWarpKeys): one warp per landmark, its scores in registers, the K-th largest by bisection over their 32 bits,
+//   ties cut by position.
+// long rows: of each group of consecutive keys only the largest score is known. The K best keys lie in the K best groups, in the
+//   total order of maxima and group indices: K groups in front of a key's would hold K keys in front of it. One block per landmark
 //   1. takes the K best groups. Where there are many, a rank of a stratified sample so low that fewer than K maxima above it are
 //      a 6-sigma event cuts them down first; should it have left fewer than K or more than fit, all of them are looked at,
-//   2. computes the scores of their 8 K keys again,
+//   2. computes the scores of their keys again,
 //   3. takes the K best of those.
 #include <cub/block/block_radix_sort.cuh>
 
@@ -34,14 +34,14 @@ __device__ u32 index_of(u64 candidate) { return kAll - static_cast<u32>(candidat
 
 // ---- short rows ----------------------------------------------------------------------------------------------------
 
-constexpr int kShortWarps = 4, kLaneKeys = kStoredKeys / 32;
+constexpr int kShortWarps = 4, kLaneKeys = kWarpKeys / 32;
 
 __global__ void __launch_bounds__(32 * kShortWarps) topk_short_kernel(const LandmarkParams p) {
   const Problem& x = p.problem;
   const std::int64_t row = std::int64_t(blockIdx.x) * kShortWarps + threadIdx.x / 32;
   if (row >= std::int64_t(x.B) * x.H * x.M) return;
   const int lane = threadIdx.x % 32, length = span(x.keys, static_cast<int>(row / x.M / x.H)).length, k = min(x.K, length);
-  const float* scores = p.scores + row * p.score_pitch;
+  const float* scores = p.scores + row * score_pitch(x.keys.max_length, 1);
   std::int32_t* indices = p.indices + row * x.K;
 
   u32 key[kLaneKeys];
@@ -75,9 +75,8 @@ __global__ void __launch_bounds__(32 * kShortWarps) topk_short_kernel(const Land
 
 // ---- long rows -----------------------------------------------------------------------------------------------------
 
-constexpr int kThreads = 128, kWarps = kThreads / 32;  // few: most of the time is latency, and many rows hide it
-constexpr int kSample = 4096;         // of the maxima, at most; fewer are all candidates
-constexpr int kMaxCapacity = 11264;   // candidates: 88 KB, within the 99 KB of the smallest devices
+constexpr int kThreads = 128;         // few: most of the time is latency, and many rows hide it
+constexpr int kMinCapacity = 2048, kMaxCapacity = 11264;  // candidates: 88 KB, within the 99 KB of the smallest devices
 constexpr int kCountedTopk = 256;     // up to here the chosen are put in order by counting
 using Sort = cub::BlockRadixSort<u32, kThreads, kMaxTopk / kThreads>;
 
@@ -140,11 +139,11 @@ struct Sampling {
   int stride, rank, capacity;
 };
 __host__ __device__ inline Sampling sampling(int groups, int K) {
-  if (groups <= kSample) return {1, 0, groups};
-  const int stride = (groups + kSample - 1) / kSample;
+  if (groups <= kMinCapacity) return {1, 0, groups};
+  const int sample = max(1024, min(groups / 32, 4096)), stride = (groups + sample - 1) / sample;  // H100: fewer leave more candidates, more sort longer
   const float mean = static_cast<float>(K) / stride;
   const int rank = static_cast<int>(mean + 6.0f * sqrtf(mean) + 5.0f);
-  return {stride, rank, min(kMaxCapacity, max(kSample, 2 * stride * rank))};
+  return {stride, rank, min(kMaxCapacity, max(max(kMinCapacity, sample), 2 * stride * rank))};
 }
 
 // The indices of the k largest candidates, in any order.
@@ -210,73 +209,79 @@ __device__ void choose_groups(Selection& s, u32* chosen, u64* candidates, const 
   else choose(s, chosen, count, k, in_candidates);
 }
 
-// Dynamic shared memory: candidates, or the scores of 8 K keys, or what sorting needs; then K groups and the chosen keys.
+// Dynamic shared memory: candidates, or the scores of K groups, or what sorting needs; then K groups and the chosen keys.
 struct LongLayout {
   std::size_t groups, keys, bytes;
-  __host__ __device__ LongLayout(const Sampling& plan, int K) {
-    groups = max(plan.capacity * sizeof(u64), K * kGroupKeys * sizeof(u32));
+  __host__ __device__ LongLayout(const Sampling& plan, int K, int group) {
+    groups = max(plan.capacity * sizeof(u64), (K * group + 1) / 2 * 2 * sizeof(u32));
     if (K > kCountedTopk) groups = max(groups, (sizeof(typename Sort::TempStorage) + 7) / 8 * 8);
     keys = groups + K * sizeof(u32);
     bytes = keys + (K > kCountedTopk ? kMaxTopk : K) * sizeof(u32);
   }
 };
 
-template <class C> __global__ void __launch_bounds__(kThreads, 7) topk_long_kernel(const LandmarkParams p, const Sampling plan) {
+// The k best keys of the chosen groups, whose scores are computed again.
+template <class C> __device__ void choose_keys(Selection& s, u32* chosen, const u32* group, int groups, int k, u32* scores, const LandmarkParams& p, int bh, int m) {
   using T = typename C::T;
-  extern __shared__ __align__(16) unsigned char memory[];
-  __shared__ Selection selection;
   const Problem& x = p.problem;
-  const LongLayout layout(plan, x.K);
-  u32 *const scores = reinterpret_cast<u32*>(memory), *const group = reinterpret_cast<u32*>(memory + layout.groups), *const chosen = reinterpret_cast<u32*>(memory + layout.keys);
-  const std::int64_t row = blockIdx.x;
-  const int m = static_cast<int>(row % x.M), bh = static_cast<int>(row / x.M), b = bh / x.H, h = bh % x.H, lane = threadIdx.x % 32;
+  const int b = bh / x.H, h = bh % x.H, lane = threadIdx.x % 32;
   const Span keys = span(x.keys, b);
-  std::int32_t* indices = p.indices + row * x.K;
-  const int k = min(x.K, keys.length), row_groups = ceil_div(keys.length, kGroupKeys), groups = min(x.K, row_groups);
-  for (int i = k + threadIdx.x; i < x.K; i += kThreads) indices[i] = -1;
-  if (k == 0) return;
-  choose_groups(selection, group, reinterpret_cast<u64*>(memory), p.scores + row * p.score_pitch, row_groups, groups, plan);
-
-  // A warp scores the keys of a group or two at a time, four lanes each key; a lane has every fourth 16 bytes of a row.
-  constexpr int kChunks = C::DP / kChunk<T> / 4, kAtOnce = 4 / kChunks > 1 ? 2 : 1;
+  const int count = groups * kGroupKeys;  // keys, eight to a warp: four lanes each, a lane has every fourth 16 bytes of a row
+  const auto key_of = [&](int i) { return static_cast<int>(group[i / kGroupKeys] * kGroupKeys) + i % kGroupKeys; };
+  constexpr int kChunks = C::DP / kChunk<T> / 4, kAtOnce = kChunks > 2 ? 1 : 2;
   const int chunks = x.D / kChunk<T>, quarter = lane % 4;
-  const auto load = [&](Vector<T>(&v)[kChunks], const T* row, bool aligned) {
-#pragma unroll
-    for (int i = 0; i < kChunks; ++i)
-      if (const int c = quarter + 4 * i; c < chunks) v[i] = load_vector(row + c * kChunk<T>, aligned);
-  };
   __shared__ Vector<T> z[C::DP / kChunk<T>];
   if (threadIdx.x < chunks) z[threadIdx.x] = load_vector(head_rows<T>(p.landmarks, b, h, m) + threadIdx.x * kChunk<T>, p.landmarks.aligned);
   __syncthreads();
   const T* rows = head_rows<T>(p.k, b, h / (x.H / x.Hkv), keys.start);
-  for (int first = threadIdx.x / 32; first < groups; first += kAtOnce * kWarps) {
+  for (int first = threadIdx.x / 4; first - lane / 4 < count; first += kAtOnce * kThreads / 4) {
     Vector<T> v[kAtOnce][kChunks] = {};
     int key[kAtOnce];
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j)
-      if (const int g = first + j * kWarps; g < groups) {
-        key[j] = group[g] * kGroupKeys + lane / 4;
-        load(v[j], rows + min(key[j], keys.length - 1) * p.k.row, p.k.aligned);
+      if (const int i = first + j * kThreads / 4; i < count) {
+        key[j] = key_of(i);
+        const T* row = rows + min(key[j], keys.length - 1) * p.k.row;
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c)
+          if (quarter + 4 * c < chunks) v[j][c] = load_vector(row + (quarter + 4 * c) * kChunk<T>, p.k.aligned);
       }
 #pragma unroll
-    for (int j = 0; j < kAtOnce; ++j)
-      if (const int g = first + j * kWarps; g < groups) {
-        float score = 0.0f;
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = first + j * kThreads / 4;
+      float score = 0.0f;
 #pragma unroll
-        for (int i = 0; i < kChunks; ++i)
-          if (const int c = quarter + 4 * i; c < chunks) {
-            Vector<T> landmark;
-            landmark.bits = z[c].bits;
+      for (int c = 0; c < kChunks; ++c)
+        if (quarter + 4 * c < chunks) {
+          Vector<T> landmark;
+          landmark.bits = z[quarter + 4 * c].bits;
 #pragma unroll
-            for (int e = 0; e < kChunk<T>; ++e) score = fmaf(to_float(landmark.element[e]), to_float(v[j][i].element[e]), score);
-          }
-        score += __shfl_xor_sync(kAll, score, 1);
-        score += __shfl_xor_sync(kAll, score, 2);
-        if (quarter == 0) scores[g * kGroupKeys + lane / 4] = key[j] < keys.length ? ordered(score) : 0;
-      }
+          for (int e = 0; e < kChunk<T>; ++e) score = fmaf(to_float(landmark.element[e]), to_float(v[j][c].element[e]), score);
+        }
+      score += __shfl_xor_sync(kAll, score, 1);
+      score += __shfl_xor_sync(kAll, score, 2);
+      if (quarter == 0 && i < count) scores[i] = key[j] < keys.length ? ordered(score) : 0;
+    }
   }
   __syncthreads();
-  choose(selection, chosen, groups * kGroupKeys, k, [&](int i) { return candidate(scores[i], group[i / kGroupKeys] * kGroupKeys + i % kGroupKeys); });
+  choose(s, chosen, count, k, [&](int i) { return candidate(scores[i], key_of(i)); });
+}
+
+template <class C> __global__ void __launch_bounds__(kThreads, 7) topk_long_kernel(const LandmarkParams p, const Sampling plan) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  __shared__ Selection selection;
+  const Problem& x = p.problem;
+  const LongLayout layout(plan, x.K, p.group);
+  u32 *const group = reinterpret_cast<u32*>(memory + layout.groups), *const chosen = reinterpret_cast<u32*>(memory + layout.keys);
+  const std::int64_t row = blockIdx.x;
+  const int m = static_cast<int>(row % x.M), bh = static_cast<int>(row / x.M);
+  const Span keys = span(x.keys, bh / x.H);
+  std::int32_t* indices = p.indices + row * x.K;
+  const int k = min(x.K, keys.length), row_groups = ceil_div(keys.length, p.group), groups = min(x.K, row_groups);
+  for (int i = k + threadIdx.x; i < x.K; i += kThreads) indices[i] = -1;
+  if (k == 0) return;
+  choose_groups(selection, p.group == 1 ? chosen : group, reinterpret_cast<u64*>(memory), p.scores + row * score_pitch(x.keys.max_length, p.group), row_groups, groups, plan);
+  if (p.group > 1) choose_keys<C>(selection, chosen, group, groups, k, reinterpret_cast<u32*>(memory), p, bh, m);
 
   if (x.K <= kCountedTopk) {
     for (int i = threadIdx.x; i < k; i += kThreads) {
@@ -302,12 +307,12 @@ cudaError_t launch_landmark_topk(const LandmarkParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
   if (x.K < 1 || x.K > kMaxTopk) return cudaErrorInvalidValue;
   const unsigned rows = static_cast<unsigned>(x.B) * x.H * x.M;
-  if (x.keys.max_length <= kStoredKeys) {
+  if (x.keys.max_length <= kWarpKeys) {
     topk_short_kernel<<<(rows + kShortWarps - 1) / kShortWarps, 32 * kShortWarps, 0, stream>>>(p);
     return cudaGetLastError();
   }
-  const Sampling plan = sampling(ceil_div(x.keys.max_length, kGroupKeys), x.K);
-  const std::size_t bytes = LongLayout(plan, x.K).bytes;
+  const Sampling plan = sampling(ceil_div(x.keys.max_length, p.group), x.K);
+  const std::size_t bytes = LongLayout(plan, x.K, p.group).bytes;
   return dispatch(x.dtype, x.D, [&](auto config) {
     using C = decltype(config);
     if (cudaError_t status = allow_shared_memory(topk_long_kernel<C>, bytes)) return status;

@@ -93,16 +93,16 @@ struct Landmarked {
 };
 
 Landmarked landmark_stage(const Context& context, const Problem& x, const Tensor& landmarks, const Tensor& key, const Tensor& value, float scale) {
-  const int64_t BH = heads(x), L = x.keys.max_length, pitch = score_pitch(x.keys.max_length);
-  const int splits = parts(BH * ceil_div(x.M, 128), L);
+  const int64_t BH = heads(x);
+  const int L = x.keys.max_length, group = group_keys(L, x.K, x.D), splits = parts(BH * ceil_div(x.M, 128), L);
   Landmarked result{ints(landmarks, {x.B, x.H, x.M, x.K}), at::empty({x.B, x.H, x.M, x.D}, landmarks.options()), floats(landmarks, {x.B, x.H, x.M})};
-  const Tensor scores = floats(landmarks, {BH, x.M, pitch}), values = floats(landmarks, {BH, splits, x.M, x.D}), state = floats(landmarks, {BH, splits, x.M, 2});
+  const Tensor scores = floats(landmarks, {BH, x.M, score_pitch(L, group)}), values = floats(landmarks, {BH, splits, x.M, x.D}), state = floats(landmarks, {BH, splits, x.M, 2});
   LandmarkParams p{};
   p.problem = x;
   p.scale = scale;
   p.landmarks = rows(landmarks), p.k = rows(key), p.v = rows(value);
   p.splits = splits;
-  p.score_pitch = pitch;
+  p.group = group;
   p.scores = scores.data_ptr<float>();
   p.partial_values = values.data_ptr<float>();
   p.partial_state = state.data_ptr<float>();
@@ -160,7 +160,7 @@ std::tuple<Tensor, Tensor> attention_stage(const Context& context, const Problem
   const int N = x.queries.max_length;
   Tensor out = at::empty({x.B, x.H, N, x.D}, query.options()), lse = floats(query, {x.B, x.H, N});
   if (lse.numel() == 0) return {out, lse};
-  const Grouped grouped = group_stage(context, x, experts, attention_tile_rows(x.dtype, x.K, entries_per_expert(x)));
+  const Grouped grouped = group_stage(context, x, experts, attention_tile_rows(x.dtype, x.K, x.D, entries_per_expert(x)));
   Tensor partial_out, partial_lse;
   AttentionParams p{};
   p.problem = x;
@@ -391,7 +391,7 @@ AttentionGradient attention_gradient(const Problem& x, const Tensor& dout, const
   if (lse.numel() == 0) return {zeros(query), zeros(key), zeros(value), zeros(landmarks), zeros(compressed)};
   AttentionGradient result;
   const Softmax softmax(context, x, query, dout, out, lse, dlse);
-  const Grouped grouped = group_stage(context, x, experts, row_gradient_tile_rows(x.dtype, x.D, entries_per_expert(x)));
+  const Grouped grouped = group_stage(context, x, experts, row_gradient_tile_rows(entries_per_expert(x)));
   result.dquery = query_gradient_stage(context, x, softmax, units(shared_expert, landmarks, compressed, key, value, indices), grouped.groups, scale, landmark_scale);
 
   const OptionalTensor none;  // the lse of the landmarks is no output

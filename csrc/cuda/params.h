@@ -49,28 +49,21 @@ struct PoolBackwardParams {
   Rows dq;                     // [B, H, N, D], aligned
 };
 
-// Scores, compressed values and top-K keys of every landmark. The scores of more than kStoredKeys keys are not stored: of each
-// group of consecutive keys only the largest one is, and NaN where none is a number.
-constexpr int kStoredKeys = 256, kGroupKeys = 8;
-
+// Scores, compressed values and top-K keys of every landmark. Not the scores are stored, but the largest one of each group of
+// consecutive keys, NaN where none is a number.
 struct LandmarkParams {
   Problem problem;
   float scale;
   Rows landmarks, k, v;        // [B, H, M, D], [B, Hkv, L, D] twice
   int splits;                  // parts of the key range, each with its own partial softmax
-  std::int64_t score_pitch;    // floats between the rows of `scores`
-  float* scores;               // [BH, M, score_pitch], unscaled, every bit of fp32: of the keys, or of their groups
+  int group;                   // group_keys(L, K, D)
+  float* scores;               // [BH, M, score_pitch(L, group)], unscaled, every bit of fp32
   float* partial_values;       // [BH, splits, M, D], not yet divided by the sums
   float* partial_state;        // [BH, splits, M, 2]: maximum, sum
   std::int32_t* indices;       // [B, H, M, K], ascending; -1 where a sequence has fewer keys
   void* compressed;            // [B, H, M, D], contiguous
   float* lse;                  // [B, H, M]
 };
-
-inline std::int64_t score_pitch(int keys) {
-  const std::int64_t whole_tiles = (std::int64_t(keys) + 63) / 64 * 64;
-  return keys <= kStoredKeys ? whole_tiles : whole_tiles / kGroupKeys;
-}
 
 struct RouteParams {
   Problem problem;

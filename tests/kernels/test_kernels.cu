@@ -406,12 +406,12 @@ void run(const Case& c) {
   const Rows z_rows = c.integers ? given.rows : pooled.view();
 
   // landmark scores, compressed values, lse
-  const int pitch = static_cast<int>(score_pitch(L));
+  const int group = group_keys(L, K, D), pitch = static_cast<int>(score_pitch(L, group));
   Buffer<float> scores(std::size_t(BH) * M * pitch), partial_values(std::size_t(BH) * kSplits * M * D), partial_state(std::size_t(BH) * kSplits * M * 2);
   Buffer<std::int32_t> indices(std::size_t(BH) * M * K);
   Buffer<float> landmark_lse(std::size_t(BH) * M);
   const Output compressed(dtype, B, H, M, D);
-  const LandmarkParams landmark{problem, scale, z_rows, k.rows, v.rows, kSplits, pitch, scores.data, partial_values.data, partial_state.data,
+  const LandmarkParams landmark{problem, scale, z_rows, k.rows, v.rows, kSplits, group, scores.data, partial_values.data, partial_state.data,
                                 indices.data, compressed.memory.data, landmark_lse.data};
   RUN(launch_landmark_scores(landmark, 0));
   const auto got_scores = scores.get();
@@ -427,8 +427,7 @@ void run(const Case& c) {
   each_head([&](int b, int h, int bh, int g) {
     const auto units = landmark_units(b, g, nullptr, nullptr);
     for (int m = 0; m < M; ++m) {
-      const int group = L <= kStoredKeys ? 1 : kGroupKeys;  // of keys that leave one score, the largest
-      for (int j = 0; j < keys.each[b]; ++j) {
+      for (int j = 0; j < keys.each[b]; ++j) {  // a group leaves one score, the largest
         const double score = dot(z.row(b, h, m), k.host.row(b, g, j), D);
         if (j % group == 0) want_scores.push_back(score), seen_scores.push_back(got_scores[(std::size_t(bh) * M + m) * pitch + j / group]);
         want_scores.back() = std::max(want_scores.back(), score);
@@ -489,7 +488,7 @@ void run(const Case& c) {
 
   // grouping of the queries by expert: one table of tiles for the forward, one for the backward
   const int per_expert = std::max(1, N * s / M);
-  const Grouping grouping(problem, attention_tile_rows(dtype, K, per_expert)), backward_grouping(problem, row_gradient_tile_rows(dtype, D, per_expert));
+  const Grouping grouping(problem, attention_tile_rows(dtype, K, D, per_expert)), backward_grouping(problem, row_gradient_tile_rows(per_expert));
   for (const Grouping* g : {&grouping, &backward_grouping}) {
     if (s == 0) break;
     RUN(launch_group(g->params(problem, experts.data), 0));
@@ -675,8 +674,8 @@ void run(const Case& c) {
 // ---- top-K on rows that no product would make ----------------------------------------------------------------------
 
 // Scores of any kind: a landmark (1, 0, ...) and keys (score, 0, ...), one batch element for each row.
-void run_topk(const char* name, int L, int K, const std::function<float(int row, int key)>& score) {
-  context = std::string("topk ") + name + " L=" + std::to_string(L) + " K=" + std::to_string(K);
+void run_topk(const char* name, int L, int K, int group, const std::function<float(int row, int key)>& score) {
+  context = std::string("topk ") + name + " L=" + std::to_string(L) + " K=" + std::to_string(K) + " group=" + std::to_string(group);
   constexpr int B = 3, D = 8;
   std::vector<float> host(std::size_t(B) * L * D, 0.0f), one(B * D, 0.0f);
   for (int b = 0; b < B; ++b) {
@@ -684,11 +683,11 @@ void run_topk(const char* name, int L, int K, const std::function<float(int row,
     for (int j = 0; j < L; ++j) host[(std::size_t(b) * L + j) * D] = score(b, j);
   }
   const Buffer<float> keys(host), landmark(one);
-  const std::int64_t pitch = score_pitch(L);
+  const std::int64_t pitch = score_pitch(L, group);
   Buffer<float> scores(B * pitch), values(B * D), state(B * 2), compressed(B * D), lse(B);
   Buffer<std::int32_t> indices(std::size_t(B) * K);
   const auto rows = [&](const Buffer<float>& x, int count) { return Rows{x.data, std::int64_t(count) * D, std::int64_t(count) * D, D, true}; };
-  const LandmarkParams p{{Dtype::fp32, B, 1, 1, 1, K, 1, D, {L, nullptr, nullptr}, {L, nullptr, nullptr}}, 1.0f, rows(landmark, 1), rows(keys, L), rows(keys, L), 1, pitch,
+  const LandmarkParams p{{Dtype::fp32, B, 1, 1, 1, K, 1, D, {L, nullptr, nullptr}, {L, nullptr, nullptr}}, 1.0f, rows(landmark, 1), rows(keys, L), rows(keys, L), 1, group,
                          scores.data, values.data, state.data, indices.data, compressed.data, lse.data};
   RUN(launch_landmark_scores(p, 0));
   RUN(launch_landmark_topk(p, 0));
@@ -703,26 +702,27 @@ void run_topk(const char* name, int L, int K, const std::function<float(int row,
   expect(indices.get() == want, "indices, exactly");
 }
 
-void run_topk_rows() {
+void run_topk_rows(int group) {
   const int sizes[][2] = {{40, 7}, {256, 256}, {257, 31}, {1000, 64}, {2048, 2048}, {3000, 64}, {5001, 2048}, {20000, 700}, {70000, 256}, {200001, 128}};
   for (const auto& size : sizes) {
     const int L = size[0], K = size[1];
+    if (L <= kWarpKeys && group > 1) continue;
     const auto noise = [](int m, int j) {
       std::uint32_t x = (j + 1) * 2654435761u ^ (m + 1) * 40503u;
       x ^= x >> 15, x *= 2246822519u, x ^= x >> 13;
       return static_cast<float>(static_cast<std::int32_t>(x)) * 0x1p-31f;
     };
-    run_topk("noise", L, K, noise);
-    run_topk("all equal", L, K, [](int, int) { return 1.0f; });
-    run_topk("three plateaus", L, K, [](int m, int j) { return static_cast<float>((j + m) % 3); });
-    run_topk("ascending", L, K, [](int, int j) { return static_cast<float>(j); });
-    run_topk("descending", L, K, [](int, int j) { return -static_cast<float>(j); });
-    run_topk("best at the end", L, K, [&](int m, int j) { return noise(m, j) + (j > L - K - 5 ? 10.0f : 0.0f); });
-    run_topk("zeros of both signs", L, K, [](int m, int j) { return (j + m) % 2 ? 0.0f : -0.0f; });
-    run_topk("NaN and infinities", L, K, [&](int m, int j) {
+    run_topk("noise", L, K, group, noise);
+    run_topk("all equal", L, K, group, [](int, int) { return 1.0f; });
+    run_topk("three plateaus", L, K, group, [](int m, int j) { return static_cast<float>((j + m) % 3); });
+    run_topk("ascending", L, K, group, [](int, int j) { return static_cast<float>(j); });
+    run_topk("descending", L, K, group, [](int, int j) { return -static_cast<float>(j); });
+    run_topk("best at the end", L, K, group, [&](int m, int j) { return noise(m, j) + (j > L - K - 5 ? 10.0f : 0.0f); });
+    run_topk("zeros of both signs", L, K, group, [](int m, int j) { return (j + m) % 2 ? 0.0f : -0.0f; });
+    run_topk("NaN and infinities", L, K, group, [&](int m, int j) {
       return j % 5 == m ? NAN : j % 7 == 0 ? INFINITY : j % 11 == 0 ? -INFINITY : noise(m, j);
     });
-    run_topk("nearly all NaN", L, K, [](int m, int j) { return j % 97 == m ? 1.0f : NAN; });
+    run_topk("nearly all NaN", L, K, group, [](int m, int j) { return j % 97 == m ? 1.0f : NAN; });
   }
 }
 
@@ -730,7 +730,8 @@ void run_topk_rows() {
 
 int main() {
   for (const Case& c : kCases) run(c);
-  run_topk_rows();
+  run_topk_rows(1);
+  run_topk_rows(kGroupKeys);
   std::printf("%d checks, %d failed\n", checks, failures);
   return failures ? 1 : 0;
 }
