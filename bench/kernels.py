@@ -29,7 +29,7 @@ def with_probes(source: Path) -> str:
     """The source, plus one empty kernel per configuration whose name holds the size of its dynamic shared memory: the
     compiler reports names, but not what a launch will ask for."""
     text = f'#include "{source}"\n'
-    if "struct Layout" in source.read_text():
+    if "struct Shared {" in source.read_text():
         text += "namespace mita { template <class C, int bytes> __global__ void probe() {}\n"
         widths = re.findall(r"Config<T, (\d+)>", (SOURCES / "dispatch.h").read_text())
         for dtype, width, groups in product(("__nv_bfloat16", "__half", "float"), widths, ("false", "true")):
@@ -64,7 +64,7 @@ def report(nvcc: str, source: Path, arch: str) -> list[tuple[str, ...]]:
             continue
         static = re.search(r"(\d+) bytes smem", entry["rest"])
         shared = str((int(static[1]) if static else 0) + (dynamic.get(config[1], 0) if (config := CONFIG.search(name)) else 0))
-        if not config and name.split("<")[0] in sized_by_input:
+        if not (config and config[1] in dynamic) and name.split("<")[0] in sized_by_input:
             shared += " + by input"
         spilled = int(entry["stores"]) + int(entry["loads"])
         rows.append((source.name, name, arch, entry["registers"], shared, entry["stack"], str(spilled)))

@@ -1,7 +1,7 @@
 // Gather, softmax and product in one kernel: every query attends to the M shared units (landmarks, compressed values) and to
 // the K keys of its expert, in one online softmax.
 //
-// attention: one block per tile of queries of one expert (found in the tile table). A team, the block or each of its warpgroups,
+// attention: one block per tile of queries of one expert (from the list of work). A team, the block or each of its warpgroups,
 //   takes 64 queries or fewer at a time, one warp 16 of them, while the next ones are on their way. Units come in tiles: first the
 //   shared units, as dense rows, then the expert's keys and values, gathered by index. Where all of them fit in shared
 //   memory they stay there, and the teams need not wait for each other; else they pass by, in step, for every pass of all teams.

@@ -165,7 +165,9 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   const int length = compress ? p.landmark_rows : span(x.queries, b).length;
   const int rows = compress ? length : routed ? p.groups.segment_rows : ceil_div(ceil_div(length, kRows), parts) * kRows;
   const int experts = routed ? x.s : 0;
-  const Work work = find_work(p.groups.segments, x, experts, bh, length, part, rows);
+  __shared__ Work work;  // there are no registers left for it
+  if (threadIdx.x == 0) work = find_work(p.groups.segments, x, experts, bh, length, part, rows);
+  __syncthreads();
   if (routed && work.entries <= 0) return;
   const int tiles = max(0, ceil_div(work.entries, kRows)), steps = compress ? tiles * group : tiles;
 
@@ -219,7 +221,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
     auto& stage = shared.stage[step & 1];
     float probability[kTiles][4], gradient[kTiles][4];
     product<C>(probability, k, stage.q.in(window), lane);
-    product<C>(gradient, v, stage.dout.in(window), lane);
+    if constexpr (C::kGroups) product<C>(gradient, v, stage.dout.in(window), lane);  // under way meanwhile
     wait_products<C, 1>(probability);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
@@ -236,6 +238,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
     }
     Weights<T, kTiles> weights(probability);
     add_weighted_rows<C>(dv, weights, stage.dout.in(window), lane);
+    if constexpr (!C::kGroups) product<C>(gradient, v, stage.dout.in(window), lane);  // not before: registers
     wait_products<C, 1>(gradient);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {

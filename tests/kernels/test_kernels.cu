@@ -722,6 +722,15 @@ void run_topk_rows(int group) {
     run_topk("NaN and infinities", L, K, group, [&](int m, int j) {
       return j % 5 == m ? NAN : j % 7 == 0 ? INFINITY : j % 11 == 0 ? -INFINITY : noise(m, j);
     });
+    // As the kernel samples long rows: only the sampled groups are good, or only they are bad, and its threshold is far off.
+    const int groups = parts_of(L, group), stride = parts_of(groups, std::max(1024, std::min(groups / 32, 4096)));
+    const auto sampled = [&](int j) {
+      std::uint32_t hash = (j / group / stride + 1) * 0x9e3779b9u;
+      hash = (hash ^ (hash >> 15)) * 0x85ebca6bu;
+      return j / group % stride == static_cast<int>((hash ^ (hash >> 13)) % stride);
+    };
+    run_topk("good where sampled", L, K, group, [&](int m, int j) { return noise(m, j) + (sampled(j) ? 10.0f : 0.0f); });
+    run_topk("bad where sampled", L, K, group, [&](int m, int j) { return noise(m, j) - (sampled(j) ? 10.0f : 0.0f); });
     run_topk("nearly all NaN", L, K, group, [](int m, int j) { return j % 97 == m ? 1.0f : NAN; });
   }
 }
