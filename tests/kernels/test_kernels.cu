@@ -703,7 +703,7 @@ void run_topk(const char* name, int L, int K, int group, const std::function<flo
 }
 
 void run_topk_rows(int group) {
-  const int sizes[][2] = {{40, 7}, {256, 256}, {257, 31}, {1000, 64}, {2048, 2048}, {3000, 64}, {5001, 2048}, {20000, 700}, {70000, 256}, {200001, 128}};
+  const int sizes[][2] = {{40, 7}, {256, 256}, {257, 31}, {2048, 2048}, {5001, 2048}, {20000, 700}, {200001, 128}};
   for (const auto& size : sizes) {
     const int L = size[0], K = size[1];
     if (L <= kWarpKeys && group > 1) continue;
