@@ -370,6 +370,8 @@ template <int DP> struct Matrix {
   __device__ std::uint64_t at(int offset) const { return std::uint64_t(8 * DP * 2 >> 4 | 1 << 30) << 32 | (low + (offset >> 4)); }
 };
 
+using Operand = std::uint32_t[4];  // [64 x 16] of A in registers, a lane's share
+
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 template <class... Registers> __device__ inline void begin_products(Registers&... registers) {
   (pin(registers), ...);
@@ -380,7 +382,6 @@ __device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync
 // acc = A B^T or acc += A B^T, A [64 x 16] and B [64 x 16] in shared memory.
 template <class T> __device__ inline void wgmma(float (&acc)[8][4], std::uint64_t a, std::uint64_t b, bool accumulate);
 // acc += A B, A [64 x 16] in registers, B [16 x 64] or [16 x 128] in shared memory.
-using Operand = std::uint32_t[4];
 template <class T> __device__ inline void wgmma(float (&acc)[8][4], const Operand& a, std::uint64_t b);
 template <class T> __device__ inline void wgmma(float (&acc)[16][4], const Operand& a, std::uint64_t b);
 
@@ -422,7 +423,6 @@ template <class C, int PENDING, class... Registers> __device__ inline void wait_
 #else  // kernels of warpgroups are never launched on other architectures
 template <class... Registers> __device__ inline void begin_products(Registers&...) { __trap(); }
 __device__ inline void commit_products() {}
-using Operand = std::uint32_t[4];
 template <class T> __device__ inline void wgmma(float (&)[8][4], std::uint64_t, std::uint64_t, bool) {}
 template <class T, int N> __device__ inline void wgmma(float (&)[N][4], const Operand&, std::uint64_t) {}
 template <class C, int PENDING, class... Registers> __device__ inline void wait_products(Registers&...) {}
@@ -432,7 +432,6 @@ template <class C, int PENDING, class... Registers> __device__ inline void wait_
 
 // The first operand of `product`. Rows of one warp in shared memory, read again for every product:
 template <class T, int DP> struct SharedRows {
-  static constexpr int kRows = 16;
   Tile<T, DP> tile;
   std::uint32_t address;
   __device__ void load(Tile<T, DP> rows, int lane) {
@@ -444,7 +443,6 @@ template <class T, int DP> struct SharedRows {
 
 // the same, kept in registers (fp32 has no use for that: its rows stay in shared memory):
 template <class T, int DP> struct HeldRows {
-  static constexpr int kRows = 16;
   Tile<T, DP> tile;
   std::uint32_t held[sizeof(T) == 2 ? DP / 16 : 1][4];
   __device__ void load(Tile<T, DP> rows, int lane) {
@@ -462,7 +460,6 @@ template <class T, int DP> struct HeldRows {
 
 // and rows of a warpgroup in shared memory, which wgmma reads itself.
 template <class T, int DP> struct GroupRows {
-  static constexpr int kRows = 64;
   Tile<T, DP> tile;
   __device__ void load(Tile<T, DP> rows, int) { tile = rows; }
 };

@@ -43,6 +43,17 @@ inline int row_gradient_tile_rows(int entries_per_expert) { return tile_rows(kMa
 constexpr int kGroupKeys = 8;
 constexpr int kWarpKeys = 256;  // so many scores one warp selects from
 inline int group_keys(int L, int K, int D) { return L <= kWarpKeys || (L <= 4096 && L <= K * D) ? 1 : kGroupKeys; }
+// Rows of many groups are first cut down by a sample of them: one of every `stride`, at a hashed place, as contiguous structure
+// cannot mislead that. H100: a smaller sample leaves more candidates, a larger one takes longer to sort.
+__host__ __device__ inline int sample_stride(int groups) {
+  const int sample = groups / 32 < 1024 ? 1024 : groups / 32 > 4096 ? 4096 : groups / 32;
+  return ceil_div(groups, sample);
+}
+__host__ __device__ inline int sampled_group(int i, int stride) {
+  std::uint32_t hash = (i + 1) * 0x9e3779b9u;
+  hash = (hash ^ (hash >> 15)) * 0x85ebca6bu;
+  return i * stride + static_cast<int>((hash ^ (hash >> 13)) % stride);
+}
 // Floats between the rows of scores: whole tiles of the scoring kernel.
 __host__ __device__ inline std::int64_t score_pitch(int L, int group) { return (std::int64_t(L) + 63) / 64 * 64 / group; }
 

@@ -140,10 +140,10 @@ struct Sampling {
 };
 __host__ __device__ inline Sampling sampling(int groups, int K) {
   if (groups <= kMinCapacity) return {1, 0, groups};
-  const int sample = max(1024, min(groups / 32, 4096)), stride = (groups + sample - 1) / sample;  // H100: fewer leave more candidates, more sort longer
+  const int stride = sample_stride(groups);
   const float mean = static_cast<float>(K) / stride;
   const int rank = static_cast<int>(mean + 6.0f * sqrtf(mean) + 5.0f);
-  return {stride, rank, min(kMaxCapacity, max(max(kMinCapacity, sample), 2 * stride * rank))};
+  return {stride, rank, min(kMaxCapacity, max(max(kMinCapacity, groups / stride), 2 * stride * rank))};
 }
 
 // The indices of the k largest candidates, in any order.
@@ -165,13 +165,8 @@ __device__ void choose_groups(Selection& s, u32* chosen, u64* candidates, const 
     __syncthreads();
     return choose(s, chosen, groups, k, in_candidates);
   }
-  // One maximum per stratum, at a hashed place: contiguous structure cannot mislead it.
   const int samples = groups / plan.stride;
-  for (int i = threadIdx.x; i < samples; i += kThreads) {
-    u32 hash = (i + 1) * 0x9e3779b9u;
-    hash = (hash ^ (hash >> 15)) * 0x85ebca6bu;
-    candidates[i] = in_row(i * plan.stride + static_cast<int>((hash ^ (hash >> 13)) % plan.stride));
-  }
+  for (int i = threadIdx.x; i < samples; i += kThreads) candidates[i] = in_row(sampled_group(i, plan.stride));
   __syncthreads();
   const u64 threshold = samples > plan.rank ? kth_largest(s, samples, plan.rank, in_candidates) : 0;
   if (threadIdx.x == 0) s.count = 0;

@@ -439,14 +439,16 @@ void run(const Case& c) {
   expect_close("compressed values", compressed.get().x, want_compressed.x, tolerance);
   expect_close("landmark lse", widen(landmark_lse.get()), want_landmark_lse, 1e-5);
 
-  // top-K: exactly, where the scores are exact, else up to their rounding
+  // top-K: exactly, by the scores that are there, or where scores are exact; else up to their rounding
   RUN(launch_landmark_topk(landmark, 0));
   const auto chosen_keys = indices.get();
+  const bool exactly = c.integers || group == 1;
   bool right_keys = true;
   each_head([&](int b, int h, int bh, int g) {
     for (int m = 0; m < M; ++m) {
       std::vector<double> row;
-      for (int j = 0; j < keys.each[b]; ++j) row.push_back(dot(z.row(b, h, m), k.host.row(b, g, j), D));
+      for (int j = 0; j < keys.each[b]; ++j)
+        row.push_back(group == 1 ? got_scores[(std::size_t(bh) * M + m) * pitch + j] : dot(z.row(b, h, m), k.host.row(b, g, j), D));
       auto order = best(row, K);
       const double least = order.empty() ? 0 : row[order.back()];
       std::sort(order.begin(), order.end());
@@ -454,11 +456,11 @@ void run(const Case& c) {
       const auto got = chosen_keys.begin() + (std::size_t(bh) * M + m) * K;
       for (int i = 0; i < K; ++i) {
         right_keys &= (got[i] < 0) == (order[i] < 0) && got[i] < keys.each[b] && (i == 0 || got[i] < 0 || got[i - 1] < got[i]);
-        right_keys &= right_keys && (c.integers ? got[i] == order[i] : got[i] < 0 || row[got[i]] >= least - 1e-5 * (1 + std::fabs(least)));
+        right_keys &= right_keys && (exactly ? got[i] == order[i] : got[i] < 0 || row[got[i]] >= least - 1e-5 * (1 + std::fabs(least)));
       }
     }
   });
-  expect(right_keys, c.integers ? "top-K indices, exactly" : "top-K indices, up to fp32 rounding");
+  expect(right_keys, exactly ? "top-K indices, exactly" : "top-K indices, up to fp32 rounding");
 
   // routing
   Buffer<std::int32_t> experts(std::size_t(BH) * N * s);
@@ -486,7 +488,7 @@ void run(const Case& c) {
   }
   const auto routed = experts.get();
 
-  // grouping of the queries by expert: one table of tiles for the forward, one for the backward
+  // grouping of the queries by expert: one list of tiles for the forward, one for the backward
   const int per_expert = std::max(1, N * s / M);
   const Grouping grouping(problem, attention_tile_rows(dtype, K, D, per_expert)), backward_grouping(problem, row_gradient_tile_rows(per_expert));
   for (const Grouping* g : {&grouping, &backward_grouping}) {
@@ -722,13 +724,9 @@ void run_topk_rows(int group) {
     run_topk("NaN and infinities", L, K, group, [&](int m, int j) {
       return j % 5 == m ? NAN : j % 7 == 0 ? INFINITY : j % 11 == 0 ? -INFINITY : noise(m, j);
     });
-    // As the kernel samples long rows: only the sampled groups are good, or only they are bad, and its threshold is far off.
-    const int groups = parts_of(L, group), stride = parts_of(groups, std::max(1024, std::min(groups / 32, 4096)));
-    const auto sampled = [&](int j) {
-      std::uint32_t hash = (j / group / stride + 1) * 0x9e3779b9u;
-      hash = (hash ^ (hash >> 15)) * 0x85ebca6bu;
-      return j / group % stride == static_cast<int>((hash ^ (hash >> 13)) % stride);
-    };
+    // Only the groups that the kernel samples are good, or only they are bad: its threshold is far off.
+    const int stride = sample_stride(parts_of(L, group));
+    const auto sampled = [&](int j) { return j / group == sampled_group(j / group / stride, stride); };
     run_topk("good where sampled", L, K, group, [&](int m, int j) { return noise(m, j) + (sampled(j) ? 10.0f : 0.0f); });
     run_topk("bad where sampled", L, K, group, [&](int m, int j) { return noise(m, j) - (sampled(j) ? 10.0f : 0.0f); });
     run_topk("nearly all NaN", L, K, group, [](int m, int j) { return j % 97 == m ? 1.0f : NAN; });
