@@ -23,25 +23,35 @@ constexpr int kBlocksOfAWave = 528;
 constexpr int kPassRows = 64;
 template <int BYTES, int DP> constexpr int kRowGradientRows = BYTES == 2 || DP == 64 ? kPassRows : 32;
 
-// Queries of one block: the smallest tile that takes most experts whole (two standard deviations above the average load), as the
-// units that a block brings in cost more than the rows that it leaves empty; or an even part of them, for enough blocks.
-constexpr int kMaxAttentionTile = 1024, kMaxRowGradientTile = 512;
-inline int tile_rows(int most, int entries_per_expert) {
+// Experts whose keys and values fit in the registers of one warp, as operands of its products, and the shared units in half of a
+// multiprocessor's memory; and with few queries. H100: at 8, 21 and 33 queries of an expert this takes 63, 71 and 91 % of the time that blocks
+// take, at 256 and 1024 it takes half as long again.
+constexpr int kSmallExpertKeys = 64, kSmallExpertQueries = 64;
+inline bool small_experts(const Problem& x) {
+  return x.dtype != Dtype::fp32 && x.D <= 64 && x.D % kCudaHeadDimStep == 0 && x.M <= 256 && x.s > 0 && x.K <= kSmallExpertKeys &&
+         std::int64_t(x.queries.max_length) * x.s <= std::int64_t(kSmallExpertQueries) * x.M;
+}
+
+// Queries of one block, or warp: the smallest tile that takes most experts whole (two standard deviations above the average load), as
+// the units that a block brings in cost more than the rows that it leaves empty; or an even part of them, for enough blocks.
+constexpr int kMaxAttentionTile = 1024, kMaxRowGradientTile = 512, kMaxSmallTile = 128;
+inline int tile_rows(int most, int entries_per_expert, int step = kPassRows) {
   int spread = 0;
   while (spread * spread < 4LL * entries_per_expert) ++spread;
   const int expert = std::max(1, entries_per_expert + spread), rows = ceil_div(expert, ceil_div(expert, most));
-  return rows <= 16 ? 16 : rows <= 32 ? 32 : ceil_div(rows, kPassRows) * kPassRows;
+  return rows <= 16 ? 16 : rows <= 32 ? 32 : ceil_div(rows, step) * step;
 }
 // Several passes need a second set of queries in shared memory, for which fp32 and long index lists leave no room everywhere.
-inline int attention_tile_rows(Dtype dtype, int K, int D, int entries_per_expert) {
-  return tile_rows(dtype == Dtype::fp32 || K > 512 ? kPassRows : D <= 64 ? kMaxAttentionTile / 2 : kMaxAttentionTile, entries_per_expert);
+inline int attention_tile_rows(const Problem& x, int entries_per_expert) {
+  if (small_experts(x)) return tile_rows(kMaxSmallTile, entries_per_expert, 16);
+  return tile_rows(x.dtype == Dtype::fp32 || x.K > 512 ? kPassRows : x.D <= 64 ? kMaxAttentionTile / 2 : kMaxAttentionTile, entries_per_expert);
 }
 inline int row_gradient_tile_rows(int entries_per_expert) { return tile_rows(kMaxRowGradientTile, entries_per_expert); }
 
 // Keys of a group that leaves one score, the largest: eight, or one where computing their scores again would move more than
 // storing all of them. H100: groups of four are no better anywhere.
 constexpr int kGroupKeys = 8;
-constexpr int kWarpKeys = 256;  // so many scores one warp selects from
+constexpr int kWarpKeys = 256;  // so many scores one warp selects from. H100: with 1601 of them it takes longer than a block
 inline int group_keys(int L, int K, int D) { return L <= kWarpKeys || (L <= 4096 && L <= K * D) ? 1 : kGroupKeys; }
 // Rows of many groups are first cut down by a sample of them: one of every `stride`, at a hashed place, as contiguous structure
 // cannot mislead that. H100: a smaller sample leaves more candidates, a larger one takes longer to sort.

@@ -6,6 +6,9 @@
 //   shared units, as dense rows, then the expert's keys and values, gathered by index. Where all of them fit in shared
 //   memory they stay there, and the teams need not wait for each other; else they pass by, in step, for every pass of all teams.
 //   Queries are gathered and outputs scattered as whole rows.
+// small: experts that fit in the registers of one warp (up to 64 keys of up to 64 columns) and have few queries. A block holds the shared units of its head
+//   in shared memory, as operands; each of its warps takes one tile of queries after the other, and walks through it 16 at a
+//   time, with the expert's keys and values in its registers. Rows go from memory straight into operands and back.
 // merge: with s > 1 experts per query every (query, slot) entry leaves a partial output and lse (slot 0 has the shared units);
 //   one warp per query combines its s parts in slot order.
 #include "device.cuh"
@@ -167,6 +170,264 @@ __global__ void __launch_bounds__(128 * Layout<C>::kTeams, Layout<C>::kBlocks) a
   }
 }
 
+// ---- small experts -------------------------------------------------------------------------------------------------
+
+constexpr int kSmallWarps = 4;  // of a block
+
+// The two chunks of a row of up to 64 columns that a lane holds of eight rows in an operand of `mma`: lane 4g + t the chunks t and t + 4 of
+// row g. Products so meet the columns in an order of their own, the same in both operands. Chunks behind the last column read the
+// first one, and are cleared where a product would sum over them.
+struct Columns {
+  int D, t;
+  __device__ bool has(int second) const { return 8 * t + 32 * second < D; }
+  __device__ int bytes(int second) const { return has(second) ? 16 * t + 64 * second : 0; }
+};
+using Fragment = std::uint32_t[2][4];  // of both chunks, two columns each
+
+// Row `row` behind `base`.
+__device__ inline void load_fragment(Fragment& x, const unsigned char* base, int row, std::int64_t pitch, const Columns& columns) {
+  asm("{ .reg .u64 from; mad.wide.u32 from, %8, %9, %10; ld.global.nc.v4.u32 {%0,%1,%2,%3}, [from]; add.s64 from, from, %11; "
+      "ld.global.nc.v4.u32 {%4,%5,%6,%7}, [from]; }"
+      : "=r"(x[0][0]), "=r"(x[0][1]), "=r"(x[0][2]), "=r"(x[0][3]), "=r"(x[1][0]), "=r"(x[1][1]), "=r"(x[1][2]), "=r"(x[1][3])
+      : "r"(row), "r"(static_cast<std::uint32_t>(pitch * 2)), "l"(base + columns.bytes(0)), "l"(static_cast<std::int64_t>(columns.bytes(1) - columns.bytes(0))));
+}
+template <int N> __device__ inline void clear_absent(Fragment (&x)[N], const Columns& columns) {
+  if (columns.D == 64) return;
+#pragma unroll
+  for (int i = 0; i < 8 * N; ++i)
+    if (!columns.has(i / 4 % 2)) x[i / 8][i / 4 % 2][i % 4] = 0;
+}
+// Rows that a product sums over are wanted in pairs: every 8 x 8 part transposed. Register i then has, of two rows, column
+// 2i of a chunk (even g) or 2i + 1 (odd g): chunk g / 2, or g / 2 + 4 for i >= 4.
+__device__ inline void transpose(Fragment& x) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(x[i / 4][i % 4]));
+}
+
+// Fragments in shared memory, each 1 KB: 16 bytes of a lane, and 512 bytes behind them 16 more.
+__device__ inline void load_half(std::uint32_t (&x)[4], std::uint32_t address) {
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
+}
+__device__ inline void store_fragment(const Fragment& x, std::uint32_t address) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address + 512 * i), "r"(x[i][0]), "r"(x[i][1]), "r"(x[i][2]), "r"(x[i][3]) : "memory");
+}
+
+// Where the tensors of one head begin, and their sizes. In shared memory, as the registers are needed for keys and values.
+struct Head {
+  int keys, tile_count, part;
+  const unsigned char *q, *k, *v;
+  unsigned char* out;
+  const Work* tiles;
+  const std::int32_t *entries, *indices;
+  float* lse;
+  float* partial_out;
+};
+
+// What a warp works on next, asked for while it is busy with the tile before: first which tile, then its keys and its queries.
+struct Coming {
+  Work work;
+  std::int32_t keys[kSmallExpertKeys], entries[2][kMaxSmallTile];  // the entries of this tile and the next
+};
+__device__ inline void load_number(std::uint32_t target, const std::int32_t* source) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(source) : "memory");
+}
+
+// KT: eights of keys, which one tile of units and the registers of a warp hold.
+template <class T, int KT>
+__global__ void __launch_bounds__(32 * kSmallWarps, KT == 8 ? 2 : 3) small_kernel(const AttentionParams p, const int parts) {
+  extern __shared__ __align__(kPanel) unsigned char memory[];  // for every eight shared units a fragment of keys and one of values
+  __shared__ Head head;
+  __shared__ Coming of_warp[kSmallWarps];
+  __shared__ int taken;
+  const Window window(memory);
+  const Problem& x = p.problem;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
+  const int slots = x.s, shared_tiles = p.units.shared ? ceil_div(x.M, 8 * KT) : 0;
+  const Columns columns{x.D, t};
+  {
+    const int bh = blockIdx.x / parts, b = bh / x.H, h = bh % x.H;
+    const Span queries = span(x.queries, b), keys = span(x.keys, b);
+    const auto bytes_of = [](auto* rows) { return reinterpret_cast<unsigned char*>(rows); };
+    if (threadIdx.x == 0) {
+      const std::int64_t entry0 = std::int64_t(bh) * x.queries.max_length * slots;
+      const int tiles = max_tiles(x, p.groups.tile_rows);
+      taken = 0;
+      head = {keys.length, tiles, static_cast<int>(blockIdx.x % parts), bytes_of(head_rows<T>(p.q, b, h, queries.start)), bytes_of(head_rows<T>(p.units.k, b, h / (x.H / x.Hkv), keys.start)),
+              bytes_of(head_rows<T>(p.units.v, b, h / (x.H / x.Hkv), keys.start)), bytes_of(head_rows<T>(p.out, b, h, queries.start)), p.groups.tiles + std::int64_t(bh) * tiles,
+              p.groups.entries + entry0, p.units.indices + std::int64_t(bh) * x.M * x.K, (x.s > 1 ? p.partial_lse : p.lse) + entry0, p.partial_out + entry0 * x.D};
+    }
+    for (int i = warp; i < 2 * KT * shared_tiles; i += kSmallWarps) {
+      const Rows& units = i % 2 ? p.units.compressed : p.units.landmarks;
+      Fragment unit[1];
+      load_fragment(unit[0], bytes_of(head_rows<T>(units, b, h, 0)), min(8 * (i / 2) + g, x.M - 1), units.row, columns);
+      if (i % 2) transpose(unit[0]);
+      else clear_absent(unit, columns);
+      store_fragment(unit[0], window.address + 1024 * i + 16 * lane);
+    }
+  }
+  __syncthreads();
+
+  Coming& coming = of_warp[warp];
+  const std::uint32_t place = window.of(coming), keys = place + offsetof(Coming, keys), entries = place + offsetof(Coming, entries);
+  const auto arrived = [&] {
+    wait_loads<0>();
+    __syncwarp();
+  };
+  const auto take = [&] {
+    if (lane == 0) {
+      const int item = head.part + parts * atomicAdd(&taken, 1);
+      if (item < head.tile_count) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(head.tiles + item) : "memory");
+      else coming.work = {0, 0, 0, 0};
+    }
+    commit_loads();
+  };
+  const auto look = [&](int set) {
+    arrived();
+    const Work work = coming.work;
+#pragma unroll 1
+    for (int i = lane; i < work.entries; i += 32) load_number(entries + 4 * (kMaxSmallTile * set + i), head.entries + work.first + i);
+    if (work.entries > 0)
+#pragma unroll 1
+      for (int i = lane; i < x.K; i += 32) load_number(keys + 4 * i, head.indices + work.expert * x.K + i);
+    commit_loads();
+  };
+  take();
+  look(0);
+#pragma unroll 1
+  for (int set = 0;; set ^= 1) {
+    arrived();
+    const int size = load_shared_int(place + offsetof(Work, entries));
+    if (size <= 0) return;
+    const auto entry = [&](int i) { return load_shared_int(entries + 4 * (kMaxSmallTile * set + min(i, size - 1))); };
+    Fragment q[2], k[KT], v[KT];
+    const auto load_queries = [&](int first) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) load_fragment(q[i], head.q, query_of(entry(first + g + 8 * i), slots), p.q.row, columns);
+      clear_absent(q, columns);
+    };
+    load_queries(0);
+    int gathered = 0;
+#pragma unroll
+    for (int i = 0; i < KT / 4; ++i)
+      gathered += __popc(__ballot_sync(0xffffffffu, lane + 32 * i < x.K && static_cast<unsigned>(load_shared_int(keys + 4 * (lane + 32 * i))) < static_cast<unsigned>(head.keys)));
+    if (gathered > 0)  // the last one again where there are no more
+#pragma unroll
+      for (int n = 0; n < KT; ++n) {
+        const int row = min(static_cast<unsigned>(load_shared_int(keys + 4 * min(8 * n + g, gathered - 1))), static_cast<unsigned>(head.keys - 1));
+        load_fragment(k[n], head.k, row, p.units.k.row, columns);
+        load_fragment(v[n], head.v, row, p.units.v.row, columns);
+      }
+    __syncwarp();  // all have read what is now replaced
+    take();
+    if (gathered > 0) {
+      clear_absent(k, columns);
+#pragma unroll
+      for (int n = 0; n < KT; ++n) transpose(v[n]);
+    }
+    look(set ^ 1);
+
+#pragma unroll 1
+    for (int first = 0; first < size; first += 16) {
+      OnlineSoftmax<T> softmax;
+      float out[8][4];
+      clear(out);
+      // Units of one tile: halves of two fragments at a time from `fragment`, then what else is to be done once the queries are through.
+      const auto attend = [&](bool shared, int count, auto fragment, auto then) {
+        float s[KT][4];
+        clear(s);
+#pragma unroll
+        for (int i = 0; i < KT; ++i)
+          fragment(false, i / 2 * 2, i % 2, [&](const std::uint32_t(&one)[4], const std::uint32_t(&other)[4]) {
+#pragma unroll
+            for (int j = 0; j < 4; j += 2) {
+              const std::uint32_t a[4] = {q[0][i % 2][j], q[1][i % 2][j], q[0][i % 2][j + 1], q[1][i % 2][j + 1]};
+              mma<T>(s[i / 2 * 2], a, one[j], one[j + 1]);
+              mma<T>(s[i / 2 * 2 + 1], a, other[j], other[j + 1]);
+            }
+          });
+        then();
+        const float scale = positive_scale(s, (shared ? p.landmark_scale : p.scale) * kLogit<T>);
+        if (count < 8 * KT) mask_logits(s, count, lane);
+        if (shared && slots > 1)  // only the first slot of a query has the shared units
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+            if (entry(first + g + 8 * i) % slots != 0)
+#pragma unroll
+              for (int n = 0; n < KT; ++n) s[n][2 * i] = s[n][2 * i + 1] = -kInfinity;
+        softmax.update(s, scale, out);
+        const Weights<T, KT> weights(s);
+#pragma unroll
+        for (int i = 0; i < KT; ++i)
+          fragment(true, i / 2 * 2, i % 2, [&](const std::uint32_t(&one)[4], const std::uint32_t(&other)[4]) {
+            const auto& w = weights.packed[i / 2 * 2];
+            const auto& w1 = weights.packed[i / 2 * 2 + 1];
+            const std::uint32_t a[4] = {w[0], w[1], w1[0], w1[1]};
+#pragma unroll
+            for (int j = 0; j < 4; ++j) mma<T>(out[i % 2 * 4 + j], a, one[j], other[j]);
+          });
+      };
+      const auto next_queries = [&] {
+        if (first + 16 < size) load_queries(first + 16);
+      };
+#pragma unroll 1
+      for (int tile = 0; tile < shared_tiles; ++tile)
+        attend(true, x.M - 8 * KT * tile,
+               [&](bool value, int n, int half, auto use) {
+                 std::uint32_t one[4], other[4];
+                 const std::uint32_t at = window.address + 2048 * (KT * tile + n) + 1024 * value + 512 * half + 16 * lane;
+                 load_half(one, at);
+                 load_half(other, at + 2048);
+                 use(one, other);
+               },
+               [] {});
+      if (gathered > 0) attend(false, gathered, [&](bool value, int n, int half, auto use) { value ? use(v[n][half], v[n + 1][half]) : use(k[n][half], k[n + 1][half]); }, next_queries);
+      else next_queries();
+      softmax.finish();
+
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (first + g + 8 * i >= size) continue;
+        const int own = entry(first + g + 8 * i);
+        const float factor = softmax.sum[i] == 0.0f ? 0.0f : __frcp_rn(softmax.sum[i]);
+        if (t == 0) head.lse[own] = log_sum<T>(softmax.maximum[i], softmax.sum[i]);
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          if (!columns.has(c)) continue;
+          const auto pair = [&](int j) { return make_float2(out[4 * c + j][2 * i] * factor, out[4 * c + j][2 * i + 1] * factor); };
+          if (x.s > 1) {
+            float* const to = head.partial_out + std::int64_t(own) * x.D + 8 * t + 32 * c;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) *reinterpret_cast<float2*>(to + 2 * j) = pair(j);
+          } else {
+            *reinterpret_cast<uint4*>(head.out + own * (p.out.row * 2) + columns.bytes(c)) =
+                make_uint4(pack<T>(pair(0).x, pair(0).y), pack<T>(pair(1).x, pair(1).y), pack<T>(pair(2).x, pair(2).y), pack<T>(pair(3).x, pair(3).y));
+          }
+        }
+      }
+    }
+  }
+}
+
+// Are all experts small, and can their rows be read as vectors?
+bool is_small(const AttentionParams& p) {
+  const Units& units = p.units;
+  return small_experts(p.problem) && p.q.aligned && units.k.aligned && units.v.aligned && (!units.shared || (units.landmarks.aligned && units.compressed.aligned));
+}
+
+template <class T, int KT> cudaError_t launch_small(const AttentionParams& p, cudaStream_t stream) {
+  const Problem& x = p.problem;
+  const int heads = x.B * x.H, entries = x.queries.max_length * x.s;
+  // Tiles of a head as they come on average, eight to a block, or one to a warp where that would leave blocks idle.
+  const int tiles = std::min(max_tiles(x, p.groups.tile_rows), entries / p.groups.tile_rows + ceil_div(x.M, 2));
+  const int parts = ceil_div(tiles, std::int64_t(heads) * ceil_div(tiles, 8) < kBlocksOfAWave ? kSmallWarps : 2 * kSmallWarps);
+  const std::size_t bytes = p.units.shared ? ceil_div(x.M, 8 * KT) * KT * 2048 : 0;
+  if (cudaError_t status = allow_shared_memory(small_kernel<T, KT>, bytes)) return status;
+  small_kernel<T, KT><<<static_cast<unsigned>(heads) * parts, 32 * kSmallWarps, bytes, stream>>>(p, parts);
+  return cudaGetLastError();
+}
+
 constexpr int kMergeWarps = 4;
 
 template <class T> __global__ void __launch_bounds__(32 * kMergeWarps) merge_kernel(const AttentionParams p) {
@@ -200,18 +461,24 @@ template <class T> __global__ void __launch_bounds__(32 * kMergeWarps) merge_ker
 
 cudaError_t launch_expert_attention(const AttentionParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
-  return dispatch(x.dtype, x.D, p.groups.tile_rows >= kPassRows, [&](auto config) {
+  if (p.groups.tile_rows < 16 || p.groups.tile_rows % 16 != 0 || p.groups.tile_rows > kMaxAttentionTile) return cudaErrorInvalidValue;
+  const cudaError_t status = is_small(p) ? dispatch_dtype(x.dtype, [&](auto element) {
+    using T = decltype(element);
+    if constexpr (sizeof(T) == 2) return x.K > 32 ? launch_small<T, 8>(p, stream) : launch_small<T, 4>(p, stream);
+    else return cudaErrorInvalidValue;
+  }) : dispatch(x.dtype, x.D, p.groups.tile_rows >= kPassRows, [&](auto config) {
     using C = decltype(config);
-    if (p.groups.tile_rows < 16 || p.groups.tile_rows % 16 != 0 || p.groups.tile_rows > kMaxAttentionTile) return cudaErrorInvalidValue;
     const Memory<C> layout(p);
     const int threads = 128 * layout.teams;
     if (cudaError_t status = allow_shared_memory(attention_kernel<C>, layout.bytes)) return status;
     const unsigned blocks = static_cast<unsigned>(x.B) * x.H * max_tiles(x, p.groups.tile_rows);
     attention_kernel<C><<<blocks, C::kGroups ? threads : std::min(threads, 2 * p.groups.tile_rows), layout.bytes, stream>>>(p, layout);
-    if (cudaError_t status = cudaGetLastError()) return status;
-    if (x.s <= 1) return cudaSuccess;
+    return cudaGetLastError();
+  });
+  if (status != cudaSuccess || x.s <= 1) return status;
+  return dispatch_dtype(x.dtype, [&](auto element) {
     const std::int64_t rows = std::int64_t(x.B) * x.H * x.queries.max_length;
-    merge_kernel<typename C::T><<<static_cast<unsigned>((rows + kMergeWarps - 1) / kMergeWarps), 32 * kMergeWarps, 0, stream>>>(p);
+    merge_kernel<decltype(element)><<<static_cast<unsigned>((rows + kMergeWarps - 1) / kMergeWarps), 32 * kMergeWarps, 0, stream>>>(p);
     return cudaGetLastError();
   });
 }

@@ -3,6 +3,7 @@
 //   count:   one block per chunk of entries -> counts[m][chunk]
 //   scan:    one block per (batch, head): exclusive sums, expert-major; tiles and segments of every expert
 //   scatter: one block per chunk; each warp places its share of the chunk in order
+//   group:   all of that in one kernel, for heads of one chunk
 #include <cub/block/block_scan.cuh>
 
 #include "device.cuh"
@@ -11,7 +12,7 @@
 namespace mita {
 namespace {
 
-constexpr int kWarps = 8, kThreads = 32 * kWarps, kWarpShare = kGroupChunk / kWarps;
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr unsigned kAll = 0xffffffffu;
 
 // The chunk of entries that a block works on.
@@ -41,29 +42,64 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const GroupParams p) {
   for (int m = threadIdx.x; m < chunk.M; m += kThreads) p.counts[(std::int64_t(chunk.bh) * chunk.M + m) * p.chunks + chunk.index] = counts[m];
 }
 
-constexpr int kScanThreads = 1024, kScanItems = 4;
-static_assert(kScanThreads >= kMaxLandmarks);
+// Prefix sums over the experts of one head: of their entries, tiles and segments.
+template <int THREADS> struct Lists {
+  static constexpr int kItems = ceil_div(kMaxLandmarks, THREADS);  // experts of one thread
+  using Scan = cub::BlockScan<int, THREADS>;
+  typename Scan::TempStorage storage;
+  int first[kMaxLandmarks + 1], tiles[kMaxLandmarks + 1], segments[kMaxLandmarks + 1];
 
-// Fills the list of work of one head: pieces of `rows` entries, `starts` the prefix sums of each expert's pieces.
-__device__ void write_work(Work* list, int most, int rows, int M, const int* first, const int* starts) {
-  for (int i = threadIdx.x; i < most; i += kScanThreads) {
-    Work work{0, 0, 0, 0};
-    if (i < starts[M]) {
-      int m = 0;  // the last expert that does not start behind piece i
-      for (int step = kMaxLandmarks; step; step >>= 1)
-        if (m + step < M && starts[m + step] <= i) m += step;
-      const int from = first[m] + (i - starts[m]) * rows;
-      work = {m, from, min(rows, first[m + 1] - from), 0};
-    }
-    list[i] = work;
+  __device__ void sum(int (&starts)[kMaxLandmarks + 1], int M, int (&item)[kItems]) {
+    Scan(storage).InclusiveSum(item, item);
+#pragma unroll
+    for (int i = 0; i < kItems; ++i)
+      if (const int m = threadIdx.x * kItems + i; m < M) starts[m + 1] = item[i];
+    if (threadIdx.x == 0) starts[0] = 0;
+    __syncthreads();
   }
-}
+
+  // Pieces of `rows` entries, `starts` the prefix sums of each expert's pieces.
+  __device__ void write_work(Work* list, int most, int rows, int M, const int* starts) const {
+    for (int i = threadIdx.x; i < most; i += THREADS) {
+      Work work{0, 0, 0, 0};
+      if (i < starts[M]) {
+        int m = 0;  // the last expert that does not start behind piece i
+        for (int step = kMaxLandmarks; step; step >>= 1)
+          if (m + step < M && starts[m + step] <= i) m += step;
+        const int from = first[m] + (i - starts[m]) * rows;
+        work = {m, from, min(rows, first[m + 1] - from), 0};
+      }
+      list[i] = work;
+    }
+  }
+
+  // From the number of each expert's entries to the lists of work. All threads must call it.
+  template <class Size> __device__ void write(const GroupParams& p, int bh, Size size) {
+    const int M = p.problem.M;
+    const auto each = [&](int (&starts)[kMaxLandmarks + 1], auto count) {
+      int item[kItems];
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        const int m = threadIdx.x * kItems + i;
+        item[i] = m < M ? count(m) : 0;
+      }
+      sum(starts, M, item);
+    };
+    each(first, size);
+    each(tiles, [&](int m) { return ceil_div(first[m + 1] - first[m], p.tile_rows); });
+    each(segments, [&](int m) { return ceil_div(first[m + 1] - first[m], p.segment_rows); });
+    for (int m = threadIdx.x; m <= M; m += THREADS) p.segment_starts[std::int64_t(bh) * (M + 1) + m] = segments[m];
+    const auto list_of = [&](Work* list, int rows) { return list + std::int64_t(bh) * max_tiles(p.problem, rows); };
+    write_work(list_of(p.tiles, p.tile_rows), max_tiles(p.problem, p.tile_rows), p.tile_rows, M, tiles);
+    write_work(list_of(p.segments, p.segment_rows), max_tiles(p.problem, p.segment_rows), p.segment_rows, M, segments);
+  }
+};
+
+constexpr int kScanThreads = 1024, kScanItems = 4;
 
 __global__ void __launch_bounds__(kScanThreads) scan_kernel(const GroupParams p) {
-  using Scan = cub::BlockScan<int, kScanThreads>;
-  __shared__ typename Scan::TempStorage storage;
-  __shared__ int first[kMaxLandmarks + 1], tiles[kMaxLandmarks + 1], segments[kMaxLandmarks + 1];
-  const int M = p.problem.M, bh = blockIdx.x, m = threadIdx.x;
+  __shared__ Lists<kScanThreads> lists;
+  const int M = p.problem.M, bh = blockIdx.x;
   const std::int64_t n = std::int64_t(M) * p.chunks;
   std::int32_t* counts = p.counts + bh * n;
   int total = 0;
@@ -72,58 +108,77 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(const GroupParams p)
     const std::int64_t at = base + std::int64_t(threadIdx.x) * kScanItems;
 #pragma unroll
     for (int i = 0; i < kScanItems; ++i) item[i] = at + i < n ? counts[at + i] : 0;
-    Scan(storage).ExclusiveSum(item, item, sum);
+    Lists<kScanThreads>::Scan(lists.storage).ExclusiveSum(item, item, sum);
 #pragma unroll
     for (int i = 0; i < kScanItems; ++i)
       if (at + i < n) counts[at + i] = total + item[i];
     total += sum;
     __syncthreads();
   }
-  const int start = m < M ? counts[std::int64_t(m) * p.chunks] : total;
-  const int size = m < M ? (m + 1 < M ? counts[std::int64_t(m + 1) * p.chunks] : total) - start : 0;
-  int tile, segment;
-  Scan(storage).ExclusiveSum(ceil_div(size, p.tile_rows), tile);
-  __syncthreads();
-  Scan(storage).ExclusiveSum(ceil_div(size, p.segment_rows), segment);
-  if (m < M) first[m] = start, tiles[m] = tile, segments[m] = segment;
-  if (m == M - 1) first[M] = total, tiles[M] = tile + ceil_div(size, p.tile_rows), segments[M] = segment + ceil_div(size, p.segment_rows);
-  __syncthreads();
-  if (m <= M) p.segment_starts[std::int64_t(bh) * (M + 1) + m] = segments[m];
-  if (m == 0 && M == kScanThreads) p.segment_starts[std::int64_t(bh) * (M + 1) + M] = segments[M];
-  const auto list_of = [&](Work* list, int rows) { return list + std::int64_t(bh) * max_tiles(p.problem, rows); };
-  write_work(list_of(p.tiles, p.tile_rows), max_tiles(p.problem, p.tile_rows), p.tile_rows, M, first, tiles);
-  write_work(list_of(p.segments, p.segment_rows), max_tiles(p.problem, p.segment_rows), p.segment_rows, M, first, segments);
+  const auto start = [&](int m) { return m < M ? counts[std::int64_t(m) * p.chunks] : total; };
+  lists.write(p, bh, [&](int m) { return start(m + 1) - start(m); });
 }
 
-__global__ void __launch_bounds__(kThreads) scatter_kernel(const GroupParams p) {
-  extern __shared__ int places[];  // [kWarps][M]: counts, then where each warp writes next
-  const Chunk chunk(p);
-  const int M = chunk.M, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  int* mine = places + warp * M;
-  for (int i = threadIdx.x; i < kWarps * M; i += kThreads) places[i] = 0;
-  __syncthreads();
-  for (int i = lane; i < kWarpShare; i += 32)
-    if (chunk.holds(warp * kWarpShare + i)) atomicAdd(&mine[chunk.expert(warp * kWarpShare + i)], 1);
-  __syncthreads();
-  for (int m = threadIdx.x; m < M; m += kThreads) {
-    int next = p.counts[(std::int64_t(chunk.bh) * M + m) * p.chunks + chunk.index];
-    for (int w = 0; w < kWarps; ++w) {
-      const int count = places[w * M + m];
-      places[w * M + m] = next;
-      next += count;
+// Every warp's share of a chunk: how many entries of each expert it holds, then where it places the next one.
+struct Shares {
+  int* places;  // [kWarps][M]
+  int size;     // entries of a warp
+
+  __device__ void count(const Chunk& chunk) {
+    const int warp = threadIdx.x / 32;
+    for (int i = threadIdx.x; i < kWarps * chunk.M; i += kThreads) places[i] = 0;
+    __syncthreads();
+    for (int i = warp * size + threadIdx.x % 32; i < (warp + 1) * size; i += 32)
+      if (chunk.holds(i)) atomicAdd(&places[warp * chunk.M + chunk.expert(i)], 1);
+    __syncthreads();
+  }
+  __device__ int total(const Chunk& chunk, int m) const {
+    int sum = 0;
+    for (int w = 0; w < kWarps; ++w) sum += places[w * chunk.M + m];
+    return sum;
+  }
+  // The entries of expert m begin at first(m).
+  template <class First> __device__ void place(const Chunk& chunk, std::int32_t* entries, First first) {
+    const int M = chunk.M, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int m = threadIdx.x; m < M; m += kThreads) {
+      int next = first(m);
+      for (int w = 0; w < kWarps; ++w) {
+        const int count = places[w * M + m];
+        places[w * M + m] = next;
+        next += count;
+      }
+    }
+    __syncthreads();
+    int* mine = places + warp * M;
+    for (int base = warp * size; base < (warp + 1) * size; base += 32) {
+      const int i = base + lane, expert = chunk.holds(i) ? chunk.expert(i) : -1;
+      const unsigned same = __match_any_sync(kAll, expert);
+      if (expert >= 0) entries[mine[expert] + __popc(same & ((1u << lane) - 1))] = chunk.first + i;
+      __syncwarp();
+      if (expert >= 0 && lane == __ffs(same) - 1) mine[expert] += __popc(same);
+      __syncwarp();
     }
   }
-  __syncthreads();
-  std::int32_t* entries = p.entries + std::int64_t(chunk.bh) * p.problem.queries.max_length * p.problem.s;
-  for (int base = 0; base < kWarpShare; base += 32) {
-    const int i = warp * kWarpShare + base + lane;
-    const int expert = chunk.holds(i) ? chunk.expert(i) : -1;
-    const unsigned same = __match_any_sync(kAll, expert);
-    if (expert >= 0) entries[mine[expert] + __popc(same & ((1u << lane) - 1))] = chunk.first + i;
-    __syncwarp();
-    if (expert >= 0 && lane == __ffs(same) - 1) mine[expert] += __popc(same);
-    __syncwarp();
-  }
+};
+
+__device__ std::int32_t* entries_of(const GroupParams& p, int bh) { return p.entries + std::int64_t(bh) * p.problem.queries.max_length * p.problem.s; }
+
+__global__ void __launch_bounds__(kThreads) scatter_kernel(const GroupParams p) {
+  extern __shared__ int places[];
+  const Chunk chunk(p);
+  Shares shares{places, kGroupChunk / kWarps};
+  shares.count(chunk);
+  shares.place(chunk, entries_of(p, chunk.bh), [&](int m) { return p.counts[(std::int64_t(chunk.bh) * chunk.M + m) * p.chunks + chunk.index]; });
+}
+
+__global__ void __launch_bounds__(kThreads) group_kernel(const GroupParams p) {
+  extern __shared__ int places[];
+  __shared__ Lists<kThreads> lists;
+  const Chunk chunk(p);
+  Shares shares{places, ceil_div(chunk.entries, 32 * kWarps) * 32};
+  shares.count(chunk);
+  lists.write(p, chunk.bh, [&](int m) { return shares.total(chunk, m); });
+  shares.place(chunk, entries_of(p, chunk.bh), [&](int m) { return lists.first[m]; });
 }
 
 }  // namespace
@@ -132,11 +187,16 @@ cudaError_t launch_group(const GroupParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
   if (x.M < 1 || x.M > kMaxLandmarks) return cudaErrorInvalidValue;
   const unsigned heads = static_cast<unsigned>(x.B) * x.H;
+  const std::size_t bytes = kWarps * x.M * sizeof(int);
+  if (p.chunks == 1) {
+    group_kernel<<<heads, kThreads, bytes, stream>>>(p);
+    return cudaGetLastError();
+  }
   count_kernel<<<heads * p.chunks, kThreads, 0, stream>>>(p);
   if (cudaError_t status = cudaGetLastError()) return status;
   scan_kernel<<<heads, kScanThreads, 0, stream>>>(p);
   if (cudaError_t status = cudaGetLastError()) return status;
-  scatter_kernel<<<heads * p.chunks, kThreads, kWarps * x.M * sizeof(int), stream>>>(p);
+  scatter_kernel<<<heads * p.chunks, kThreads, bytes, stream>>>(p);
   return cudaGetLastError();
 }
 

@@ -3,8 +3,8 @@
 // A candidate is one 64-bit number, ordered(score) above the complement of its key index: all candidates differ, so every
 // comparison is decided, and nothing depends on the timing of threads. Indices come out ascending; -1 fills the rest.
 //
-// short rows (L <= kWarpKeys): one warp per landmark, its scores in registers, the K-th largest by bisection over their 32 bits,
-//   ties cut by position.
+// short rows (L <= kWarpKeys): one warp per landmark, its scores in registers, the K-th largest by bisection between bounds that
+//   the best scores of every lane give, ties cut by position.
 // long rows: of each group of consecutive keys only the largest score is known. The K best keys lie in the K best groups, in the
 //   total order of maxima and group indices: K groups in front of a key's would hold K keys in front of it. One block per landmark
 //   1. takes the K best groups. Where there are many, a rank of a stratified sample so low that fewer than K maxima above it are
@@ -43,34 +43,49 @@ __global__ void __launch_bounds__(32 * kShortWarps) topk_short_kernel(const Land
   const int lane = threadIdx.x % 32, length = span(x.keys, static_cast<int>(row / x.M / x.H)).length, k = min(x.K, length);
   const float* scores = p.scores + row * score_pitch(x.keys.max_length, 1);
   std::int32_t* indices = p.indices + row * x.K;
+  for (int i = k + lane; i < x.K; i += 32) indices[i] = -1;
+  if (k == 0) return;
 
-  u32 key[kLaneKeys];
+  u32 key[kLaneKeys] = {};  // 0 behind the row
+  const auto each = [&](auto&& f) {
 #pragma unroll
-  for (int i = 0; i < kLaneKeys; ++i) key[i] = 32 * i + lane < length ? ordered(scores[32 * i + lane]) : 0;
+    for (int i = 0; i < kLaneKeys; ++i) f(i);
+  };
+  const auto count = [&](u32 least) {
+    int n = 0;
+    each([&](int i) { n += key[i] >= least; });
+    return static_cast<int>(__reduce_add_sync(kAll, n));
+  };
+  u32 first = 0, second = 0;  // the best of this lane
+  each([&](int i) { key[i] = 32 * i + lane < length ? ordered(scores[32 * i + lane]) : 0; });
+  each([&](int i) {
+    second = max(second, min(first, key[i]));
+    first = max(first, key[i]);
+  });
 
-  u32 kth = 0;  // the largest value that at least k keys reach
-  for (u32 bit = 1u << 31; bit; bit >>= 1) {
-    int count = 0;
-#pragma unroll
-    for (int i = 0; i < kLaneKeys; ++i) count += key[i] >= (kth | bit);
-    if (__reduce_add_sync(kAll, count) >= k) kth |= bit;
+  // At least k keys reach `low`, fewer than k reach `high`.
+  u32 low = max(1u, k <= 32 ? __reduce_min_sync(kAll, first) : k <= 64 ? __reduce_min_sync(kAll, second) : 0), high = __reduce_max_sync(kAll, first) + 1;
+  bool exact = false;  // exactly k
+  while (high - low > 1 && !exact) {
+    const u32 middle = low + (high - low) / 2;
+    const int n = count(middle);
+    exact = n == k;
+    (n >= k ? low : high) = middle;
   }
-  int above = 0;
-#pragma unroll
-  for (int i = 0; i < kLaneKeys; ++i) above += key[i] > kth;
-  int ties = k - __reduce_add_sync(kAll, above), written = 0;  // how many of the keys equal to kth still fit, lowest index first
-
+  if (exact) --low;  // now the chosen are those above `low`, and the first few at it
+  int ties = exact ? 0 : k - count(low + 1), written = 0;
   const u32 before = (1u << lane) - 1;
-#pragma unroll
-  for (int i = 0; i < kLaneKeys; ++i) {
-    const u32 equal = __ballot_sync(kAll, key[i] == kth && key[i] != 0);
-    const bool chosen = key[i] > kth || (key[i] == kth && key[i] != 0 && __popc(equal & before) < ties);
+  each([&](int i) {
+    bool chosen = key[i] > low;
+    if (ties > 0) {
+      const u32 equal = __ballot_sync(kAll, key[i] == low);
+      chosen |= key[i] == low && __popc(equal & before) < ties;
+      ties -= min(ties, __popc(equal));
+    }
     const u32 all = __ballot_sync(kAll, chosen);
     if (chosen) indices[written + __popc(all & before)] = 32 * i + lane;
-    ties -= min(ties, __popc(equal));
     written += __popc(all);
-  }
-  for (int i = written + lane; i < x.K; i += 32) indices[i] = -1;
+  });
 }
 
 // ---- long rows -----------------------------------------------------------------------------------------------------

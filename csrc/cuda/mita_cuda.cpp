@@ -160,7 +160,7 @@ std::tuple<Tensor, Tensor> attention_stage(const Context& context, const Problem
   const int N = x.queries.max_length;
   Tensor out = at::empty({x.B, x.H, N, x.D}, query.options()), lse = floats(query, {x.B, x.H, N});
   if (lse.numel() == 0) return {out, lse};
-  const Grouped grouped = group_stage(context, x, experts, attention_tile_rows(x.dtype, x.K, x.D, entries_per_expert(x)));
+  const Grouped grouped = group_stage(context, x, experts, attention_tile_rows(x, entries_per_expert(x)));
   Tensor partial_out, partial_lse;
   AttentionParams p{};
   p.problem = x;

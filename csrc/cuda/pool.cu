@@ -1,7 +1,7 @@
 // Landmark queries by average pooling, and its gradient.
 //
-// pool: one block per landmark. A thread owns 16 bytes of a row (neighbouring threads neighbouring bytes) and every
-// `lanes`-th row of the window; fp32 sums, combined in a fixed order, divided and rounded once.
+// pool: a window is summed by one warp or by several of a block. A lane owns 16 bytes of a row (neighbouring lanes neighbouring
+// bytes) of every so manieth row; fp32 sums, combined in a fixed order, divided and rounded once.
 // pool_backward: four threads per row of dq; they read the few windows that hold its token, and may add to what is there.
 #include "device.cuh"
 #include "launch.h"
@@ -11,36 +11,59 @@ namespace {
 
 constexpr int kThreads = 128;
 
-template <class T> __global__ void __launch_bounds__(kThreads) pool_kernel(const PoolParams p) {
-  const Problem& x = p.problem;
-  const int m = blockIdx.x % x.M, bh = blockIdx.x / x.M, b = bh / x.H, h = bh % x.H;
-  const Span queries = span(x.queries, b);
-  const Windows w = windows_of(p.windows, x.queries, queries.length);
-  const Range rows = overlapping(m / w.mw, w.mh, w.gh), columns = overlapping(m % w.mw, w.mw, w.gw);
-  const int width = columns.last - columns.first, area = (rows.last - rows.first) * width;
+constexpr int kPoolWarps = 8;
 
-  const int chunks = x.D / kChunk<T>, lanes = kThreads / chunks;
-  const int c = threadIdx.x % chunks, lane = threadIdx.x / chunks;
+// Lanes that share a row of D elements: a power of two.
+template <class T> __host__ __device__ int row_lanes(int D) {
+  int lanes = 1;
+  while (lanes * kChunk<T> < D) lanes *= 2;
+  return lanes;
+}
+
+template <class T> __global__ void __launch_bounds__(32 * kPoolWarps) pool_kernel(const PoolParams p, const int window_warps) {
+  const Problem& x = p.problem;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, share = warp % window_warps;
+  const std::int64_t landmark = std::int64_t(blockIdx.x) * (kPoolWarps / window_warps) + warp / window_warps;
+  const bool exists = landmark < std::int64_t(x.B) * x.H * x.M;
+  const int lanes = row_lanes<T>(x.D), c = lane % lanes, rows_at_once = 32 / lanes * window_warps;
+  const bool inside = c * kChunk<T> < x.D;
+  int area = 0;
   float sum[kChunk<T>] = {};
-  if (lane < lanes) {
-    const T* q = head_rows<T>(p.q, b, h, queries.start + w.prefix) + c * kChunk<T>;
+  if (exists) {
+    const int m = static_cast<int>(landmark % x.M), bh = static_cast<int>(landmark / x.M), b = bh / x.H, h = bh % x.H;
+    const Span queries = span(x.queries, b);
+    const Windows w = windows_of(p.windows, x.queries, queries.length);
+    const Range rows = overlapping(m / w.mw, w.mh, w.gh), columns = overlapping(m % w.mw, w.mw, w.gw);
+    const int width = columns.last - columns.first;
+    area = (rows.last - rows.first) * width;
+    const T* q = head_rows<T>(p.q, b, h, queries.start + w.prefix + std::int64_t(rows.first) * w.gw + columns.first) + (inside ? c * kChunk<T> : 0);
 #pragma unroll 4
-    for (int i = lane; i < area; i += lanes) {
-      const int y = rows.first + i / width, column = columns.first + i % width;
-      const Vector<T> v = load_vector(q + (std::int64_t(y) * w.gw + column) * p.q.row, p.q.aligned);
+    for (int i = share * (32 / lanes) + lane / lanes; i < area; i += rows_at_once) {
+      const int y = w.gh == 1 ? 0 : i / width;
+      const Vector<T> v = load_vector(q + (std::int64_t(y) * w.gw + (i - y * width)) * p.q.row, p.q.aligned);
 #pragma unroll
       for (int e = 0; e < kChunk<T>; ++e) sum[e] += to_float(v.element[e]);
     }
   }
-  __shared__ float partial[kThreads][kChunk<T>];
+  for (int d = lanes; d < 32; d *= 2)
 #pragma unroll
-  for (int e = 0; e < kChunk<T>; ++e) partial[threadIdx.x][e] = sum[e];
-  __syncthreads();
-  for (int d = threadIdx.x; d < x.D; d += kThreads) {
-    float total = 0.0f;
-    for (int i = 0; i < lanes; ++i) total += partial[i * chunks + d / kChunk<T>][d % kChunk<T>];
-    static_cast<T*>(p.landmarks)[(std::int64_t(bh) * x.M + m) * x.D + d] = from_float<T>(area ? total / static_cast<float>(area) : 0.0f);
+    for (int e = 0; e < kChunk<T>; ++e) sum[e] += __shfl_xor_sync(0xffffffffu, sum[e], d);
+  if (window_warps > 1) {
+    __shared__ float partial[kPoolWarps][32][kChunk<T>];
+    if (lane < lanes)
+#pragma unroll
+      for (int e = 0; e < kChunk<T>; ++e) partial[warp][lane][e] = sum[e];
+    __syncthreads();
+    if (share > 0) return;
+    for (int i = 1; i < window_warps; ++i)
+#pragma unroll
+      for (int e = 0; e < kChunk<T>; ++e) sum[e] += partial[warp + i][c][e];
   }
+  if (!exists || lane >= lanes || !inside) return;
+  Vector<T> mean;
+#pragma unroll
+  for (int e = 0; e < kChunk<T>; ++e) mean.element[e] = from_float<T>(area ? sum[e] / static_cast<float>(area) : 0.0f);
+  *reinterpret_cast<uint4*>(static_cast<T*>(p.landmarks) + landmark * x.D + c * kChunk<T>) = mean.bits;
 }
 
 constexpr int kRowThreads = 4;  // of one row of dq
@@ -90,8 +113,13 @@ template <class T> __global__ void __launch_bounds__(kThreads) pool_backward_ker
 
 cudaError_t launch_pool(const PoolParams& p, cudaStream_t stream) {
   return dispatch_dtype(p.problem.dtype, [&](auto element) {
-    const unsigned blocks = static_cast<unsigned>(p.problem.B) * p.problem.H * p.problem.M;
-    pool_kernel<decltype(element)><<<blocks, kThreads, 0, stream>>>(p);
+    using T = decltype(element);
+    const Problem& x = p.problem;
+    const Windows& w = p.windows;
+    const std::int64_t landmarks = std::int64_t(x.B) * x.H * x.M, tokens = std::int64_t(ceil_div(w.gh, w.mh)) * ceil_div(w.gw, w.mw);
+    int warps = 1;  // of a window: sixteen loads or fewer of each, where that many warps are of use
+    while (warps < kPoolWarps && tokens * row_lanes<T>(x.D) > 32 * 16 * warps) warps *= 2;
+    pool_kernel<T><<<static_cast<unsigned>((landmarks * warps + kPoolWarps - 1) / kPoolWarps), 32 * kPoolWarps, 0, stream>>>(p, warps);
     return cudaGetLastError();
   });
 }

@@ -238,6 +238,9 @@ const Case kCases[] = {
     // whole warpgroups in every stage
     {"many_queries", Dtype::bf16, 1, 2, 1, 1500, 300, 5, 100, 1, 128},
     {"many_queries_fp16", Dtype::fp16, 1, 1, 1, 700, 200, 3, 70, 1, 64},
+    {"many_small_experts", Dtype::fp16, 2, 2, 1, 700, 300, 30, 49, 1, 64, true, Batch::padded},
+    {"small_experts_many_landmarks", Dtype::bf16, 1, 2, 2, 300, 200, 200, 20, 2, 48},
+    {"small_experts_without_shared", Dtype::bf16, 1, 2, 2, 500, 200, 9, 64, 1, 64, false},
     {"many_landmarks", Dtype::fp16, 1, 2, 1, 300, 400, 100, 64, 1, 128},
     {"many_queries_two_routes", Dtype::bf16, 3, 2, 1, 500, 150, 6, 60, 2, 72, true, Batch::padded},
     {"many_queries_compress_only", Dtype::bf16, 1, 2, 2, 200, 100, 64, 8, 0, 128},
@@ -490,7 +493,7 @@ void run(const Case& c) {
 
   // grouping of the queries by expert: one list of tiles for the forward, one for the backward
   const int per_expert = std::max(1, N * s / M);
-  const Grouping grouping(problem, attention_tile_rows(dtype, K, D, per_expert)), backward_grouping(problem, row_gradient_tile_rows(per_expert));
+  const Grouping grouping(problem, attention_tile_rows(problem, per_expert)), backward_grouping(problem, row_gradient_tile_rows(per_expert));
   for (const Grouping* g : {&grouping, &backward_grouping}) {
     if (s == 0) break;
     RUN(launch_group(g->params(problem, experts.data), 0));
@@ -705,7 +708,7 @@ void run_topk(const char* name, int L, int K, int group, const std::function<flo
 }
 
 void run_topk_rows(int group) {
-  const int sizes[][2] = {{40, 7}, {256, 256}, {257, 31}, {2048, 2048}, {5001, 2048}, {20000, 700}, {200001, 128}};
+  const int sizes[][2] = {{40, 7}, {256, 256}, {257, 31}, {1601, 49}, {2048, 2048}, {5001, 2048}, {20000, 700}, {200001, 128}};
   for (const auto& size : sizes) {
     const int L = size[0], K = size[1];
     if (L <= kWarpKeys && group > 1) continue;
