@@ -185,11 +185,22 @@ struct Columns {
 using Fragment = std::uint32_t[2][4];  // of both chunks, two columns each
 
 // Row `row` behind `base`.
-__device__ inline void load_fragment(Fragment& x, const unsigned char* base, int row, std::int64_t pitch, const Columns& columns) {
-  asm("{ .reg .u64 from; mad.wide.u32 from, %8, %9, %10; ld.global.nc.v4.u32 {%0,%1,%2,%3}, [from]; add.s64 from, from, %11; "
-      "ld.global.nc.v4.u32 {%4,%5,%6,%7}, [from]; }"
-      : "=r"(x[0][0]), "=r"(x[0][1]), "=r"(x[0][2]), "=r"(x[0][3]), "=r"(x[1][0]), "=r"(x[1][1]), "=r"(x[1][2]), "=r"(x[1][3])
-      : "r"(row), "r"(static_cast<std::uint32_t>(pitch * 2)), "l"(base + columns.bytes(0)), "l"(static_cast<std::int64_t>(columns.bytes(1) - columns.bytes(0))));
+__device__ inline void load_fragment(Fragment& x, const unsigned char* base, int row, const Rows& rows, const Columns& columns) {
+  const std::uint32_t pitch = static_cast<std::uint32_t>(rows.row * 2);
+  if (rows.aligned) {
+    asm("{ .reg .u64 from; mad.wide.u32 from, %8, %9, %10; ld.global.nc.v4.u32 {%0,%1,%2,%3}, [from]; add.s64 from, from, %11; "
+        "ld.global.nc.v4.u32 {%4,%5,%6,%7}, [from]; }"
+        : "=r"(x[0][0]), "=r"(x[0][1]), "=r"(x[0][2]), "=r"(x[0][3]), "=r"(x[1][0]), "=r"(x[1][1]), "=r"(x[1][2]), "=r"(x[1][3])
+        : "r"(row), "r"(pitch), "l"(base + columns.bytes(0)), "l"(static_cast<std::int64_t>(columns.bytes(1) - columns.bytes(0))));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const unsigned char* from = base + row * (rows.row * 2) + columns.bytes(i);
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        asm volatile("{ .reg .b16 lo, hi; ld.global.nc.b16 lo, [%1]; ld.global.nc.b16 hi, [%1 + 2]; mov.b32 %0, {lo, hi}; }" : "=r"(x[i][j]) : "l"(from + 4 * j));
+    }
+  }
 }
 template <int N> __device__ inline void clear_absent(Fragment (&x)[N], const Columns& columns) {
   if (columns.D == 64) return;
@@ -261,7 +272,7 @@ __global__ void __launch_bounds__(32 * kSmallWarps, KT == 8 ? 2 : 3) small_kerne
     for (int i = warp; i < 2 * KT * shared_tiles; i += kSmallWarps) {
       const Rows& units = i % 2 ? p.units.compressed : p.units.landmarks;
       Fragment unit[1];
-      load_fragment(unit[0], bytes_of(head_rows<T>(units, b, h, 0)), min(8 * (i / 2) + g, x.M - 1), units.row, columns);
+      load_fragment(unit[0], bytes_of(head_rows<T>(units, b, h, 0)), min(8 * (i / 2) + g, x.M - 1), units, columns);
       if (i % 2) transpose(unit[0]);
       else clear_absent(unit, columns);
       store_fragment(unit[0], window.address + 1024 * i + 16 * lane);
@@ -304,7 +315,7 @@ __global__ void __launch_bounds__(32 * kSmallWarps, KT == 8 ? 2 : 3) small_kerne
     Fragment q[2], k[KT], v[KT];
     const auto load_queries = [&](int first) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) load_fragment(q[i], head.q, query_of(entry(first + g + 8 * i), slots), p.q.row, columns);
+      for (int i = 0; i < 2; ++i) load_fragment(q[i], head.q, query_of(entry(first + g + 8 * i), slots), p.q, columns);
       clear_absent(q, columns);
     };
     load_queries(0);
@@ -316,8 +327,8 @@ __global__ void __launch_bounds__(32 * kSmallWarps, KT == 8 ? 2 : 3) small_kerne
 #pragma unroll
       for (int n = 0; n < KT; ++n) {
         const int row = min(static_cast<unsigned>(load_shared_int(keys + 4 * min(8 * n + g, gathered - 1))), static_cast<unsigned>(head.keys - 1));
-        load_fragment(k[n], head.k, row, p.units.k.row, columns);
-        load_fragment(v[n], head.v, row, p.units.v.row, columns);
+        load_fragment(k[n], head.k, row, p.units.k, columns);
+        load_fragment(v[n], head.v, row, p.units.v, columns);
       }
     __syncwarp();  // all have read what is now replaced
     take();
@@ -410,12 +421,6 @@ __global__ void __launch_bounds__(32 * kSmallWarps, KT == 8 ? 2 : 3) small_kerne
   }
 }
 
-// Are all experts small, and can their rows be read as vectors?
-bool is_small(const AttentionParams& p) {
-  const Units& units = p.units;
-  return small_experts(p.problem) && p.q.aligned && units.k.aligned && units.v.aligned && (!units.shared || (units.landmarks.aligned && units.compressed.aligned));
-}
-
 template <class T, int KT> cudaError_t launch_small(const AttentionParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
   const int heads = x.B * x.H, entries = x.queries.max_length * x.s;
@@ -462,7 +467,7 @@ template <class T> __global__ void __launch_bounds__(32 * kMergeWarps) merge_ker
 cudaError_t launch_expert_attention(const AttentionParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
   if (p.groups.tile_rows < 16 || p.groups.tile_rows % 16 != 0 || p.groups.tile_rows > kMaxAttentionTile) return cudaErrorInvalidValue;
-  const cudaError_t status = is_small(p) ? dispatch_dtype(x.dtype, [&](auto element) {
+  const cudaError_t status = small_experts(x) ? dispatch_dtype(x.dtype, [&](auto element) {
     using T = decltype(element);
     if constexpr (sizeof(T) == 2) return x.K > 32 ? launch_small<T, 8>(p, stream) : launch_small<T, 4>(p, stream);
     else return cudaErrorInvalidValue;
