@@ -715,6 +715,12 @@ template <int NT> __device__ inline void mask_logits(float (&s)[NT][4], int coun
       if (8 * n + 2 * (lane & 3) + (i & 1) >= count) s[n][i] = -kInfinity;
 }
 
+// All logits of a lane's upper or lower row: units that this query does not have.
+template <int NT> __device__ inline void mask_row(float (&s)[NT][4], int i) {
+#pragma unroll
+  for (int n = 0; n < NT; ++n) s[n][2 * i] = s[n][2 * i + 1] = -kInfinity;
+}
+
 // ---- whole rows out of accumulators --------------------------------------------------------------------------------
 
 // Writes the warp's 16 x D accumulator rows through its own 16 rows of a tile (free by now), so that global memory sees

@@ -6,9 +6,9 @@
 //   shared units, as dense rows, then the expert's keys and values, gathered by index. Where all of them fit in shared
 //   memory they stay there, and the teams need not wait for each other; else they pass by, in step, for every pass of all teams.
 //   Queries are gathered and outputs scattered as whole rows.
-// small: experts that fit in the registers of one warp (up to 64 keys of up to 64 columns) and have few queries. A block holds the shared units of its head
-//   in shared memory, as operands; each of its warps takes one tile of queries after the other, and walks through it 16 at a
-//   time, with the expert's keys and values in its registers. Rows go from memory straight into operands and back.
+// small: experts that fit in the registers of one warp (up to 64 keys of up to 64 columns) and have few queries. A block holds the
+//   shared units of its head in shared memory, as operands; each of its warps takes one tile of queries after the other, and walks
+//   through it 16 at a time, with the expert's keys and values in its registers. Rows go from memory straight into operands and back.
 // merge: with s > 1 experts per query every (query, slot) entry leaves a partial output and lse (slot 0 has the shared units);
 //   one warp per query combines its s parts in slot order.
 #include "device.cuh"
@@ -142,9 +142,7 @@ __global__ void __launch_bounds__(128 * Layout<C>::kTeams, Layout<C>::kBlocks) a
       if (dense && slots > 1)  // only the first slot of a query has the shared units
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-          if (own(i) < work.entries && entries[own(i)] % slots != 0)
-#pragma unroll
-            for (int n = 0; n < kTiles; ++n) s[n][2 * i] = s[n][2 * i + 1] = -kInfinity;
+          if (own(i) < work.entries && entries[own(i)] % slots != 0) mask_row(s, i);
       softmax.update(s, scale, out);
       Weights<T, kTiles> weights(s);
       add_weighted_rows<C>(out, weights, at.v.in(window), lane);
@@ -217,7 +215,8 @@ __device__ inline void transpose(Fragment& x) {
 
 // Fragments in shared memory, each 1 KB: 16 bytes of a lane, and 512 bytes behind them 16 more.
 __device__ inline void load_half(std::uint32_t (&x)[4], std::uint32_t address) {
-  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
+  const float4 chunk = load_shared4(address);
+  x[0] = __float_as_uint(chunk.x), x[1] = __float_as_uint(chunk.y), x[2] = __float_as_uint(chunk.z), x[3] = __float_as_uint(chunk.w);
 }
 __device__ inline void store_fragment(const Fragment& x, std::uint32_t address) {
 #pragma unroll
@@ -364,9 +363,7 @@ __global__ void __launch_bounds__(32 * kSmallWarps, KT == 8 ? 2 : 3) small_kerne
         if (shared && slots > 1)  // only the first slot of a query has the shared units
 #pragma unroll
           for (int i = 0; i < 2; ++i)
-            if (entry(first + g + 8 * i) % slots != 0)
-#pragma unroll
-              for (int n = 0; n < KT; ++n) s[n][2 * i] = s[n][2 * i + 1] = -kInfinity;
+            if (entry(first + g + 8 * i) % slots != 0) mask_row(s, i);
         softmax.update(s, scale, out);
         const Weights<T, KT> weights(s);
 #pragma unroll

@@ -1,15 +1,13 @@
 // Landmark queries by average pooling, and its gradient.
 //
 // pool: a window is summed by one warp or by several of a block. A lane owns 16 bytes of a row (neighbouring lanes neighbouring
-// bytes) of every so manieth row; fp32 sums, combined in a fixed order, divided and rounded once.
+// bytes) of every n-th row; fp32 sums, combined in a fixed order, divided and rounded once.
 // pool_backward: four threads per row of dq; they read the few windows that hold its token, and may add to what is there.
 #include "device.cuh"
 #include "launch.h"
 
 namespace mita {
 namespace {
-
-constexpr int kThreads = 128;
 
 constexpr int kPoolWarps = 8;
 
@@ -66,7 +64,7 @@ template <class T> __global__ void __launch_bounds__(32 * kPoolWarps) pool_kerne
   *reinterpret_cast<uint4*>(static_cast<T*>(p.landmarks) + landmark * x.D + c * kChunk<T>) = mean.bits;
 }
 
-constexpr int kRowThreads = 4;  // of one row of dq
+constexpr int kThreads = 128, kRowThreads = 4;  // of a block of pool_backward, of one row of dq
 
 template <class T> __global__ void __launch_bounds__(kThreads) pool_backward_kernel(const PoolBackwardParams p) {
   const Problem& x = p.problem;

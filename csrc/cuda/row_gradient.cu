@@ -143,9 +143,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
         if (dense && slots_of_query() > 1)
 #pragma unroll
           for (int i = 0; i < 2; ++i)
-            if (!first_slot(i))
-#pragma unroll
-              for (int n = 0; n < kTiles; ++n) s[n][2 * i] = s[n][2 * i + 1] = -kInfinity;
+            if (!first_slot(i)) mask_row(s, i);
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
 #pragma unroll

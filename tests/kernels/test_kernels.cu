@@ -238,12 +238,13 @@ const Case kCases[] = {
     // whole warpgroups in every stage
     {"many_queries", Dtype::bf16, 1, 2, 1, 1500, 300, 5, 100, 1, 128},
     {"many_queries_fp16", Dtype::fp16, 1, 1, 1, 700, 200, 3, 70, 1, 64},
-    {"many_small_experts", Dtype::fp16, 2, 2, 1, 700, 300, 30, 49, 1, 64, true, Batch::padded},
-    {"small_experts_many_landmarks", Dtype::bf16, 1, 2, 2, 300, 200, 200, 20, 2, 48},
-    {"small_experts_without_shared", Dtype::bf16, 1, 2, 2, 500, 200, 9, 64, 1, 64, false},
     {"many_landmarks", Dtype::fp16, 1, 2, 1, 300, 400, 100, 64, 1, 128},
     {"many_queries_two_routes", Dtype::bf16, 3, 2, 1, 500, 150, 6, 60, 2, 72, true, Batch::padded},
     {"many_queries_compress_only", Dtype::bf16, 1, 2, 2, 200, 100, 64, 8, 0, 128},
+    // experts in the registers of a warp
+    {"many_small_experts", Dtype::fp16, 2, 2, 1, 700, 300, 30, 49, 1, 64, true, Batch::padded},
+    {"small_experts_many_landmarks", Dtype::bf16, 1, 2, 2, 300, 200, 200, 20, 2, 48},
+    {"small_experts_without_shared", Dtype::bf16, 1, 2, 2, 500, 200, 9, 64, 1, 64, false},
     // more units than shared memory holds
     {"passing_units", Dtype::bf16, 1, 1, 1, 1500, 600, 5, 300, 1, 128},
     {"passing_units_narrow", Dtype::bf16, 1, 1, 1, 900, 700, 3, 400, 2, 64},
