@@ -73,7 +73,7 @@ def attention(
 
     Selections are constants; query, key, value, landmarks and aux.lse are differentiable, once. Ties go to the lower
     index and NaN scores come last, so selections never depend on timing. A last dimension that is not contiguous is
-    copied; all other strides are read as they are.
+    copied, as are on CUDA rows that do not start on 16 bytes; all other strides are read as they are.
 
     Raises:
         TypeError: not a tensor, a wrong dtype, an option of the wrong type, or an option this mechanism does not define.

@@ -151,16 +151,7 @@ template <class T> union Vector {
   T element[kChunk<T>];
 };
 
-template <class T> __device__ inline Vector<T> load_vector(const T* p, bool aligned) {
-  Vector<T> v;
-  if (aligned) {
-    v.bits = *reinterpret_cast<const uint4*>(p);
-  } else {
-#pragma unroll
-    for (int e = 0; e < kChunk<T>; ++e) v.element[e] = p[e];
-  }
-  return v;
-}
+template <class T> __device__ inline Vector<T> load_vector(const T* p) { return {*reinterpret_cast<const uint4*>(p)}; }
 
 // ---- shared memory -------------------------------------------------------------------------------------------------
 
@@ -246,10 +237,9 @@ template <class T, int DP> struct Copy {
   Tile<T, DP> target;
   const unsigned char* source;  // row 0
   std::int64_t pitch;           // bytes from row to row
-  bool aligned;
 
   __device__ Copy(Tile<T, DP> target, const Rows& rows, int b, int head, std::int64_t start)
-      : target(target), source(reinterpret_cast<const unsigned char*>(head_rows<T>(rows, b, head, start))), pitch(rows.row * std::int64_t(sizeof(T))), aligned(rows.aligned) {}
+      : target(target), source(reinterpret_cast<const unsigned char*>(head_rows<T>(rows, b, head, start))), pitch(rows.row * std::int64_t(sizeof(T))) {}
   // A chunk to the byte `place` of the tile. Its address is one instruction, which the compiler would make three.
   __device__ void whole(std::uint32_t place, int c, std::uint32_t index) const {
     asm volatile("{ .reg .u64 from; mad.wide.u32 from, %1, %2, %3; cp.async.cg.shared.global [%0], [from], 16; }" ::"r"(target.address + place), "r"(index),
@@ -259,11 +249,6 @@ template <class T, int DP> struct Copy {
   __device__ void vector(int row, int c, int index, bool valid) const {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target.chunk(row, c)), "l"(source + max(index, 0) * pitch + 16 * c), "r"(valid ? 16 : 0)
                  : "memory");
-  }
-  __device__ void elements(int row, int c, int index, bool valid) const {
-    Vector<T> v{};
-    if (valid) v = load_vector(reinterpret_cast<const T*>(source + index * pitch + 16 * c), false);
-    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(target.chunk(row, c)), "r"(v.bits.x), "r"(v.bits.y), "r"(v.bits.z), "r"(v.bits.w) : "memory");
   }
 };
 
@@ -283,9 +268,9 @@ template <class T, int DP, class Source, class... Copies>
 __device__ inline void load_rows(const Team& team, int rows, int D, int present, Source source, const Copies&... copies) {
   constexpr int kChunks = Tile<T, DP>::kChunks;
   const int c = team.thread % kChunks, first = team.thread / kChunks, step = team.threads / kChunks;
-  const bool inside = c * kChunk<T> < D, aligned = (copies.aligned && ...);
+  const bool inside = c * kChunk<T> < D;
   const auto source_of = [&](int row) { return row < present ? source(row) : -1; };
-  if (present >= rows && aligned && D == DP && step % 8 == 0 && rows % (2 * step) == 0) {
+  if (present >= rows && D == DP && step % 8 == 0 && rows % (2 * step) == 0) {
     std::uint32_t place = Tile<T, DP>{0}.chunk(first, c);
 #pragma unroll 1
     for (int row = first; row < rows; row += 2 * step) {
@@ -295,17 +280,11 @@ __device__ inline void load_rows(const Team& team, int rows, int D, int present,
       (copies.whole(place, c, other), ...);
       place += step * Tile<T, DP>::kRowBytes;
     }
-  } else if (aligned) {
-#pragma unroll 1
-    for (int row = first; row < rows; row += step) {
-      const int from = source_of(row);
-      (copies.vector(row, c, from, inside && from >= 0), ...);
-    }
   } else {
 #pragma unroll 1
     for (int row = first; row < rows; row += step) {
       const int from = source_of(row);
-      (copies.elements(row, c, from, inside && from >= 0), ...);
+      (copies.vector(row, c, from, inside && from >= 0), ...);
     }
   }
 }
@@ -724,7 +703,7 @@ template <int NT> __device__ inline void mask_row(float (&s)[NT][4], int i) {
 // ---- whole rows out of accumulators --------------------------------------------------------------------------------
 
 // Writes the warp's 16 x D accumulator rows through its own 16 rows of a tile (free by now), so that global memory sees
-// whole 16-byte chunks. Row i goes to row index(i) behind `base`, nowhere if that is negative. The rows must be aligned.
+// whole 16-byte chunks. Row i goes to row index(i) behind `base`, nowhere if that is negative.
 template <class T, int DP, class Index>
 __device__ inline void store_rows(Tile<T, DP> tile, const float (&acc)[DP / 8][4], const float (&factor)[2], int D, int lane, T* base, std::int64_t pitch, Index index) {
   const int g = lane >> 2, t = lane & 3;

@@ -184,21 +184,10 @@ using Fragment = std::uint32_t[2][4];  // of both chunks, two columns each
 
 // Row `row` behind `base`.
 __device__ inline void load_fragment(Fragment& x, const unsigned char* base, int row, const Rows& rows, const Columns& columns) {
-  const std::uint32_t pitch = static_cast<std::uint32_t>(rows.row * 2);
-  if (rows.aligned) {
-    asm("{ .reg .u64 from; mad.wide.u32 from, %8, %9, %10; ld.global.nc.v4.u32 {%0,%1,%2,%3}, [from]; add.s64 from, from, %11; "
-        "ld.global.nc.v4.u32 {%4,%5,%6,%7}, [from]; }"
-        : "=r"(x[0][0]), "=r"(x[0][1]), "=r"(x[0][2]), "=r"(x[0][3]), "=r"(x[1][0]), "=r"(x[1][1]), "=r"(x[1][2]), "=r"(x[1][3])
-        : "r"(row), "r"(pitch), "l"(base + columns.bytes(0)), "l"(static_cast<std::int64_t>(columns.bytes(1) - columns.bytes(0))));
-  } else {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const unsigned char* from = base + row * (rows.row * 2) + columns.bytes(i);
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        asm volatile("{ .reg .b16 lo, hi; ld.global.nc.b16 lo, [%1]; ld.global.nc.b16 hi, [%1 + 2]; mov.b32 %0, {lo, hi}; }" : "=r"(x[i][j]) : "l"(from + 4 * j));
-    }
-  }
+  asm("{ .reg .u64 from; mad.wide.u32 from, %8, %9, %10; ld.global.nc.v4.u32 {%0,%1,%2,%3}, [from]; add.s64 from, from, %11; "
+      "ld.global.nc.v4.u32 {%4,%5,%6,%7}, [from]; }"
+      : "=r"(x[0][0]), "=r"(x[0][1]), "=r"(x[0][2]), "=r"(x[0][3]), "=r"(x[1][0]), "=r"(x[1][1]), "=r"(x[1][2]), "=r"(x[1][3])
+      : "r"(row), "r"(static_cast<std::uint32_t>(rows.row * 2)), "l"(base + columns.bytes(0)), "l"(static_cast<std::int64_t>(columns.bytes(1) - columns.bytes(0))));
 }
 template <int N> __device__ inline void clear_absent(Fragment (&x)[N], const Columns& columns) {
   if (columns.D == 64) return;

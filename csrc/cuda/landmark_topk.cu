@@ -241,7 +241,7 @@ template <class C> __device__ void choose_keys(Selection& s, u32* chosen, const 
   constexpr int kChunks = C::DP / kChunk<T> / 4, kAtOnce = kChunks > 2 ? 1 : 2;
   const int chunks = x.D / kChunk<T>, quarter = lane % 4;
   __shared__ Vector<T> z[C::DP / kChunk<T>];
-  if (threadIdx.x < chunks) z[threadIdx.x] = load_vector(head_rows<T>(p.landmarks, b, h, m) + threadIdx.x * kChunk<T>, p.landmarks.aligned);
+  if (threadIdx.x < chunks) z[threadIdx.x] = load_vector(head_rows<T>(p.landmarks, b, h, m) + threadIdx.x * kChunk<T>);
   __syncthreads();
   const T* rows = head_rows<T>(p.k, b, h / (x.H / x.Hkv), keys.start);
   for (int first = threadIdx.x / 4; first - lane / 4 < count; first += kAtOnce * kThreads / 4) {
@@ -254,7 +254,7 @@ template <class C> __device__ void choose_keys(Selection& s, u32* chosen, const 
         const T* row = rows + min(key[j], keys.length - 1) * p.k.row;
 #pragma unroll
         for (int c = 0; c < kChunks; ++c)
-          if (quarter + 4 * c < chunks) v[j][c] = load_vector(row + (quarter + 4 * c) * kChunk<T>, p.k.aligned);
+          if (quarter + 4 * c < chunks) v[j][c] = load_vector(row + (quarter + 4 * c) * kChunk<T>);
       }
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {

@@ -25,18 +25,29 @@ using OptionalTensor = std::optional<Tensor>;
 
 // ---- from tensors to params ----------------------------------------------------------------------------------------
 
+// A named range in the profiler, or none.
+struct Range {
+  const char* name;
+  explicit Range(const char* name) : name(name) {
+    if (name) nvtxRangePushA(name);
+  }
+  ~Range() {
+    if (name) nvtxRangePop();
+  }
+  Range(const Range&) = delete;
+};
+
 // An op's device and stream, for as long as it runs.
 struct Context {
   c10::cuda::CUDAGuard guard;
   cudaStream_t stream;
   explicit Context(const Tensor& x) : guard(x.device()), stream(c10::cuda::getCurrentCUDAStream()) {}
 
-  // One stage: a named range in the profiler, and its launcher's status as an exception.
+  // One stage: its range, and its launcher's status as an exception.
   template <class Params>
   void run(const char* stage, cudaError_t (*launch)(const Params&, cudaStream_t), const Params& params) const {
-    nvtxRangePushA(stage);
+    const Range range(stage);
     const cudaError_t status = launch(params, stream);
-    nvtxRangePop();
     TORCH_CHECK(status == cudaSuccess, stage, ": ", cudaGetErrorString(status),
                 status == cudaErrorNoKernelImageForDevice ? "; mita_ext was built for CUDA architectures " MITA_CUDA_ARCHS
                                                             ": rebuild it with TORCH_CUDA_ARCH_LIST set to this GPU's"
@@ -44,12 +55,14 @@ struct Context {
   }
 };
 
-Rows rows(const Tensor& x) {
-  const int64_t bytes = x.element_size();
-  const auto whole = [&](int64_t elements) { return elements * bytes % 16 == 0; };
-  const bool aligned = reinterpret_cast<std::uintptr_t>(x.data_ptr()) % 16 == 0 && whole(x.stride(0)) && whole(x.stride(1)) && whole(x.stride(2)) &&
-                       x.stride(2) * bytes <= std::numeric_limits<std::uint32_t>::max();
-  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), aligned};
+Rows rows(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+
+// The input itself, or a copy where its rows do not start on 16 bytes, as those of a slice from an odd element on.
+Tensor aligned(const Tensor& x) {
+  bool whole = reinterpret_cast<std::uintptr_t>(x.const_data_ptr()) % 16 == 0 && x.stride(2) * x.element_size() <= std::numeric_limits<std::uint32_t>::max();
+  for (int i = 0; i < 3; ++i) whole &= x.size(i) <= 1 || x.stride(i) * x.element_size() % 16 == 0;
+  const Range range(whole ? nullptr : "mita_ext::align");
+  return whole ? x : x.clone(at::MemoryFormat::Contiguous);
 }
 
 Dtype dtype_of(const Tensor& x) {
@@ -332,15 +345,16 @@ Tensor pool(const Tensor& query, IntArrayRef num_landmarks, IntArrayRef grid, in
   const Problem x = problem_of("mita_ext.pool_landmarks", check_pool(query, num_landmarks, grid, num_prefix_tokens), query);
   const Context context(query);
   if (x.B == 0) return at::empty({x.B, x.H, x.M, x.D}, query.options());
-  return pool_stage(context, x, windows(num_landmarks, grid, num_prefix_tokens), query);
+  return pool_stage(context, x, windows(num_landmarks, grid, num_prefix_tokens), aligned(query));
 }
 
 Tensor pool_backward(const Tensor& dlandmarks, int64_t N, IntArrayRef num_landmarks, IntArrayRef grid, int64_t num_prefix_tokens) {
   const Problem x = problem_of("mita_ext.pool_landmarks backward", check_pool_backward(dlandmarks, N, num_landmarks, grid, num_prefix_tokens), dlandmarks);
   const Context context(dlandmarks);
+  const Tensor from = aligned(dlandmarks);
   Tensor dquery = at::empty({x.B, x.H, N, x.D}, dlandmarks.options());
   if (dquery.numel() > 0)
-    context.run("mita_ext::pool_backward", launch_pool_backward, {x, windows(num_landmarks, grid, num_prefix_tokens), rows(dlandmarks), false, rows(dquery)});
+    context.run("mita_ext::pool_backward", launch_pool_backward, {x, windows(num_landmarks, grid, num_prefix_tokens), rows(from), false, rows(dquery)});
   return dquery;
 }
 
@@ -348,7 +362,7 @@ std::tuple<Tensor, Tensor, Tensor> landmark_topk(const Tensor& landmarks, const 
   const Problem x = problem_of("mita_ext.landmark_topk", check_landmark_topk(landmarks, key, value, topk), landmarks);
   const Context context(landmarks);
   if (x.B == 0) return {ints(landmarks, {0, x.H, x.M, x.K}), at::empty({0, x.H, x.M, x.D}, landmarks.options()), floats(landmarks, {0, x.H, x.M})};
-  Landmarked result = landmark_stage(context, x, landmarks, key, value, static_cast<float>(scale));
+  Landmarked result = landmark_stage(context, x, aligned(landmarks), aligned(key), aligned(value), static_cast<float>(scale));
   return {result.indices, result.compressed, result.lse};
 }
 
@@ -358,23 +372,24 @@ std::tuple<Tensor, Tensor, Tensor> landmark_topk_backward(const Tensor& dcompres
       problem_of("mita_ext.landmark_topk backward", check_landmark_topk_backward(dcompressed, dlse, landmarks, key, value, compressed, lse), landmarks);
   const Context context(landmarks);
   if (x.B == 0) return {at::empty({0, x.H, x.M, x.D}, landmarks.options()), at::empty(key.sizes(), key.options()), at::empty(value.sizes(), value.options())};
-  const Softmax softmax(context, x, landmarks, dcompressed, compressed, lse, dlse);
-  const Tensor dlandmarks = landmark_gradient_stage(context, x, softmax, key, value, static_cast<float>(scale), {});
-  const auto [dkey, dvalue] = key_gradient_stage(context, x, &softmax, nullptr, {}, key, value, nullptr, static_cast<float>(scale));
+  const Tensor z = aligned(landmarks), k = aligned(key), v = aligned(value), dc = aligned(dcompressed), c = aligned(compressed);
+  const Softmax softmax(context, x, z, dc, c, lse, dlse);
+  const Tensor dlandmarks = landmark_gradient_stage(context, x, softmax, k, v, static_cast<float>(scale), {});
+  const auto [dkey, dvalue] = key_gradient_stage(context, x, &softmax, nullptr, {}, k, v, nullptr, static_cast<float>(scale));
   return {dlandmarks, dkey, dvalue};
 }
 
 Tensor route(const Tensor& query, const Tensor& landmarks, int64_t routes) {
   const Problem x = problem_of("mita_ext.route", check_route(query, landmarks, routes), query);
-  return route_stage(Context(query), x, query, landmarks);
+  return route_stage(Context(query), x, aligned(query), aligned(landmarks));
 }
 
 std::tuple<Tensor, Tensor> expert_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& landmarks, const Tensor& compressed,
                                             const Tensor& indices, const Tensor& experts, bool shared_expert, double scale, double landmark_scale) {
   const Problem x =
       problem_of("mita_ext.expert_attention", check_expert_attention(query, key, value, landmarks, compressed, indices, experts, shared_expert), query);
-  return attention_stage(Context(query), x, units(shared_expert, landmarks, compressed, key, value, indices), query, experts, static_cast<float>(scale),
-                         static_cast<float>(landmark_scale));
+  const Tensor q = aligned(query), k = aligned(key), v = aligned(value), z = aligned(landmarks), c = aligned(compressed);
+  return attention_stage(Context(query), x, units(shared_expert, z, c, k, v, indices), q, experts, static_cast<float>(scale), static_cast<float>(landmark_scale));
 }
 
 // The backward of both attention ops. With `landmark_lse` the compressed values are differentiated on to landmarks and keys; with
@@ -422,7 +437,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_attention_backward(con
                                                                              bool shared_expert, double scale, double landmark_scale) {
   const Problem x = problem_of("mita_ext.expert_attention backward",
                                check_expert_attention_backward(dout, dlse, query, key, value, landmarks, compressed, indices, experts, out, lse, shared_expert), query);
-  AttentionGradient g = attention_gradient(x, dout, dlse, query, key, value, landmarks, compressed, indices, experts, out, lse, nullptr, nullptr, shared_expert,
+  AttentionGradient g = attention_gradient(x, aligned(dout), dlse, aligned(query), aligned(key), aligned(value), aligned(landmarks), aligned(compressed), indices, experts,
+                                           aligned(out), lse, nullptr, nullptr, shared_expert,
                                            static_cast<float>(scale), static_cast<float>(landmark_scale));
   return {g.dquery, g.dkey, g.dvalue, g.dlandmarks, g.dcompressed};
 }
@@ -438,11 +454,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(con
     return {at::empty({0, x.H, x.queries.max_length, x.D}, query.options()), floats(query, {0, x.H, x.queries.max_length}), landmarks ? at::empty({0}, query.options()) : like,
             ints(query, {0, x.H, x.M, x.K}), ints(query, {0, x.H, x.queries.max_length, x.s}), at::empty_like(like), floats(query, {0, x.H, x.M})};
   }
-  const Tensor pooled = landmarks ? at::empty({0}, query.options()) : pool_stage(context, x, windows(num_landmarks, grid, num_prefix_tokens), query);
-  const Tensor& z = landmarks ? *landmarks : pooled;
-  const Landmarked landmarked = landmark_stage(context, x, z, key, value, static_cast<float>(scale));
-  const Tensor experts = route_stage(context, x, query, z);
-  auto [out, lse] = attention_stage(context, x, units(shared_expert, z, landmarked.compressed, key, value, landmarked.indices), query, experts, static_cast<float>(scale),
+  const Tensor q = aligned(query), k = aligned(key), v = aligned(value);
+  const Tensor pooled = landmarks ? at::empty({0}, query.options()) : pool_stage(context, x, windows(num_landmarks, grid, num_prefix_tokens), q);
+  const Tensor z = landmarks ? aligned(*landmarks) : pooled;
+  const Landmarked landmarked = landmark_stage(context, x, z, k, v, static_cast<float>(scale));
+  const Tensor experts = route_stage(context, x, q, z);
+  auto [out, lse] = attention_stage(context, x, units(shared_expert, z, landmarked.compressed, k, v, landmarked.indices), q, experts, static_cast<float>(scale),
                                     static_cast<float>(landmark_scale));
   return {out, lse, pooled, landmarked.indices, experts, landmarked.compressed, landmarked.lse};
 }
@@ -456,8 +473,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& dout
                                                         num_landmarks, grid, num_prefix_tokens, shared_expert),
                                query);
   const Windows w = windows(num_landmarks, grid, num_prefix_tokens);
-  AttentionGradient g = attention_gradient(x, dout, dlse, query, key, value, landmarks, compressed, indices, experts, out, lse, &landmark_lse, pooled ? &w : nullptr,
-                                           shared_expert, static_cast<float>(scale), static_cast<float>(landmark_scale));
+  AttentionGradient g = attention_gradient(x, aligned(dout), dlse, aligned(query), aligned(key), aligned(value), aligned(landmarks), aligned(compressed), indices, experts,
+                                           aligned(out), lse, &landmark_lse, pooled ? &w : nullptr, shared_expert, static_cast<float>(scale), static_cast<float>(landmark_scale));
   return {g.dquery, g.dkey, g.dvalue, pooled ? at::empty({0}, landmarks.options()) : g.dlandmarks};
 }
 

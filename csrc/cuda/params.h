@@ -8,12 +8,11 @@ namespace mita {
 
 enum class Dtype { bf16, fp16, fp32 };
 
-// A [B, heads, rows, D] tensor with any strides (in elements) and a contiguous last dimension.
-// Packed sequences have batch = 0; Sequences::starts then says where each one begins.
+// A [B, heads, rows, D] tensor with any strides (in elements) and a contiguous last dimension; every row starts on 16 bytes,
+// less than 4 GB behind the one before. Packed sequences have batch = 0; Sequences::starts then says where each one begins.
 struct Rows {
   void* data;                  // read-only wherever it is an input
   std::int64_t batch, head, row;
-  bool aligned;                // every row starts on 16 bytes, less than 4 GB behind the one before: loads may be vectors
 };
 
 // Which rows belong to which batch element. `lengths` and `starts` are null where all have `max_length` rows.
@@ -46,7 +45,7 @@ struct PoolBackwardParams {
   Windows windows;
   Rows dlandmarks;             // [B, H, M, D]
   bool add;                    // to what dq holds
-  Rows dq;                     // [B, H, N, D], aligned
+  Rows dq;                     // [B, H, N, D]
 };
 
 // Scores, compressed values and top-K keys of every landmark. Not the scores are stored, but the largest one of each group of
@@ -116,7 +115,7 @@ struct AttentionParams {
   Groups groups;
   float* partial_out;          // [BH, N*s, D], only where s > 1
   float* partial_lse;          // [BH, N*s], only where s > 1
-  Rows out;                    // [B, H, N, D], aligned
+  Rows out;                    // [B, H, N, D]
   float* lse;                  // [B, H, N], natural logarithm
 };
 
@@ -153,7 +152,7 @@ struct UnitGradientParams {
   std::int32_t* key_starts;    // compress with indices, scratch: [BH, M, ceil(L / kKeyBlock) + 1]
   float* partial_dk;           // shared: [BH, splits, M, D]; routed (written) and compress (read): [BH, max_tiles(segment_rows), K, D]
   float* partial_dv;           // likewise
-  Rows dk, dv;                 // compress: [B, Hkv, L, D] twice, aligned
+  Rows dk, dv;                 // compress: [B, Hkv, L, D] twice
 };
 
 // Gradients of the rows (queries) of one softmax, without what queries receive as parts of pooled landmarks:
@@ -176,7 +175,7 @@ struct RowGradientParams {
   float* partial;              // landmark: [BH, splits, M, 2, D]; attention with s > 1: [BH, N*s, 2, D]
   float* partial_sums;         // the same rows: [..., 3]
   const float* base;           // landmark: [BH, M, D] to add, or null
-  Rows dq;                     // [B, H, rows, D], aligned
+  Rows dq;                     // [B, H, rows, D]
 };
 
 // Sums of partial gradients in a fixed order, in fp32 or rounded.

@@ -38,7 +38,7 @@ template <class T> __global__ void __launch_bounds__(32 * kPoolWarps) pool_kerne
 #pragma unroll 4
     for (int i = share * (32 / lanes) + lane / lanes; i < area; i += rows_at_once) {
       const int y = w.gh == 1 ? 0 : i / width;
-      const Vector<T> v = load_vector(q + (std::int64_t(y) * w.gw + (i - y * width)) * p.q.row, p.q.aligned);
+      const Vector<T> v = load_vector(q + (std::int64_t(y) * w.gw + (i - y * width)) * p.q.row);
 #pragma unroll
       for (int e = 0; e < kChunk<T>; ++e) sum[e] += to_float(v.element[e]);
     }
@@ -88,13 +88,13 @@ template <class T> __global__ void __launch_bounds__(kThreads) pool_backward_ker
   };
   if (p.add)
     each_chunk([&](float(&sum)[kChunk<T>], int d) {
-      const Vector<T> before = load_vector(dq + d, true);
+      const Vector<T> before = load_vector(dq + d);
 #pragma unroll
       for (int e = 0; e < kChunk<T>; ++e) sum[e] = to_float(before.element[e]);
     });
   for_each_window(w, n, [&](int m, float weight) {
     each_chunk([&](float(&sum)[kChunk<T>], int d) {
-      const Vector<T> v = load_vector(dlandmarks + m * p.dlandmarks.row + d, p.dlandmarks.aligned);
+      const Vector<T> v = load_vector(dlandmarks + m * p.dlandmarks.row + d);
 #pragma unroll
       for (int e = 0; e < kChunk<T>; ++e) sum[e] += weight * to_float(v.element[e]);
     });

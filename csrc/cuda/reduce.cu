@@ -20,7 +20,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) delta_kernel(cons
     const T* dout = head_rows<T>(p.dout, b, bh % p.H, sequence.start + n);
     const T* out = head_rows<T>(p.out, b, bh % p.H, sequence.start + n);
     for (int c = lane; c < p.D / kChunk<T>; c += kLanes) {
-      const Vector<T> a = load_vector(dout + c * kChunk<T>, p.dout.aligned), b = load_vector(out + c * kChunk<T>, p.out.aligned);
+      const Vector<T> a = load_vector(dout + c * kChunk<T>), b = load_vector(out + c * kChunk<T>);
 #pragma unroll
       for (int e = 0; e < kChunk<T>; ++e) sum += to_float(a.element[e]) * to_float(b.element[e]);
     }

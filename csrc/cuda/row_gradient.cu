@@ -92,9 +92,9 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   int buffer = 0;  // the stage of the tile at hand
   if (first_tile < last_tile) units.load(shared.stage[buffer], window, p.units, x, b, h, first_tile);
 
-  const int passes = ceil_div(work.entries, rows);
+  const auto is_last = [&](int pass) { return (pass + 1) * rows >= work.entries; };
 #pragma unroll 1
-  for (int pass = 0; pass < passes; ++pass) {
+  for (int pass = 0; pass * rows < work.entries; ++pass) {
     const auto own = [&](int i) { return pass * rows + 16 * warp + g + 8 * i; };  // entries of the lane's two rows
     const int batch = opaque(b), head = opaque(h);
     const std::int64_t start = landmark ? 0 : span(x.queries, batch).start;
@@ -123,7 +123,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
     wait_loads<0>();
     if (first_tile >= last_tile) __syncthreads();
     for (int tile = first_tile; tile < last_tile; ++tile, buffer ^= 1) {
-      if (tile + 1 < last_tile || pass + 1 < passes) units.load(shared.stage[buffer ^ 1], window, p.units, x, opaque(b), opaque(h), tile + 1 < last_tile ? tile + 1 : first_tile);
+      if (tile + 1 < last_tile || !is_last(pass)) units.load(shared.stage[buffer ^ 1], window, p.units, x, opaque(b), opaque(h), tile + 1 < last_tile ? tile + 1 : first_tile);
       commit_loads();
       wait_loads<1>();
       __syncthreads();

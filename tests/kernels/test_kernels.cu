@@ -128,21 +128,21 @@ struct Output {
     return host;
   }
   Rows view() const {
-    if (packed) return {memory.data, 0, D, std::int64_t(heads) * D, true};
-    return {memory.data, std::int64_t(heads) * rows * D, std::int64_t(rows) * D, D, true};
+    if (packed) return {memory.data, 0, D, std::int64_t(heads) * D};
+    return {memory.data, std::int64_t(heads) * rows * D, std::int64_t(rows) * D, D};
   }
 };
 
-// An input tensor laid out [B, rows, heads, D + gap] (packed: [all rows, heads, D + gap]), as a slice of a fused projection.
-// A gap of 8 elements keeps the rows 16-byte aligned, any odd one does not.
+// An input tensor laid out [B, rows, heads, D + 8] (packed: [all rows, heads, D + 8]), as a slice of a fused projection.
 struct Input {
   Host host;  // rounded to the dtype; zeros behind short sequences, where the device has NaN
   Buffer<unsigned char> memory;
   Rows rows;
-  Input(Dtype dtype, Host values, const Lengths& lengths, int gap)
+  static constexpr int kGap = 8;
+  Input(Dtype dtype, Host values, const Lengths& lengths)
       : host(std::move(values)), memory(std::size_t(lengths.batch == Batch::packed ? lengths.starts.back() : host.B * host.rows) *
-                                        host.heads * (host.D + gap) * bytes_of(dtype)) {
-    const std::int64_t head = host.D + gap, row = host.heads * head, batch = lengths.batch == Batch::packed ? 0 : host.rows * row;
+                                        host.heads * (host.D + kGap) * bytes_of(dtype)) {
+    const std::int64_t head = host.D + kGap, row = host.heads * head, batch = lengths.batch == Batch::packed ? 0 : host.rows * row;
     std::vector<unsigned char> bytes(memory.count, 0xFF);
     for (int b = 0; b < host.B; ++b)
       for (int h = 0; h < host.heads; ++h)
@@ -159,7 +159,7 @@ struct Input {
           }
         }
     CUDA(cudaMemcpy(memory.data, bytes.data(), bytes.size(), cudaMemcpyHostToDevice));
-    rows = {memory.data, batch, head, row, head * bytes_of(dtype) % 16 == 0};
+    rows = {memory.data, batch, head, row};
   }
 };
 
@@ -205,7 +205,6 @@ struct Case {
   bool shared = true;
   Batch batch = Batch::full;
   bool integers = false;      // small integers: every score is exact, ties abound, selections have one right answer
-  int gap = 8;
   Windows windows = {0, 0, 0, 0, 0};  // zeros: one dimension
   double noise = 1;                   // of the keys around 1: nearly equal keys leave of dq what other sums round away
 };
@@ -217,9 +216,9 @@ const Case kCases[] = {
     {"fp32_wide_heads", Dtype::fp32, 1, 1, 1, 70, 75, 18, 33, 1, 96},
     {"grouped_query_heads", Dtype::bf16, 2, 6, 2, 90, 90, 16, 16, 1, 40},
     {"cross_attention", Dtype::bf16, 1, 2, 1, 50, 210, 12, 48, 1, 64},
-    {"grid_with_prefix", Dtype::bf16, 1, 3, 3, 101, 101, 12, 20, 1, 64, true, Batch::full, false, 8, {3, 4, 10, 10, 1}},
-    {"unaligned_rows", Dtype::bf16, 1, 2, 2, 77, 77, 10, 12, 1, 72, true, Batch::full, false, 1},
-    {"unaligned_rows_fp32", Dtype::fp32, 1, 2, 1, 45, 60, 8, 12, 1, 24, true, Batch::full, false, 1},
+    {"grid_with_prefix", Dtype::bf16, 1, 3, 3, 101, 101, 12, 20, 1, 64, true, Batch::full, false, {3, 4, 10, 10, 1}},
+    {"nine_chunks", Dtype::bf16, 1, 2, 2, 77, 77, 10, 12, 1, 72},
+    {"fp32_narrow_heads", Dtype::fp32, 1, 2, 1, 45, 60, 8, 12, 1, 24},
     {"compress_only", Dtype::bf16, 1, 2, 2, 100, 80, 16, 8, 0, 64},
     {"two_routes", Dtype::bf16, 2, 2, 1, 120, 110, 14, 20, 2, 64},
     {"two_routes_fp32", Dtype::fp32, 1, 2, 2, 60, 60, 7, 9, 2, 32},
@@ -250,10 +249,10 @@ const Case kCases[] = {
     {"passing_units_narrow", Dtype::bf16, 1, 1, 1, 900, 700, 3, 400, 2, 64},
     {"passing_units_by_warps", Dtype::bf16, 1, 1, 1, 300, 500, 20, 350, 1, 64},
     {"passing_units_fp32", Dtype::fp32, 1, 1, 1, 200, 300, 6, 200, 1, 64},
-    {"nearly_equal_keys", Dtype::bf16, 1, 2, 2, 150, 150, 20, 24, 1, 64, true, Batch::full, false, 8, {}, 0.1},
-    {"nearly_equal_keys_many_queries", Dtype::bf16, 1, 1, 1, 700, 300, 5, 64, 1, 128, true, Batch::full, false, 8, {}, 0.1},
-    {"nearly_equal_keys_two_routes", Dtype::fp16, 1, 1, 1, 200, 300, 7, 40, 2, 64, true, Batch::full, false, 8, {}, 0.1},
-    {"nearly_equal_keys_fp32", Dtype::fp32, 1, 1, 1, 80, 90, 5, 40, 1, 64, true, Batch::full, false, 8, {}, 0.1},
+    {"nearly_equal_keys", Dtype::bf16, 1, 2, 2, 150, 150, 20, 24, 1, 64, true, Batch::full, false, {}, 0.1},
+    {"nearly_equal_keys_many_queries", Dtype::bf16, 1, 1, 1, 700, 300, 5, 64, 1, 128, true, Batch::full, false, {}, 0.1},
+    {"nearly_equal_keys_two_routes", Dtype::fp16, 1, 1, 1, 200, 300, 7, 40, 2, 64, true, Batch::full, false, {}, 0.1},
+    {"nearly_equal_keys_fp32", Dtype::fp32, 1, 1, 1, 80, 90, 5, 40, 1, 64, true, Batch::full, false, {}, 0.1},
 };
 
 // ---- the definition, in double -------------------------------------------------------------------------------------
@@ -367,11 +366,11 @@ void run(const Case& c) {
     const Host host = random(H, rows, 1);
     return std::vector<float>(host.x.begin(), host.x.end());
   };
-  const Input q(dtype, random(H, N, D), queries, c.gap), dout(dtype, random(H, N, D), queries, c.gap);
+  const Input q(dtype, random(H, N, D), queries), dout(dtype, random(H, N, D), queries);
   Host key_values = random(Hkv, L, D);
   if (c.noise != 1)
     for (double& x : key_values.x) x = 1 + c.noise * x;
-  const Input k(dtype, key_values, keys, c.gap), v(dtype, random(Hkv, L, D), keys, c.gap);
+  const Input k(dtype, key_values, keys), v(dtype, random(Hkv, L, D), keys);
   const Problem problem{dtype, B, H, Hkv, M, K, s, D, queries.view(), keys.view()};
   const Windows windows = c.windows.mh ? c.windows : Windows{1, M, 1, N, 0};
   const auto windows_of_batch = [&](int b) {
@@ -405,7 +404,7 @@ void run(const Case& c) {
   expect_close("pool", pooled.get().x, want_pooled.x, tolerance);
 
   // Integer problems get integer landmarks, so that all their scores are exact.
-  const Input given(dtype, random(H, M, D), all_landmarks, c.gap);
+  const Input given(dtype, random(H, M, D), all_landmarks);
   const Host z = c.integers ? given.host : pooled.get();
   const Rows z_rows = c.integers ? given.rows : pooled.view();
 
@@ -683,6 +682,7 @@ void run(const Case& c) {
 void run_topk(const char* name, int L, int K, int group, const std::function<float(int row, int key)>& score) {
   context = std::string("topk ") + name + " L=" + std::to_string(L) + " K=" + std::to_string(K) + " group=" + std::to_string(group);
   constexpr int B = 3, D = 8;
+  const int splits = parts_of(L, 2048);
   std::vector<float> host(std::size_t(B) * L * D, 0.0f), one(B * D, 0.0f);
   for (int b = 0; b < B; ++b) {
     one[b * D] = 1;
@@ -690,10 +690,10 @@ void run_topk(const char* name, int L, int K, int group, const std::function<flo
   }
   const Buffer<float> keys(host), landmark(one);
   const std::int64_t pitch = score_pitch(L, group);
-  Buffer<float> scores(B * pitch), values(B * D), state(B * 2), compressed(B * D), lse(B);
+  Buffer<float> scores(B * pitch), values(B * splits * D), state(B * splits * 2), compressed(B * D), lse(B);
   Buffer<std::int32_t> indices(std::size_t(B) * K);
-  const auto rows = [&](const Buffer<float>& x, int count) { return Rows{x.data, std::int64_t(count) * D, std::int64_t(count) * D, D, true}; };
-  const LandmarkParams p{{Dtype::fp32, B, 1, 1, 1, K, 1, D, {L, nullptr, nullptr}, {L, nullptr, nullptr}}, 1.0f, rows(landmark, 1), rows(keys, L), rows(keys, L), 1, group,
+  const auto rows = [&](const Buffer<float>& x, int count) { return Rows{x.data, std::int64_t(count) * D, std::int64_t(count) * D, D}; };
+  const LandmarkParams p{{Dtype::fp32, B, 1, 1, 1, K, 1, D, {L, nullptr, nullptr}, {L, nullptr, nullptr}}, 1.0f, rows(landmark, 1), rows(keys, L), rows(keys, L), splits, group,
                          scores.data, values.data, state.data, indices.data, compressed.data, lse.data};
   RUN(launch_landmark_scores(p, 0));
   RUN(launch_landmark_topk(p, 0));
