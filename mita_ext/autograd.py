@@ -42,13 +42,9 @@ def _wanted(ctx, *grads):
 
 class Pool(torch.autograd.Function):
     @staticmethod
-    def forward(query, num_landmarks, grid, num_prefix_tokens):
-        return ops.pool(query, num_landmarks, grid, num_prefix_tokens)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        query, *ctx.options = inputs
-        ctx.N = query.shape[2]
+    def forward(ctx, query, *options):
+        ctx.N, ctx.options = query.shape[2], options
+        return ops.pool(query, *options)
 
     @staticmethod
     @once_differentiable
@@ -59,16 +55,13 @@ class Pool(torch.autograd.Function):
 
 class LandmarkTopk(torch.autograd.Function):
     @staticmethod
-    def forward(landmarks, key, value, topk, scale):
-        return ops.landmark_topk(landmarks, key, value, topk, scale)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        landmarks, key, value, _, ctx.scale = inputs
-        indices, compressed, lse = output
+    def forward(ctx, landmarks, key, value, topk, scale):
+        indices, compressed, lse = ops.landmark_topk(landmarks, key, value, topk, scale)
+        ctx.scale = scale
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(landmarks, key, value, compressed, lse)
+        return indices, compressed, lse
 
     @staticmethod
     @once_differentiable
@@ -83,14 +76,13 @@ class LandmarkTopk(torch.autograd.Function):
 
 class ExpertAttention(torch.autograd.Function):
     @staticmethod
-    def forward(query, key, value, landmarks, compressed, indices, experts, *options):
-        return ops.expert_attention(query, key, value, landmarks, compressed, indices, experts, *options)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.options = inputs[7:]
+    def forward(ctx, query, key, value, landmarks, compressed, indices, experts, *options):
+        inputs = (query, key, value, landmarks, compressed, indices, experts)
+        output = ops.expert_attention(*inputs, *options)
+        ctx.options = options
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:7], *output)
+        ctx.save_for_backward(*inputs, *output)
+        return output
 
     @staticmethod
     @once_differentiable
@@ -107,18 +99,16 @@ class Attention(torch.autograd.Function):
     landmark_lse."""
 
     @staticmethod
-    def forward(query, key, value, landmarks, *options):
-        return ops.attention(query, key, value, landmarks, *options)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        query, key, value, given, *pooling, _, _, shared_expert, scale, landmark_scale = inputs
+    def forward(ctx, query, key, value, given, num_landmarks, grid, num_prefix_tokens, topk, routes, *options):
+        pooling = (num_landmarks, grid, num_prefix_tokens)
+        output = ops.attention(query, key, value, given, *pooling, topk, routes, *options)
         out, lse, pooled, indices, experts, compressed, landmark_lse = output
-        ctx.options = (given is None, *pooling, shared_expert, scale, landmark_scale)
+        ctx.options = (given is None, *pooling, *options)
         ctx.mark_non_differentiable(pooled, indices, experts, compressed, landmark_lse)
         ctx.set_materialize_grads(False)
         landmarks = pooled if given is None else given
         ctx.save_for_backward(query, key, value, landmarks, indices, experts, compressed, landmark_lse, out, lse)
+        return output
 
     @staticmethod
     @once_differentiable

@@ -52,8 +52,16 @@ def test_stages_compose_to_attention(name, backend):
     T, C, landmark_lse = mita_ext.landmark_topk(Z, k, v, topk=case.K, scale=case.scale)
     r = mita_ext.route(q, Z, routes=case.routes)
     staged, lse = mita_ext.expert_attention(q, k, v, Z, C, T, r, shared_expert=case.shared_expert, **case.scales)
-    for got, expected in ((T, aux.topk_indices), (C, aux.compressed), (r, aux.experts), (staged, out), (lse, aux.lse)):
-        assert torch.equal(got, expected)
+    assert torch.equal(T, aux.topk_indices)
+    assert torch.equal(r, aux.experts)
+    if device == "cpu" or dtype == torch.float32:
+        for got, expected in ((C, aux.compressed), (staged, out), (lse, aux.lse)):
+            assert torch.equal(got, expected)
+    else:  # short sequences have a kernel of their own: weights are rounded against other running maxima
+        eps = torch.finfo(dtype).eps
+        for got, expected in ((C, aux.compressed), (staged, out)):
+            torch.testing.assert_close(got, expected, rtol=2 * eps, atol=eps)
+        assert_same(lse, aux.lse)
     assert landmark_lse.dtype == lse.dtype == at_least_float32(dtype)
     keys = k.double().repeat_interleave(case.H // k.shape[1], 1)
     scale = case.D**-0.5

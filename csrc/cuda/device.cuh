@@ -111,7 +111,9 @@ template <class T> __device__ inline T* head_rows(const Rows& x, int b, int head
 struct Range {
   int first, last;
 };
-// The division is two float estimates and an exact correction: integer division of 64 bits is a call, and calls spill.
+// Products that fit in 32 bits are divided as they are. Division of 64 bits is two float estimates and an exact correction: integer
+// division would be a call, and calls spill.
+__device__ inline int floor_div(int a, int size) { return a / size; }
 __device__ inline int floor_div(std::int64_t a, int size) {
   const float inverse = __frcp_rn(static_cast<float>(size));
   std::int64_t quotient = static_cast<std::int64_t>(static_cast<float>(a) * inverse);
@@ -119,8 +121,8 @@ __device__ inline int floor_div(std::int64_t a, int size) {
   const std::int64_t rest = a - quotient * size;
   return static_cast<int>(quotient + (rest >= size) - (rest < 0));
 }
-__device__ inline Range overlapping(int i, int size, int other) {
-  return {floor_div(std::int64_t(i) * other, size), floor_div(std::int64_t(i + 1) * other + (size - 1), size)};
+template <class Product = std::int64_t> __device__ inline Range overlapping(int i, int size, int other) {
+  return {floor_div(Product(i) * other, size), floor_div(Product(i + 1) * other + (size - 1), size)};
 }
 
 __device__ inline bool is_pooled(const Windows& w, int n) { return n >= w.prefix && n - w.prefix < w.gh * w.gw; }
@@ -183,6 +185,14 @@ __device__ inline int load_shared_int(std::uint32_t address) {
   asm volatile("ld.shared.s32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
   return x;
 }
+__device__ inline int load_shared_short(std::uint32_t address) {
+  std::uint16_t x;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(address) : "memory");
+  return x;
+}
+__device__ inline void store_shared4(std::uint32_t address, uint4 x) {
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
 __device__ inline void store_shared2(std::uint32_t address, float lo, float hi) {
   asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(address), "f"(lo), "f"(hi) : "memory");
 }
@@ -196,7 +206,8 @@ template <class T, int DP> struct Tile {
   static constexpr int kChunks = DP / kChunk<T>, kRowBytes = DP * sizeof(T);
   std::uint32_t address;
   __device__ std::uint32_t chunk(int row, int c) const {
-    if constexpr (sizeof(T) == 2) return address + (row >> 3) * (8 * kRowBytes) + (c >> 3) * kPanel + (row & 7) * 128 + 16 * ((c ^ row) & 7);
+    if constexpr (kRowBytes == 128) return address + row * kRowBytes + 16 * ((c ^ row) & 7);
+    else if constexpr (sizeof(T) == 2) return address + (row >> 3) * (8 * kRowBytes) + (c >> 3) * kPanel + (row & 7) * 128 + 16 * ((c ^ row) & 7);
     else return address + row * kRowBytes + 16 * (c ^ (row & 7));
   }
   __device__ Tile from_row(int row) const { return {address + row * kRowBytes}; }  // row: a multiple of 8
@@ -409,6 +420,30 @@ template <class C, int PENDING, class... Registers> __device__ inline void wait_
 
 // ---- the two products, by either -----------------------------------------------------------------------------------
 
+// Rows of an operand by warps: those of a tile as they lie there, or by a list of their numbers, sixteen at a time. Address (k, n) is that of
+// a lane's chunk of columns 16k and up, of the n-th sixteen rows.
+template <class T, int DP> struct TileOperand {
+  std::uint32_t address;
+  __device__ std::uint32_t operator()(int k, int n) const { return at_step(address, k) + n * 16 * DP * static_cast<int>(sizeof(T)); }
+};
+template <class T, int DP> __device__ inline TileOperand<T, DP> operand(const Tile<T, DP>& tile, int row, int c) { return {tile.chunk(row, c)}; }
+
+template <class T, int DP, int ROWS> struct ListedRows {
+  Tile<T, DP> tile;
+  std::uint32_t list;  // shared address of 16-bit numbers
+  int count;           // of them, at least 1; behind them the last one again
+};
+template <int ROWS> struct ListedOperand {
+  std::uint32_t address[ROWS / 16];
+  __device__ std::uint32_t operator()(int k, int n) const { return at_step(address[n], k); }
+};
+template <class T, int DP, int ROWS> __device__ inline ListedOperand<ROWS> operand(const ListedRows<T, DP, ROWS>& rows, int row, int c) {
+  ListedOperand<ROWS> result;
+#pragma unroll
+  for (int n = 0; n < ROWS / 16; ++n) result.address[n] = rows.tile.chunk(load_shared_short(rows.list + 2 * min(16 * n + row, rows.count - 1)), c);
+  return result;
+}
+
 // The first operand of `product`. Rows of one warp in shared memory, read again for every product:
 template <class T, int DP> struct SharedRows {
   Tile<T, DP> tile;
@@ -417,6 +452,7 @@ template <class T, int DP> struct SharedRows {
     tile = rows;
     address = rows.chunk(lane & 15, lane >> 4);
   }
+  __device__ void load(const ListedRows<T, DP, 16>& rows, int lane) { address = operand(rows, lane & 15, lane >> 4).address[0]; }
   __device__ void fragment(std::uint32_t (&a)[4], int k) const { ldmatrix(a, at_step(address, k)); }
 };
 
@@ -479,8 +515,8 @@ template <class T, int KT> struct Weights {
 
 // acc[rows x 8*NT] = A[rows x DP] B[8*NT x DP]^T, for example logits = queries keys^T. A warpgroup's result, here as below, is there after
 // `wait_products`.
-template <class C, int NT, class A, class T = typename C::T, int DP = C::DP>
-__device__ inline void product(float (&acc)[NT][4], const A& a_rows, Tile<T, DP> b_rows, int lane) {
+template <class C, int NT, class A, class B, class T = typename C::T, int DP = C::DP>
+__device__ inline void product(float (&acc)[NT][4], const A& a_rows, const B& b_rows, int lane) {
   if constexpr (!C::kGroups) clear(acc);
   if constexpr (C::kGroups) {
     const Matrix<DP> a(a_rows.tile.address, false), b(b_rows.address, false);
@@ -490,14 +526,14 @@ __device__ inline void product(float (&acc)[NT][4], const A& a_rows, Tile<T, DP>
     commit_products();
   } else if constexpr (sizeof(T) == 2) {
     static_assert(NT % 2 == 0);
-    const std::uint32_t address = b_rows.chunk((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
+    const auto address = operand(b_rows, (lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
 #pragma unroll
     for (int k = 0; k < DP / 16; ++k) {
       std::uint32_t a[4], b[4];
       a_rows.fragment(a, k);
 #pragma unroll
       for (int n = 0; n < NT; n += 2) {
-        ldmatrix(b, at_step(address, k) + n * 8 * DP * sizeof(T));
+        ldmatrix(b, address(k, n / 2));
         mma<T>(acc[n], a, b[0], b[1]);
         mma<T>(acc[n + 1], a, b[2], b[3]);
       }
@@ -524,8 +560,8 @@ __device__ inline void product(float (&acc)[NT][4], const A& a_rows, Tile<T, DP>
 }
 
 // acc[rows x DP] += P[rows x 8*KT] V[8*KT x DP], for example output += probabilities values.
-template <class C, int KT, class T = typename C::T, int DP = C::DP>
-__device__ inline void add_weighted_rows(float (&acc)[DP / 8][4], Weights<T, KT>& p, Tile<T, DP> v_rows, int lane) {
+template <class C, int KT, class V, class T = typename C::T, int DP = C::DP>
+__device__ inline void add_weighted_rows(float (&acc)[DP / 8][4], Weights<T, KT>& p, const V& v_rows, int lane) {
   if constexpr (C::kGroups) {
     const Matrix<DP> rows(v_rows.address, true);
     begin_products(acc, p.packed);
@@ -535,14 +571,14 @@ __device__ inline void add_weighted_rows(float (&acc)[DP / 8][4], Weights<T, KT>
     commit_products();
   } else if constexpr (sizeof(T) == 2) {
     static_assert(KT % 2 == 0);
-    const std::uint32_t address = v_rows.chunk(lane & 15, lane >> 4);
+    const auto address = operand(v_rows, lane & 15, lane >> 4);
 #pragma unroll
     for (int k = 0; k < KT / 2; ++k) {
       const std::uint32_t a[4] = {p.packed[2 * k][0], p.packed[2 * k][1], p.packed[2 * k + 1][0], p.packed[2 * k + 1][1]};
 #pragma unroll
       for (int d = 0; d < DP / 16; ++d) {
         std::uint32_t b[4];
-        ldmatrix_transposed(b, at_step(address, d) + k * 16 * DP * sizeof(T));
+        ldmatrix_transposed(b, address(d, k));
         mma<T>(acc[2 * d], a, b[0], b[1]);
         mma<T>(acc[2 * d + 1], a, b[2], b[3]);
       }
@@ -592,7 +628,7 @@ template <class T> struct OnlineSoftmax {
       m = fmaxf(maximum[h], m * scale);
       base[h] = m == -kInfinity ? 0.0f : m;  // nothing but absent units so far: exp(-inf - 0) = 0, never NaN
       rescale[h] = exponential<T>(maximum[h] - base[h]);
-      grown |= m > maximum[h];
+      grown |= m > maximum[h] && maximum[h] != -kInfinity;  // else nothing was accumulated
       maximum[h] = m;
     }
     if (__any_sync(0xffffffffu, grown))  // seldom, after the first tiles
@@ -746,8 +782,9 @@ __device__ inline void store_partial_rows(const float (&acc)[DP / 8][4], const f
 
 // ---- shared memory of a launch -------------------------------------------------------------------------------------
 
-// Allows a kernel more dynamic shared memory than the default, as far as the device has it.
+// Allows a kernel more dynamic shared memory than it may have anyway, 48 KB with its static one, as far as the device has it.
 template <class Kernel> inline cudaError_t allow_shared_memory(Kernel kernel, std::size_t bytes) {
+  if (bytes <= 32 * 1024) return cudaSuccess;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
 

@@ -13,6 +13,7 @@
 namespace mita {
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int round_up(int a, int step) { return ceil_div(a, step) * step; }
 
 // Blocks that fill a large GPU once: 132 multiprocessors with 4 blocks each. A constant, so that results do not depend on the
 // device.
@@ -51,8 +52,8 @@ inline int row_gradient_tile_rows(int entries_per_expert) { return tile_rows(kMa
 // Keys of a group that leaves one score, the largest: eight, or one where computing their scores again would move more than
 // storing all of them. H100: groups of four are no better anywhere.
 constexpr int kGroupKeys = 8;
-constexpr int kWarpKeys = 256;  // so many scores one warp selects from. H100: with 1601 of them it takes longer than a block
-inline int group_keys(int L, int K, int D) { return L <= kWarpKeys || (L <= 4096 && L <= K * D) ? 1 : kGroupKeys; }
+constexpr int kShortKeys = 256;  // so many scores eight lanes select from
+inline int group_keys(int L, int K, int D) { return L <= kShortKeys || (L <= 4096 && L <= K * D) ? 1 : kGroupKeys; }
 // Rows of many groups are first cut down by a sample of them: one of every `stride`, at a hashed place, as contiguous structure
 // cannot mislead that. H100: a smaller sample leaves more candidates, a larger one takes longer to sort.
 __host__ __device__ inline int sample_stride(int groups) {

@@ -209,8 +209,7 @@ __device__ inline void load_half(std::uint32_t (&x)[4], std::uint32_t address) {
 }
 __device__ inline void store_fragment(const Fragment& x, std::uint32_t address) {
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
-    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address + 512 * i), "r"(x[i][0]), "r"(x[i][1]), "r"(x[i][2]), "r"(x[i][3]) : "memory");
+  for (int i = 0; i < 2; ++i) store_shared4(address + 512 * i, make_uint4(x[i][0], x[i][1], x[i][2], x[i][3]));
 }
 
 // Where the tensors of one head begin, and their sizes. In shared memory, as the registers are needed for keys and values.

@@ -3,94 +3,138 @@
 // A candidate is one 64-bit number, ordered(score) above the complement of its key index: all candidates differ, so every
 // comparison is decided, and nothing depends on the timing of threads. Indices come out ascending; -1 fills the rest.
 //
-// short rows (L <= kWarpKeys): one warp per landmark, its scores in registers, the K-th largest by bisection between bounds that
-//   the best scores of every lane give, ties cut by position.
+// short rows: of up to kShortKeys scores eight lanes per landmark, of up to kWarpScores one warp, the scores in its registers.
 // long rows: of each group of consecutive keys only the largest score is known. The K best keys lie in the K best groups, in the
 //   total order of maxima and group indices: K groups in front of a key's would hold K keys in front of it. One block per landmark
 //   1. takes the K best groups. Where there are many, a rank of a stratified sample so low that fewer than K maxima above it are
 //      a 6-sigma event cuts them down first; should it have left fewer than K or more than fit, all of them are looked at,
 //   2. computes the scores of their keys again,
 //   3. takes the K best of those.
+//   Rows of up to kWarpScores maxima, where K is at most kWarpTopk, are the work of one warp in the same three steps.
 #include <cub/block/block_radix_sort.cuh>
 
 #include "device.cuh"
 #include "launch.h"
+#include "stages.cuh"
 
 namespace mita {
 namespace {
 
 using u32 = std::uint32_t;
 using u64 = unsigned long long;
-constexpr u32 kAll = 0xffffffffu;
 
-__device__ u64 candidate(u32 ordered_score, int index) { return u64(ordered_score) << 32 | (kAll - static_cast<u32>(index)); }
+__device__ u64 candidate(u32 ordered_score, int index) { return u64(ordered_score) << 32 | (kAllLanes - static_cast<u32>(index)); }
 // The lowest score that a candidate at or above this one can have; -infinity where that is no number.
-__device__ float score_of(u64 candidate) {
-  const u32 bits = static_cast<u32>(candidate >> 32);
-  const float score = __uint_as_float(bits & 0x80000000u ? bits ^ 0x80000000u : ~bits);
+__device__ float least_score(u64 candidate) {
+  const float score = score_of(static_cast<u32>(candidate >> 32));
   return score == score ? score : -kInfinity;
 }
-__device__ u32 index_of(u64 candidate) { return kAll - static_cast<u32>(candidate); }
+__device__ u32 index_of(u64 candidate) { return kAllLanes - static_cast<u32>(candidate); }
 
-// ---- short rows ----------------------------------------------------------------------------------------------------
+constexpr int kThreads = 128;       // few: most of the time is latency, and many rows hide it
+constexpr int kWarpScores = 2048, kWarpTopk = 64;
 
-constexpr int kShortWarps = 4, kLaneKeys = kWarpKeys / 32;
+// The keys of groups of them: key i of the list.
+struct GroupedKeys {
+  const u32* groups;
+  __device__ int operator[](int i) const { return static_cast<int>(groups[i / kGroupKeys] * kGroupKeys) + i % kGroupKeys; }
+};
 
-__global__ void __launch_bounds__(32 * kShortWarps) topk_short_kernel(const LandmarkParams p) {
+// The scores of `count` keys with landmark m, by THREADS threads; put(i, key, score). 16-bit elements: a warp takes 16 keys at once, as a
+// product with eight times the same landmark. A lane has 16-byte chunks of two rows straight from memory; products so meet the columns
+// in an order of their own. fp32: a key has four lanes, each every fourth chunk of its row.
+template <class C, int THREADS, class Put> __device__ void score_keys(const LandmarkParams& p, int bh, int m, const GroupedKeys& keys, int count, Put put) {
+  using T = typename C::T;
   const Problem& x = p.problem;
-  const std::int64_t row = std::int64_t(blockIdx.x) * kShortWarps + threadIdx.x / 32;
-  if (row >= std::int64_t(x.B) * x.H * x.M) return;
-  const int lane = threadIdx.x % 32, length = span(x.keys, static_cast<int>(row / x.M / x.H)).length, k = min(x.K, length);
+  const int b = bh / x.H, h = bh % x.H, thread = threadIdx.x % THREADS, lane = thread % 32, t = lane % 4, chunks = x.D / kChunk<T>;
+  const Span all = span(x.keys, b);
+  const T *rows = head_rows<T>(p.k, b, h / (x.H / x.Hkv), all.start), *landmark = head_rows<T>(p.landmarks, b, h, m);
+  constexpr int kChunks = C::DP / kChunk<T> / 4, kAtOnce = kChunks > 2 ? 1 : 2;  // of a lane; of rows, by registers
+  const auto load = [&](Vector<T>(&to)[kChunks], const T* row) {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) to[c] = t + 4 * c < chunks ? load_vector(row + (t + 4 * c) * kChunk<T>) : Vector<T>{};
+  };
+  const auto row_of = [&](int i) { return rows + min(keys[i], all.length - 1) * p.k.row; };
+  Vector<T> z[kChunks];
+  load(z, landmark);
+  if constexpr (sizeof(T) == 2) {
+#pragma unroll(kAtOnce)
+    for (int first = thread / 32 * 16; first < count; first += THREADS / 2) {
+      const int own[2] = {min(first + lane / 4, count - 1), min(first + lane / 4 + 8, count - 1)};
+      Vector<T> upper[kChunks], lower[kChunks];
+      load(upper, row_of(own[0]));
+      load(lower, row_of(own[1]));
+      float score[4] = {};
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        const std::uint32_t one[4] = {upper[c].bits.x, lower[c].bits.x, upper[c].bits.y, lower[c].bits.y}, other[4] = {upper[c].bits.z, lower[c].bits.z, upper[c].bits.w, lower[c].bits.w};
+        mma<T>(score, one, z[c].bits.x, z[c].bits.y);
+        mma<T>(score, other, z[c].bits.z, z[c].bits.w);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        if (t == 0 && first + lane / 4 + 8 * i < count) put(own[i], keys[own[i]], score[2 * i]);
+    }
+  } else {
+#pragma unroll(kAtOnce)
+    for (int first = thread / 4; first - lane / 4 < count; first += THREADS / 4) {
+      const int own = min(first, count - 1);
+      Vector<T> v[kChunks];
+      load(v, row_of(own));
+      float score = 0.0f;
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c)
+#pragma unroll
+        for (int e = 0; e < kChunk<T>; ++e) score = fmaf(z[c].element[e], v[c].element[e], score);
+      score += __shfl_xor_sync(kAllLanes, score, 1);
+      score += __shfl_xor_sync(kAllLanes, score, 2);
+      if (t == 0 && first < count) put(own, keys[own], score);
+    }
+  }
+}
+
+// ---- rows in registers ---------------------------------------------------------------------------------------------
+
+template <int LANES, int MOST> __global__ void __launch_bounds__(kThreads) topk_rows_kernel(const LandmarkParams p) {
+  const Problem& x = p.problem;
+  const std::int64_t row = (std::int64_t(blockIdx.x) * kThreads + threadIdx.x) / LANES;
+  const bool exists = row < std::int64_t(x.B) * x.H * x.M;
+  const int length = exists ? span(x.keys, static_cast<int>(row / x.M / x.H)).length : 0, k = min(x.K, length);
   const float* scores = p.scores + row * score_pitch(x.keys.max_length, 1);
   std::int32_t* indices = p.indices + row * x.K;
+  if (exists)
+    for (int i = k + threadIdx.x % LANES; i < x.K; i += LANES) indices[i] = -1;
+  select_row<LANES, MOST>(length, k, [&](int key) { return *reinterpret_cast<const float4*>(scores + key); },
+                          [&](int i, int key) { indices[i] = key; });
+}
+
+template <class C, int MOST> __global__ void __launch_bounds__(kThreads) topk_groups_kernel(const LandmarkParams p) {
+  constexpr int kWarps = kThreads / 32;
+  __shared__ __align__(16) float scores_of[kWarps][kWarpTopk * kGroupKeys];
+  __shared__ u32 groups_of[kWarps][kWarpTopk];
+  const Problem& x = p.problem;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const std::int64_t row = std::int64_t(blockIdx.x) * kWarps + warp;
+  if (row >= std::int64_t(x.B) * x.H * x.M) return;
+  const int m = static_cast<int>(row % x.M), bh = static_cast<int>(row / x.M), b = bh / x.H;
+  const int length = span(x.keys, b).length, k = min(x.K, length), row_groups = ceil_div(length, kGroupKeys), groups = min(x.K, row_groups);
+  std::int32_t* indices = p.indices + row * x.K;
+  float* const scores = scores_of[warp];
+  u32* const group = groups_of[warp];
   for (int i = k + lane; i < x.K; i += 32) indices[i] = -1;
   if (k == 0) return;
-
-  u32 key[kLaneKeys] = {};  // 0 behind the row
-  const auto each = [&](auto&& f) {
-#pragma unroll
-    for (int i = 0; i < kLaneKeys; ++i) f(i);
-  };
-  const auto count = [&](u32 least) {
-    int n = 0;
-    each([&](int i) { n += key[i] >= least; });
-    return static_cast<int>(__reduce_add_sync(kAll, n));
-  };
-  u32 first = 0, second = 0;  // the best of this lane
-  each([&](int i) { key[i] = 32 * i + lane < length ? ordered(scores[32 * i + lane]) : 0; });
-  each([&](int i) {
-    second = max(second, min(first, key[i]));
-    first = max(first, key[i]);
-  });
-
-  // At least k keys reach `low`, fewer than k reach `high`.
-  u32 low = max(1u, k <= 32 ? __reduce_min_sync(kAll, first) : k <= 64 ? __reduce_min_sync(kAll, second) : 0), high = __reduce_max_sync(kAll, first) + 1;
-  bool exact = false;  // exactly k
-  while (high - low > 1 && !exact) {
-    const u32 middle = low + (high - low) / 2;
-    const int n = count(middle);
-    exact = n == k;
-    (n >= k ? low : high) = middle;
-  }
-  if (exact) --low;  // now the chosen are those above `low`, and the first few at it
-  int ties = exact ? 0 : k - count(low + 1), written = 0;
-  const u32 before = (1u << lane) - 1;
-  each([&](int i) {
-    bool chosen = key[i] > low;
-    if (ties > 0) {
-      const u32 equal = __ballot_sync(kAll, key[i] == low);
-      chosen |= key[i] == low && __popc(equal & before) < ties;
-      ties -= min(ties, __popc(equal));
-    }
-    const u32 all = __ballot_sync(kAll, chosen);
-    if (chosen) indices[written + __popc(all & before)] = 32 * i + lane;
-    written += __popc(all);
-  });
+  const float* maxima = p.scores + row * score_pitch(x.keys.max_length, kGroupKeys);
+  select_row<32, MOST>(row_groups, groups, [&](int i) { return *reinterpret_cast<const float4*>(maxima + i); }, [&](int i, int j) { group[i] = j; });
+  __syncwarp();
+  const GroupedKeys keys{group};
+  const int count = groups * kGroupKeys - (static_cast<int>(group[groups - 1]) == row_groups - 1 ? row_groups * kGroupKeys - length : 0);
+  score_keys<C, 32>(p, bh, m, keys, count, [&](int i, int, float score) { scores[i] = score; });
+  __syncwarp();
+  select_row<32, kWarpTopk * kGroupKeys>(count, k, [&](int i) { return *reinterpret_cast<const float4*>(scores + i); }, [&](int i, int j) { indices[i] = keys[j]; });
 }
 
 // ---- long rows -----------------------------------------------------------------------------------------------------
 
-constexpr int kThreads = 128;         // few: most of the time is latency, and many rows hide it
 constexpr int kMinCapacity = 2048, kMaxCapacity = 11264;  // candidates: 88 KB, within the 99 KB of the smallest devices
 constexpr int kCountedTopk = 256;     // up to here the chosen are put in order by counting
 using Sort = cub::BlockRadixSort<u32, kThreads, kMaxTopk / kThreads>;
@@ -109,7 +153,7 @@ template <class Value> __device__ u64 kth_largest(Selection& s, int n, int k, Va
   for (int i = threadIdx.x; i < n; i += kThreads) differing |= value(i) ^ any;
   if (threadIdx.x == 0) s.differing = 0;
   __syncthreads();
-  const u32 high = __reduce_or_sync(kAll, static_cast<u32>(differing >> 32)), low = __reduce_or_sync(kAll, static_cast<u32>(differing));
+  const u32 high = __reduce_or_sync(kAllLanes, static_cast<u32>(differing >> 32)), low = __reduce_or_sync(kAllLanes, static_cast<u32>(differing));
   if (threadIdx.x % 32 == 0) atomicOr(&s.differing, u64(high) << 32 | low);
   __syncthreads();
   int known = 64 - __clzll(static_cast<long long>(s.differing | 1));  // bits from here on are the same in all
@@ -130,7 +174,7 @@ template <class Value> __device__ u64 kth_largest(Selection& s, int n, int k, Va
       for (int j = 0; j < 8; ++j) sum += s.histogram[255 - 8 * threadIdx.x - j];
       u32 through = sum;
       for (int d = 1; d < 32; d <<= 1) {
-        const u32 other = __shfl_up_sync(kAll, through, d);
+        const u32 other = __shfl_up_sync(kAllLanes, through, d);
         if (static_cast<int>(threadIdx.x) >= d) through += other;
       }
       u32 above = through - sum;
@@ -188,7 +232,7 @@ __device__ void choose_groups(Selection& s, u32* chosen, u64* candidates, const 
   __syncthreads();
 
   // Four maxima a load and four loads in flight.
-  const float least = score_of(threshold);
+  const float least = least_score(threshold);
   constexpr int kLoads = 4, kStride = 4 * kThreads;
   for (int base = 4 * threadIdx.x; base < groups; base += kLoads * kStride) {
     float4 four[kLoads];
@@ -232,52 +276,15 @@ struct LongLayout {
 
 // The k best keys of the chosen groups, whose scores are computed again.
 template <class C> __device__ void choose_keys(Selection& s, u32* chosen, const u32* group, int groups, int k, u32* scores, const LandmarkParams& p, int bh, int m) {
-  using T = typename C::T;
   const Problem& x = p.problem;
-  const int b = bh / x.H, h = bh % x.H, lane = threadIdx.x % 32;
-  const Span keys = span(x.keys, b);
-  const int count = groups * kGroupKeys;  // keys, eight to a warp: four lanes each, a lane has every fourth 16 bytes of a row
-  const auto key_of = [&](int i) { return static_cast<int>(group[i / kGroupKeys] * kGroupKeys) + i % kGroupKeys; };
-  constexpr int kChunks = C::DP / kChunk<T> / 4, kAtOnce = kChunks > 2 ? 1 : 2;
-  const int chunks = x.D / kChunk<T>, quarter = lane % 4;
-  __shared__ Vector<T> z[C::DP / kChunk<T>];
-  if (threadIdx.x < chunks) z[threadIdx.x] = load_vector(head_rows<T>(p.landmarks, b, h, m) + threadIdx.x * kChunk<T>);
+  const int b = bh / x.H, count = groups * kGroupKeys, length = span(x.keys, b).length;
+  const GroupedKeys keys{group};
+  score_keys<C, kThreads>(p, bh, m, keys, count, [&](int i, int key, float score) { scores[i] = key < length ? ordered(score) : 0; });
   __syncthreads();
-  const T* rows = head_rows<T>(p.k, b, h / (x.H / x.Hkv), keys.start);
-  for (int first = threadIdx.x / 4; first - lane / 4 < count; first += kAtOnce * kThreads / 4) {
-    Vector<T> v[kAtOnce][kChunks] = {};
-    int key[kAtOnce];
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j)
-      if (const int i = first + j * kThreads / 4; i < count) {
-        key[j] = key_of(i);
-        const T* row = rows + min(key[j], keys.length - 1) * p.k.row;
-#pragma unroll
-        for (int c = 0; c < kChunks; ++c)
-          if (quarter + 4 * c < chunks) v[j][c] = load_vector(row + (quarter + 4 * c) * kChunk<T>);
-      }
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      const int i = first + j * kThreads / 4;
-      float score = 0.0f;
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c)
-        if (quarter + 4 * c < chunks) {
-          Vector<T> landmark;
-          landmark.bits = z[quarter + 4 * c].bits;
-#pragma unroll
-          for (int e = 0; e < kChunk<T>; ++e) score = fmaf(to_float(landmark.element[e]), to_float(v[j][c].element[e]), score);
-        }
-      score += __shfl_xor_sync(kAll, score, 1);
-      score += __shfl_xor_sync(kAll, score, 2);
-      if (quarter == 0 && i < count) scores[i] = key[j] < keys.length ? ordered(score) : 0;
-    }
-  }
-  __syncthreads();
-  choose(s, chosen, count, k, [&](int i) { return candidate(scores[i], key_of(i)); });
+  choose(s, chosen, count, k, [&](int i) { return candidate(scores[i], keys[i]); });
 }
 
-template <class C> __global__ void __launch_bounds__(kThreads, 7) topk_long_kernel(const LandmarkParams p, const Sampling plan) {
+template <class C> __global__ void __launch_bounds__(kThreads, C::DP == 64 ? 7 : 6) topk_long_kernel(const LandmarkParams p, const Sampling plan) {
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ Selection selection;
   const Problem& x = p.problem;
@@ -303,12 +310,20 @@ template <class C> __global__ void __launch_bounds__(kThreads, 7) topk_long_kern
     constexpr int kItems = kMaxTopk / kThreads;
     u32 item[kItems];
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) item[i] = threadIdx.x * kItems + i < k ? chosen[threadIdx.x * kItems + i] : kAll;
+    for (int i = 0; i < kItems; ++i) item[i] = threadIdx.x * kItems + i < k ? chosen[threadIdx.x * kItems + i] : kAllLanes;
     Sort(*reinterpret_cast<typename Sort::TempStorage*>(memory)).Sort(item);
 #pragma unroll
     for (int i = 0; i < kItems; ++i)
       if (threadIdx.x * kItems + i < k) indices[threadIdx.x * kItems + i] = static_cast<std::int32_t>(item[i]);
   }
+}
+
+// The first of the sizes that is large enough, as a constant.
+template <int... SIZES, class F> cudaError_t dispatch_size(int size, F&& f) {
+  cudaError_t status = cudaErrorInvalidValue;
+  bool found = false;
+  ((found || size > SIZES || (found = true, status = f(std::integral_constant<int, SIZES>{}), true)), ...);
+  return status;
 }
 
 }  // namespace
@@ -317,11 +332,23 @@ cudaError_t launch_landmark_topk(const LandmarkParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
   if (x.K < 1 || x.K > kMaxTopk) return cudaErrorInvalidValue;
   const unsigned rows = static_cast<unsigned>(x.B) * x.H * x.M;
-  if (x.keys.max_length <= kWarpKeys) {
-    topk_short_kernel<<<(rows + kShortWarps - 1) / kShortWarps, 32 * kShortWarps, 0, stream>>>(p);
-    return cudaGetLastError();
-  }
-  const Sampling plan = sampling(ceil_div(x.keys.max_length, p.group), x.K);
+  const int row_scores = ceil_div(x.keys.max_length, p.group);
+  const auto rows_of = [&](auto lanes) {
+    return [&, lanes](auto most) {
+      topk_rows_kernel<lanes, most><<<static_cast<unsigned>((std::int64_t(rows) * lanes + kThreads - 1) / kThreads), kThreads, 0, stream>>>(p);
+      return cudaGetLastError();
+    };
+  };
+  if (p.group == 1 && row_scores <= kShortKeys) return dispatch_size<128, kShortKeys>(row_scores, rows_of(std::integral_constant<int, 8>{}));
+  if (p.group == 1 && row_scores <= kWarpScores) return dispatch_size<512, 768, 1152, 1664, kWarpScores>(row_scores, rows_of(std::integral_constant<int, 32>{}));
+  if (p.group > 1 && row_scores <= kWarpScores && x.K <= kWarpTopk)
+    return dispatch(x.dtype, x.D, [&](auto config) {
+      return dispatch_size<1024, kWarpScores>(row_scores, [&](auto most) {
+        topk_groups_kernel<decltype(config), most><<<ceil_div(rows, kThreads / 32), kThreads, 0, stream>>>(p);
+        return cudaGetLastError();
+      });
+    });
+  const Sampling plan = sampling(row_scores, x.K);
   const std::size_t bytes = LongLayout(plan, x.K, p.group).bytes;
   return dispatch(x.dtype, x.D, [&](auto config) {
     using C = decltype(config);

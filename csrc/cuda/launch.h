@@ -1,4 +1,5 @@
-// One launcher per stage. None allocates, synchronises, prints or throws; the status is that of the launch.
+// One launcher per stage, and one for all stages of short sequences. None allocates, synchronises, prints or throws; the status is that
+// of the launch.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -13,6 +14,8 @@ cudaError_t launch_landmark_topk(const LandmarkParams&, cudaStream_t);      // s
 cudaError_t launch_route(const RouteParams&, cudaStream_t);
 cudaError_t launch_group(const GroupParams&, cudaStream_t);
 cudaError_t launch_expert_attention(const AttentionParams&, cudaStream_t);
+bool fits_short_attention(const Problem&);  // by its shape, and what the current device has
+cudaError_t launch_short_attention(const ShortParams&, cudaStream_t);
 cudaError_t launch_delta(const DeltaParams&, cudaStream_t);
 cudaError_t launch_unit_gradient(const UnitGradientParams&, cudaStream_t);
 cudaError_t launch_row_gradient(const RowGradientParams&, cudaStream_t);

@@ -191,6 +191,24 @@ std::tuple<Tensor, Tensor> attention_stage(const Context& context, const Problem
   return {out, lse};
 }
 
+// All of it, for short sequences with one expert per query. `landmarks` are given, or made from the queries.
+struct Attended {
+  Tensor out, lse, landmarks, indices, experts, compressed, landmark_lse;
+};
+
+Attended short_attention_stage(const Context& context, const Problem& x, const Windows* pooling, const OptionalTensor& landmarks, const Tensor& query, const Tensor& key,
+                               const Tensor& value, bool shared, float scale, float landmark_scale) {
+  const int N = x.queries.max_length;
+  const auto per_landmark = [&] { return at::empty({x.B, x.H, x.M, x.D}, query.options()); };
+  Attended result{at::empty({x.B, x.H, N, x.D}, query.options()), floats(query, {x.B, x.H, N}),  landmarks ? *landmarks : per_landmark(), ints(query, {x.B, x.H, x.M, x.K}),
+                  ints(query, {x.B, x.H, N, 1}),                  per_landmark(),                floats(query, {x.B, x.H, x.M})};
+  context.run("mita_ext::short_attention", launch_short_attention,
+              {x, pooling ? *pooling : Windows{}, pooling != nullptr, shared, scale, landmark_scale, rows(query), rows(key), rows(value), rows(result.landmarks),
+               result.compressed.data_ptr(), result.landmark_lse.data_ptr<float>(), result.indices.data_ptr<int>(), result.experts.data_ptr<int>(), rows(result.out),
+               result.lse.data_ptr<float>()});
+  return result;
+}
+
 // ---- backward stages -----------------------------------------------------------------------------------------------
 
 Tensor delta_stage(const Context& context, const Problem& x, const Tensor& dout, const Tensor& out, const OptionalTensor& dlse) {
@@ -455,7 +473,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(con
             ints(query, {0, x.H, x.M, x.K}), ints(query, {0, x.H, x.queries.max_length, x.s}), at::empty_like(like), floats(query, {0, x.H, x.M})};
   }
   const Tensor q = aligned(query), k = aligned(key), v = aligned(value);
-  const Tensor pooled = landmarks ? at::empty({0}, query.options()) : pool_stage(context, x, windows(num_landmarks, grid, num_prefix_tokens), q);
+  const Windows w = windows(num_landmarks, grid, num_prefix_tokens);
+  const auto none = [&] { return at::empty({0}, query.options()); };
+  if (fits_short_attention(x)) {
+    Attended a = short_attention_stage(context, x, landmarks ? nullptr : &w, landmarks ? aligned(*landmarks) : landmarks, q, k, v, shared_expert, static_cast<float>(scale),
+                                       static_cast<float>(landmark_scale));
+    return {a.out, a.lse, landmarks ? none() : a.landmarks, a.indices, a.experts, a.compressed, a.landmark_lse};
+  }
+  const Tensor pooled = landmarks ? none() : pool_stage(context, x, w, q);
   const Tensor z = landmarks ? aligned(*landmarks) : pooled;
   const Landmarked landmarked = landmark_stage(context, x, z, k, v, static_cast<float>(scale));
   const Tensor experts = route_stage(context, x, q, z);

@@ -119,6 +119,23 @@ struct AttentionParams {
   float* lse;                  // [B, H, N], natural logarithm
 };
 
+// The whole forward pass of short sequences, with one expert per query.
+struct ShortParams {
+  Problem problem;
+  Windows windows;
+  bool pool;                   // do the landmarks come from the queries? Then they are written, else read
+  bool shared;                 // do the landmarks and the compressed values take part?
+  float scale, landmark_scale;
+  Rows q, k, v;                // [B, H, N, D], [B, Hkv, L, D] twice
+  Rows landmarks;              // [B, H, M, D]
+  void* compressed;            // [B, H, M, D], contiguous
+  float* landmark_lse;         // [B, H, M]
+  std::int32_t* indices;       // [B, H, M, K], as in LandmarkParams
+  std::int32_t* experts;       // [B, H, N]
+  Rows out;                    // [B, H, N, D]
+  float* lse;                  // [B, H, N], natural logarithm
+};
+
 // delta[row] = sum_d dout * out - dlse, for the rows of `out` [B, H, rows, D]: exact but for the rounding of `out`.
 struct DeltaParams {
   Dtype dtype;

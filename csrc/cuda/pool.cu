@@ -1,67 +1,44 @@
 // Landmark queries by average pooling, and its gradient.
 //
-// pool: a window is summed by one warp or by several of a block. A lane owns 16 bytes of a row (neighbouring lanes neighbouring
-// bytes) of every n-th row; fp32 sums, combined in a fixed order, divided and rounded once.
+// pool: a window is summed by one warp or by several of a block; fp32 sums, combined in a fixed order, divided and rounded once.
 // pool_backward: four threads per row of dq; they read the few windows that hold its token, and may add to what is there.
 #include "device.cuh"
 #include "launch.h"
+#include "stages.cuh"
 
 namespace mita {
 namespace {
 
-constexpr int kPoolWarps = 8;
-
-// Lanes that share a row of D elements: a power of two.
-template <class T> __host__ __device__ int row_lanes(int D) {
-  int lanes = 1;
-  while (lanes * kChunk<T> < D) lanes *= 2;
-  return lanes;
-}
-
-template <class T> __global__ void __launch_bounds__(32 * kPoolWarps) pool_kernel(const PoolParams p, const int window_warps) {
+template <class T> __global__ void __launch_bounds__(32 * kPoolShares) pool_kernel(const PoolParams p, const int shares) {
   const Problem& x = p.problem;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, share = warp % window_warps;
-  const std::int64_t landmark = std::int64_t(blockIdx.x) * (kPoolWarps / window_warps) + warp / window_warps;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, share = warp % shares;
+  const std::int64_t landmark = std::int64_t(blockIdx.x) * (kPoolShares / shares) + warp / shares;
   const bool exists = landmark < std::int64_t(x.B) * x.H * x.M;
-  const int lanes = row_lanes<T>(x.D), c = lane % lanes, rows_at_once = 32 / lanes * window_warps;
+  const int lanes = row_lanes<T>(x.D), c = lane % lanes;
   const bool inside = c * kChunk<T> < x.D;
   int area = 0;
-  float sum[kChunk<T>] = {};
+  float sum[kChunk<T>];
   if (exists) {
     const int m = static_cast<int>(landmark % x.M), bh = static_cast<int>(landmark / x.M), b = bh / x.H, h = bh % x.H;
     const Span queries = span(x.queries, b);
-    const Windows w = windows_of(p.windows, x.queries, queries.length);
-    const Range rows = overlapping(m / w.mw, w.mh, w.gh), columns = overlapping(m % w.mw, w.mw, w.gw);
-    const int width = columns.last - columns.first;
-    area = (rows.last - rows.first) * width;
-    const T* q = head_rows<T>(p.q, b, h, queries.start + w.prefix + std::int64_t(rows.first) * w.gw + columns.first) + (inside ? c * kChunk<T> : 0);
-#pragma unroll 4
-    for (int i = share * (32 / lanes) + lane / lanes; i < area; i += rows_at_once) {
-      const int y = w.gh == 1 ? 0 : i / width;
-      const Vector<T> v = load_vector(q + (std::int64_t(y) * w.gw + (i - y * width)) * p.q.row);
-#pragma unroll
-      for (int e = 0; e < kChunk<T>; ++e) sum[e] += to_float(v.element[e]);
-    }
+    const auto tokens = PooledTokens::of<std::int64_t>(windows_of(p.windows, x.queries, queries.length), m);
+    area = tokens.area;
+    sum_share<T>(sum, tokens, lanes, share, shares,
+                 [&, q = head_rows<T>(p.q, b, h, queries.start) + (inside ? c * kChunk<T> : 0)](int token) { return load_vector(q + token * p.q.row); });
   }
-  for (int d = lanes; d < 32; d *= 2)
-#pragma unroll
-    for (int e = 0; e < kChunk<T>; ++e) sum[e] += __shfl_xor_sync(0xffffffffu, sum[e], d);
-  if (window_warps > 1) {
-    __shared__ float partial[kPoolWarps][32][kChunk<T>];
+  if (shares > 1) {
+    __shared__ float partial[kPoolShares][32][kChunk<T>];
     if (lane < lanes)
 #pragma unroll
       for (int e = 0; e < kChunk<T>; ++e) partial[warp][lane][e] = sum[e];
     __syncthreads();
     if (share > 0) return;
-    for (int i = 1; i < window_warps; ++i)
+    for (int i = 1; i < shares; ++i)
 #pragma unroll
       for (int e = 0; e < kChunk<T>; ++e) sum[e] += partial[warp + i][c][e];
   }
   if (!exists || lane >= lanes || !inside) return;
-  Vector<T> mean;
-#pragma unroll
-  for (int e = 0; e < kChunk<T>; ++e) mean.element[e] = from_float<T>(area ? sum[e] / static_cast<float>(area) : 0.0f);
-  *reinterpret_cast<uint4*>(static_cast<T*>(p.landmarks) + landmark * x.D + c * kChunk<T>) = mean.bits;
+  *reinterpret_cast<uint4*>(static_cast<T*>(p.landmarks) + landmark * x.D + c * kChunk<T>) = mean_of<T>(sum, area).bits;
 }
 
 constexpr int kThreads = 128, kRowThreads = 4;  // of a block of pool_backward, of one row of dq
@@ -113,11 +90,9 @@ cudaError_t launch_pool(const PoolParams& p, cudaStream_t stream) {
   return dispatch_dtype(p.problem.dtype, [&](auto element) {
     using T = decltype(element);
     const Problem& x = p.problem;
-    const Windows& w = p.windows;
-    const std::int64_t landmarks = std::int64_t(x.B) * x.H * x.M, tokens = std::int64_t(ceil_div(w.gh, w.mh)) * ceil_div(w.gw, w.mw);
-    int warps = 1;  // of a window: sixteen loads or fewer of each, where that many warps are of use
-    while (warps < kPoolWarps && tokens * row_lanes<T>(x.D) > 32 * 16 * warps) warps *= 2;
-    pool_kernel<T><<<static_cast<unsigned>((landmarks * warps + kPoolWarps - 1) / kPoolWarps), 32 * kPoolWarps, 0, stream>>>(p, warps);
+    const std::int64_t landmarks = std::int64_t(x.B) * x.H * x.M;
+    const int shares = pool_shares<T>(x, p.windows);
+    pool_kernel<T><<<static_cast<unsigned>((landmarks * shares + kPoolShares - 1) / kPoolShares), 32 * kPoolShares, 0, stream>>>(p, shares);
     return cudaGetLastError();
   });
 }

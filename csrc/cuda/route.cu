@@ -1,10 +1,10 @@
 // Routing: the s landmarks with the largest q . Z for every query, best first; score ties go to the lower landmark, NaN last.
 // A block takes its queries in passes, the next ones on their way while it works; one warp owns 16 queries of a pass. Landmark
 // tiles go through shared memory once per round, and round r finds the best pair (score, landmark) after the one of round
-// r - 1 in the total order: s > 1 needs no list. Round 0 compares floats, which is three instructions a score; later rounds
-// compare the order itself.
+// r - 1 in the total order: s > 1 needs no list. Round 0 compares floats, later rounds the order itself.
 #include "device.cuh"
 #include "launch.h"
+#include "stages.cuh"
 
 namespace mita {
 namespace {
@@ -55,7 +55,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, 2) 
 
   std::conditional_t<C::kGroups, GroupRows<T, DP>, HeldRows<T, DP>> rows;
   Best previous[2], best[2];
-  float highest[2];
+  BestLandmark highest;
   int pass = 0, step = 0;
   for (int buffer = 0; pass < passes; buffer ^= 1, step = step + 1 < steps ? step + 1 : (++pass, 0)) {
     if (step + 1 < steps || pass + 1 < passes) {
@@ -67,33 +67,14 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, 2) 
     __syncthreads();
     if (step == 0) {
       rows.load(shared.queries[pass & 1].in(window).from_row(own_rows<C>(warp)), lane);
-      highest[0] = highest[1] = -kInfinity;
-      best[0].landmark = best[1].landmark = -1;
+      highest = BestLandmark();
     }
     float s[kTiles][4];
     product<C>(s, rows, shared.stage[buffer].in(window), lane);
     wait_products<C, 0>(s);
     const int tile = step % tiles, m0 = tile * kTile + 2 * t;
     if (step < tiles) {
-      if ((tile + 1) * kTile > x.M) mask_logits(s, x.M - tile * kTile, lane);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float score = -kInfinity;  // the highest of the row in this tile, and the lowest landmark that has it
-        int landmark = x.M;
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) score = fmaxf(score, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
-        score = fmaxf(score, __shfl_xor_sync(0xffffffffu, score, 1));
-        score = fmaxf(score, __shfl_xor_sync(0xffffffffu, score, 2));
-#pragma unroll
-        for (int n = kTiles - 1; n >= 0; --n) {
-          if (s[n][2 * h + 1] == score) landmark = m0 + 8 * n + 1;
-          if (s[n][2 * h] == score) landmark = m0 + 8 * n;
-        }
-        landmark = min(landmark, __shfl_xor_sync(0xffffffffu, landmark, 1));
-        landmark = min(landmark, __shfl_xor_sync(0xffffffffu, landmark, 2));
-        const bool higher = score > highest[h] || (best[h].landmark < 0 && score == highest[h]);  // -infinity is a score too
-        if (higher && landmark < x.M) highest[h] = score, best[h].landmark = landmark;
-      }
+      highest.update(s, tile * kTile, x.M);
     } else {
       if (tile == 0) best[0] = best[1] = {0, 0};
 #pragma unroll
@@ -109,8 +90,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, 2) 
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (step < tiles) {
-        best[i].score = best[i].landmark < 0 ? 1 : ordered(highest[i]);  // nothing but NaN: the first landmark
-        best[i].landmark = max(best[i].landmark, 0);
+        best[i] = {highest.landmark[i] < 0 ? 1 : ordered(highest.score[i]), highest.of_row(i)};
       } else {
 #pragma unroll
         for (int d = 1; d < 4; d <<= 1) {

@@ -244,6 +244,12 @@ const Case kCases[] = {
     {"many_small_experts", Dtype::fp16, 2, 2, 1, 700, 300, 30, 49, 1, 64, true, Batch::padded},
     {"small_experts_many_landmarks", Dtype::bf16, 1, 2, 2, 300, 200, 200, 20, 2, 48},
     {"small_experts_without_shared", Dtype::bf16, 1, 2, 2, 500, 200, 9, 64, 1, 64, false},
+    // whole heads in shared memory
+    {"short_images", Dtype::bf16, 3, 2, 2, 197, 197, 25, 25, 1, 64, true, Batch::full, false, {5, 5, 14, 14, 1}},
+    {"short_padded", Dtype::fp16, 3, 4, 2, 256, 256, 12, 60, 1, 48, true, Batch::padded},
+    {"short_many_landmarks", Dtype::bf16, 3, 2, 1, 90, 60, 70, 40, 1, 64, true, Batch::packed},
+    {"short_ties", Dtype::bf16, 2, 1, 1, 130, 250, 12, 33, 1, 64, true, Batch::full, true},
+    {"short_all_keys", Dtype::bf16, 2, 1, 1, 40, 70, 3, 70, 1, 64, false},
     // more units than shared memory holds
     {"passing_units", Dtype::bf16, 1, 1, 1, 1500, 600, 5, 300, 1, 128},
     {"passing_units_narrow", Dtype::bf16, 1, 1, 1, 900, 700, 3, 400, 2, 64},
@@ -553,6 +559,22 @@ void run(const Case& c) {
   const Host got_lse(B, H, N, 1, widen(lse.get()));
   expect_close("lse", valid(got_lse, queries), want_lse.x, 1e-5);
 
+  // all of that in one kernel
+  if (fits_short_attention(problem)) {
+    const Output landmarks(dtype, B, H, M, D), values(dtype, B, H, M, D), short_out(dtype, B, H, N, D, &queries);
+    Buffer<std::int32_t> keys_too(indices.count), experts_too(experts.count);
+    Buffer<float> landmark_lse_too(landmark_lse.count), lse_too(lse.count);
+    RUN(launch_short_attention({problem, windows, !c.integers, c.shared, scale, landmark_scale, q.rows, k.rows, v.rows, c.integers ? given.rows : landmarks.view(),
+                                values.memory.data, landmark_lse_too.data, keys_too.data, experts_too.data, short_out.view(), lse_too.data}, 0));
+    if (!c.integers) expect(landmarks.memory.get() == pooled.memory.get(), "one kernel: landmarks, bit for bit");
+    expect(keys_too.get() == chosen_keys, "one kernel: indices, exactly");
+    expect(experts_too.get() == routed, "one kernel: experts, exactly");
+    expect_close("one kernel: compressed values", values.get().x, want_compressed.x, tolerance);
+    expect_close("one kernel: landmark lse", widen(landmark_lse_too.get()), want_landmark_lse, 1e-5);
+    expect_close("one kernel: out", valid(short_out.get(), queries), want_out.x, tolerance);
+    expect_close("one kernel: lse", valid(Host(B, H, N, 1, widen(lse_too.get())), queries), want_lse.x, 1e-5);
+  }
+
   // ---- backward
   const Buffer<float> dlse(random_floats(N)), dlandmark_lse(random_floats(M));
   Buffer<float> delta(std::size_t(BH) * N);
@@ -709,10 +731,10 @@ void run_topk(const char* name, int L, int K, int group, const std::function<flo
 }
 
 void run_topk_rows(int group) {
-  const int sizes[][2] = {{40, 7}, {256, 256}, {257, 31}, {1601, 49}, {2048, 2048}, {5001, 2048}, {20000, 700}, {200001, 128}};
+  const int sizes[][2] = {{40, 7}, {256, 256}, {257, 31}, {1601, 49}, {2048, 2048}, {2049, 64}, {5001, 2048}, {16384, 64}, {16385, 33}, {20000, 700}, {200001, 128}};
   for (const auto& size : sizes) {
     const int L = size[0], K = size[1];
-    if (L <= kWarpKeys && group > 1) continue;
+    if (L <= kShortKeys && group > 1) continue;
     const auto noise = [](int m, int j) {
       std::uint32_t x = (j + 1) * 2654435761u ^ (m + 1) * 40503u;
       x ^= x >> 15, x *= 2246822519u, x ^= x >> 13;

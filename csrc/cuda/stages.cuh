@@ -1,0 +1,236 @@
+// What one warp does of a stage: shared by the kernel of that stage and by the kernel of whole short sequences, so that both
+// give the same bits.
+#pragma once
+#include "device.cuh"
+
+namespace mita {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// ---- pooling -------------------------------------------------------------------------------------------------------
+
+// The tokens of pooling window m: token i of `area`, in line y of the window, counted from the first one of the sequence.
+struct PooledTokens {
+  int first, width, area, pitch;
+  template <class Product> __device__ static PooledTokens of(const Windows& w, int m) {
+    const Range rows = overlapping<Product>(m / w.mw, w.mh, w.gh), columns = overlapping<Product>(m % w.mw, w.mw, w.gw);
+    const int width = columns.last - columns.first;
+    return {w.prefix + rows.first * w.gw + columns.first, width, (rows.last - rows.first) * width, w.gw};
+  }
+  __device__ int at(int i, int y) const { return first + i + y * (pitch - width); }
+};
+
+// A lane owns 16 bytes of a row, neighbouring lanes neighbouring bytes; this many lanes, a power of two, share a row of D elements.
+template <class T> __host__ __device__ inline int row_lanes(int D) {
+  int lanes = 8;
+  while (lanes * kChunk<T> < D) lanes *= 2;
+  return lanes;
+}
+// Shares into which the tokens of a window are cut, sixteen loads or fewer of a lane in each: a power of two. A share is summed in
+// 32 / lanes strands, which take its tokens in turn and are added as a tree.
+constexpr int kPoolShares = 8;  // at most
+template <class T> __host__ __device__ inline int pool_shares(const Problem& x, const Windows& w) {
+  const std::int64_t tokens = std::int64_t(ceil_div(w.gh, w.mh)) * ceil_div(w.gw, w.mw);
+  int shares = 1;
+  while (shares < kPoolShares && tokens * row_lanes<T>(x.D) > 32 * 16 * shares) shares *= 2;
+  return shares;
+}
+
+template <class T> __device__ inline void add(float (&sum)[kChunk<T>], const Vector<T>& v) {
+#pragma unroll
+  for (int e = 0; e < kChunk<T>; ++e) sum[e] += to_float(v.element[e]);
+}
+template <class T> __device__ inline Vector<T> mean_of(const float (&sum)[kChunk<T>], int area) {
+  Vector<T> mean;
+#pragma unroll
+  for (int e = 0; e < kChunk<T>; ++e) mean.element[e] = from_float<T>(area ? sum[e] / static_cast<float>(area) : 0.0f);
+  return mean;
+}
+
+// The sum of a share by one warp; load(token) are the 16 bytes of this lane.
+template <class T, class Load> __device__ inline void sum_share(float (&sum)[kChunk<T>], const PooledTokens& tokens, int lanes, int share, int shares, Load load) {
+#pragma unroll
+  for (int e = 0; e < kChunk<T>; ++e) sum[e] = 0.0f;
+#pragma unroll 4
+  for (int i = share * (32 / lanes) + threadIdx.x % 32 / lanes; i < tokens.area; i += 32 / lanes * shares)
+    add(sum, load(tokens.at(i, tokens.area == tokens.width ? 0 : i / tokens.width)));
+  for (int d = lanes; d < 32; d *= 2)
+#pragma unroll
+    for (int e = 0; e < kChunk<T>; ++e) sum[e] += __shfl_xor_sync(kAllLanes, sum[e], d);
+}
+// The same mean by one thread, for windows of up to 256 tokens of up to eight chunks.
+template <class T, class Load> __device__ inline Vector<T> mean_by_thread(const PooledTokens& tokens, int shares, Load load) {
+  constexpr int kStrands = 4;
+  const unsigned inverse = (0xffffu + tokens.width) / max(tokens.width, 1);  // i / width = i * inverse / 2^16
+  float total[kChunk<T>];
+#pragma unroll 1
+  for (int share = 0; share < shares; ++share) {
+    float sum[kStrands][kChunk<T>] = {};
+#pragma unroll 1
+    for (int first = kStrands * share; first < tokens.area; first += kStrands * shares)
+#pragma unroll
+      for (int r = 0; r < kStrands; ++r)
+        if (const int i = first + r; i < tokens.area) add(sum[r], load(tokens.at(i, i * inverse >> 16)));
+#pragma unroll
+    for (int e = 0; e < kChunk<T>; ++e) {
+      const float of_share = (sum[0][e] + sum[1][e]) + (sum[2][e] + sum[3][e]);
+      total[e] = share == 0 ? of_share : total[e] + of_share;
+    }
+  }
+  return mean_of<T>(total, tokens.area);
+}
+
+// ---- top-K of a row in registers -----------------------------------------------------------------------------------
+
+__device__ inline float score_of(std::uint32_t ordered) { return __uint_as_float(ordered & 0x80000000u ? ordered ^ 0x80000000u : ~ordered); }
+
+// The k best of a row of up to MOST scores, k <= length: emit(i, key), i = 0 .. k - 1, ascending keys. LANES lanes select from one row, so a
+// warp from 32 / LANES of them; four(key) are the scores of four keys, of which the first is one. No loop over keys depends on the
+// length: its tests would be a quarter of all instructions.
+// The threshold is looked for until exactly k scores reach it: from where it is in a normal distribution, in growing steps until it
+// is between two bounds, then between these. Where steps and means lead nowhere, bits are bisected; ties are cut by position.
+template <int LANES, int MOST, class Four, class Emit> __device__ inline void select_row(int length, int k, Four four, Emit emit) {
+  static_assert(MOST % (4 * LANES) == 0);
+  constexpr int kGroup = 4 * LANES, kGroups = MOST / kGroup, kWords = ceil_div(kGroups, 8), kSteps = 8, kMeans = 16;
+  constexpr std::uint32_t kTop = 0xff800001u;  // above infinity
+  const int lane = threadIdx.x % LANES;
+  const auto total = [](auto x) {
+#pragma unroll
+    for (int d = 1; d < LANES; d *= 2) x += __shfl_xor_sync(kAllLanes, x, d);
+    return x;
+  };
+  const auto each_group = [&](auto&& f) {
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) f(j);
+  };
+
+  std::uint32_t key[kGroups][4];  // 0: no key
+  each_group([&](int j) {  // all loads before the first use
+    const int first = j * kGroup + 4 * lane;
+    const float4 x = first < length ? four(first) : float4{};
+    key[j][0] = __float_as_uint(x.x), key[j][1] = __float_as_uint(x.y), key[j][2] = __float_as_uint(x.z), key[j][3] = __float_as_uint(x.w);
+  });
+  float sum = 0.0f, squares = 0.0f;
+  each_group([&](int j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const bool present = j * kGroup + 4 * lane + e < length;
+      const float score = present ? __uint_as_float(key[j][e]) : 0.0f;
+      key[j][e] = present ? ordered(score) : 0;
+      sum += score;
+      squares = fmaf(score, score, squares);
+    }
+  });
+  const auto count = [&](std::uint32_t least) {
+    int below[4] = {0, 0, 0, 0};  // negative
+    each_group([&](int j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) asm("{ .reg .u32 x; sub.cc.u32 x, %1, %2; subc.u32 %0, %0, 0; }" : "+r"(below[e]) : "r"(key[j][e]), "r"(least));
+    });
+    return MOST + total((below[0] + below[1]) + (below[2] + below[3]));
+  };
+  const float share = static_cast<float>(k) / static_cast<float>(length), mean = total(sum) / static_cast<float>(length);
+  const float deviation = sqrtf(total(squares) / static_cast<float>(length) - mean * mean);
+  float guess = mean + deviation * 0.59f * __logf((1.001f - share) / (share + 0.001f));  // of the logistic distribution
+  float step = 0.6f * deviation * rsqrtf(static_cast<float>(length) * share * (1.001f - share));
+
+  // At least k keys reach `low`, fewer than k reach `high`.
+  std::uint32_t low = 1, high = kTop;
+  bool exact = k == length, done = exact || k == 0;  // exact: k keys reach `low`
+  for (int i = 0; __any_sync(kAllLanes, !done); ++i) {
+    const bool between = low > 1 && high < kTop;
+    std::uint32_t middle = low + (high - low) / 2;
+    if (i < (between ? kMeans : kSteps)) middle = ordered(between ? 0.5f * score_of(low) + 0.5f * score_of(high) : guess);
+    middle = max(low + 1, min(middle, high - 1));
+    const int n = count(middle);
+    if (done) continue;
+    (n >= k ? low : high) = middle;
+    guess += n >= k ? step : -step;
+    step *= 2.0f;
+    exact = n == k;
+    done = exact || high - low <= 1;
+  }
+
+  // Four bits for a group. f(group, bit, how many come before it).
+  using Set = std::uint32_t[kWords];
+  const auto each_of = [&](const Set& set, auto&& f) {
+    int before = 0;
+#pragma unroll
+    for (int first = 0; first < kGroups; first += 4) {
+      const auto bits = [&](int j) { return first + j < kGroups ? set[(first + j) / 8] >> 4 * ((first + j) % 8) & 15 : 0; };
+      std::uint32_t own = 0;  // in each group, 8 bits
+#pragma unroll
+      for (int j = 0; j < 4; ++j) own |= __popc(bits(j)) << 8 * j;
+      std::uint32_t through = own;
+#pragma unroll
+      for (int d = 1; d < LANES; d *= 2) {
+        const std::uint32_t other = __shfl_up_sync(kAllLanes, through, d, LANES);
+        if (lane >= d) through += other;
+      }
+      const std::uint32_t all = __shfl_sync(kAllLanes, through, LANES - 1, LANES);
+      through -= own;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        int rank = before + (through >> 8 * j & 255);
+        for (std::uint32_t left = bits(j); left; left &= left - 1) f(first + j, __ffs(left) - 1, rank++);
+        before += all >> 8 * j & 255;
+      }
+    }
+  };
+  Set chosen = {}, equal = {};
+  const std::uint32_t least = exact ? low : low + 1;
+  int reached = 0;
+  each_group([&](int j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) chosen[j / 8] |= key[j][e] >= least ? 1u << (j % 8 * 4 + e) : 0;
+  });
+  if (__any_sync(kAllLanes, !exact)) {
+    each_group([&](int j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) equal[j / 8] |= key[j][e] == low && !exact ? 1u << (j % 8 * 4 + e) : 0;
+    });
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) reached += __popc(chosen[w]);
+    reached = total(reached);
+    each_of(equal, [&](int j, int e, int rank) {
+      if (rank < k - reached) chosen[j / 8] |= 1u << (j % 8 * 4 + e);
+    });
+  }
+  each_of(chosen, [&](int j, int e, int rank) { emit(rank, j * kGroup + 4 * lane + e); });
+}
+
+// ---- routing -------------------------------------------------------------------------------------------------------
+
+// The best landmark so far of each of a lane's two rows: three instructions a score.
+struct BestLandmark {
+  float score[2] = {-kInfinity, -kInfinity};
+  int landmark[2] = {-1, -1};
+
+  // Scores of the landmarks from `first` on, of M; those behind M are made -infinity.
+  template <int NT> __device__ void update(float (&s)[NT][4], int first, int M) {
+    const int lane = threadIdx.x % 32;
+    if (first + 8 * NT > M) mask_logits(s, M - first, lane);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float highest = -kInfinity;  // of the row in this tile, and the lowest landmark that has it
+      int lowest = M;
+#pragma unroll
+      for (int n = 0; n < NT; ++n) highest = fmaxf(highest, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
+      highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 1));
+      highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 2));
+#pragma unroll
+      for (int n = NT - 1; n >= 0; --n) {
+        if (s[n][2 * h + 1] == highest) lowest = first + 2 * (lane & 3) + 8 * n + 1;
+        if (s[n][2 * h] == highest) lowest = first + 2 * (lane & 3) + 8 * n;
+      }
+      lowest = min(lowest, __shfl_xor_sync(kAllLanes, lowest, 1));
+      lowest = min(lowest, __shfl_xor_sync(kAllLanes, lowest, 2));
+      const bool higher = highest > score[h] || (landmark[h] < 0 && highest == score[h]);  // -infinity is a score too
+      if (higher && lowest < M) score[h] = highest, landmark[h] = lowest;
+    }
+  }
+  // Nothing but NaN: the first landmark.
+  __device__ int of_row(int h) const { return max(landmark[h], 0); }
+};
+
+}  // namespace mita
