@@ -4,6 +4,8 @@
 //   nvcc -std=c++17 -O2 -lineinfo -gencode arch=compute_90a,code=sm_90a -I csrc tests/kernels/test_kernels.cu csrc/cuda/*.cu
 //        -o build/test_kernels && build/test_kernels && compute-sanitizer build/test_kernels
 //
+// Arguments are parts of names, to run alone, or with a minus, to leave out: `test_kernels group=1`, `test_kernels -topk`.
+//
 // All device memory starts as 0xFF bytes (NaN, or index -1), also between the rows of the inputs and behind short sequences.
 #include <algorithm>
 #include <cmath>
@@ -167,6 +169,18 @@ struct Input {
 
 int failures = 0, checks = 0;
 std::string context;
+std::vector<std::string> wanted;
+
+// Is this what the arguments ask for? Parts of names, or with a minus parts of those to leave out.
+bool begin(const std::string& name) {
+  context = name;
+  bool any = false, found = false;
+  for (const auto& part : wanted) {
+    if (part[0] == '-' && name.find(part.substr(1)) != std::string::npos) return false;
+    any |= part[0] != '-', found |= part[0] != '-' && name.find(part) != std::string::npos;
+  }
+  return found || !any;
+}
 
 void expect(bool right, const std::string& what) {
   ++checks;
@@ -352,7 +366,7 @@ std::vector<std::int32_t> lengths_of(Batch batch, int B, int longest, bool longe
 double tolerance_of(Dtype dtype) { return dtype == Dtype::bf16 ? 5e-3 : dtype == Dtype::fp16 ? 8e-4 : 1e-5; }
 
 void run(const Case& c) {
-  context = c.name;
+  if (!begin(c.name)) return;
   const Dtype dtype = c.dtype;
   const int B = c.B, H = c.H, Hkv = c.Hkv, N = c.N, L = c.L, M = c.M, K = std::min(c.K, L), s = c.s, D = c.D, BH = B * H;
   const float scale = 1 / std::sqrt(float(D)), landmark_scale = 0.5f * scale;
@@ -702,7 +716,7 @@ void run(const Case& c) {
 
 // Scores of any kind: a landmark (1, 0, ...) and keys (score, 0, ...), one batch element for each row.
 void run_topk(const char* name, int L, int K, int group, const std::function<float(int row, int key)>& score) {
-  context = std::string("topk ") + name + " L=" + std::to_string(L) + " K=" + std::to_string(K) + " group=" + std::to_string(group);
+  if (!begin(std::string("topk ") + name + " L=" + std::to_string(L) + " K=" + std::to_string(K) + " group=" + std::to_string(group))) return;
   constexpr int B = 3, D = 8;
   const int splits = parts_of(L, 2048);
   std::vector<float> host(std::size_t(B) * L * D, 0.0f), one(B * D, 0.0f);
@@ -761,7 +775,8 @@ void run_topk_rows(int group) {
 
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
+  wanted.assign(arguments + 1, arguments + count);
   for (const Case& c : kCases) run(c);
   run_topk_rows(1);
   run_topk_rows(kGroupKeys);
