@@ -230,6 +230,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2) short_attentio
       attend(ListedRows<T, kDP, kUnits>{k, of_expert, chosen - first}, ListedRows<T, kDP, kUnits>{v, of_expert, chosen - first}, chosen - first, p.scale);
     }
     softmax.finish();
+    __syncwarp();  // all have read what is now replaced
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (g + 8 * i >= work.entries) continue;
