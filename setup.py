@@ -73,7 +73,8 @@ if toolkit:
 system_headers = [flag for path in extension.include_dirs for flag in ("-isystem", path)]
 nvcc_threads = ["--threads", os.environ["NVCC_THREADS"]] if os.environ.get("NVCC_THREADS") else []
 extension.extra_compile_args = {
-    "cxx": ["-O3", "-g0", "-Wall", "-Werror", *system_headers],
+    # OpenMP, or at::parallel_for is a plain loop; not linked, so that the threads are torch's own.
+    "cxx": ["-O3", "-g0", "-Wall", "-Werror", "-fopenmp", *system_headers],
     "nvcc": ["-O3", "-lineinfo", "-Werror", "all-warnings", *nvcc_threads],
 }
 extension.include_dirs = []

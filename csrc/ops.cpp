@@ -71,6 +71,11 @@ pybind11::dict build_info() {
   info["cuda_version"] = pybind11::none();
   info["dtypes"] = std::vector<std::string>{"bfloat16", "float16", "float32", "float64"};
 #endif
+#ifdef _OPENMP  // without it at::parallel_for is a plain loop, and nothing else tells
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
   info["archs"] = archs;
   info["head_dims"] = head_dims;
   return info;

@@ -52,7 +52,8 @@ def main() -> None:
     if info["cuda"]:
         dims = info["head_dims"]
         print(f"on CUDA        {', '.join(info['dtypes'])}; head dims {dims[0]}, {dims[1]}, ... {dims[-1]}")
-    print("on the CPU     bfloat16, float16, float32, float64; any head dim")
+    threads = torch.get_num_threads() if info["openmp"] else 1
+    print(f"on the CPU     bfloat16, float16, float32, float64; any head dim; threads: {threads}")
     if not info["cuda"]:
         print("remedy         for CUDA kernels: install nvcc and a CUDA build of torch, then rebuild with MITA_EXT_CUDA=1")
 

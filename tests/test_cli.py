@@ -25,9 +25,10 @@ def test_report(capsys):
 
 def test_build_info_says_what_is_supported():
     info = mita_ext._C.build_info()
-    assert set(info) == {"torch_version", "cuda", "cuda_version", "archs", "head_dims", "dtypes"}
+    assert set(info) == {"torch_version", "cuda", "cuda_version", "archs", "head_dims", "dtypes", "openmp"}
     assert all(re.fullmatch(r"\d+\.\d+[af]?(\+PTX)?", arch) for arch in info["archs"])
     assert bool(info["archs"]) == info["cuda"]
+    assert info["openmp"] or sys.platform != "linux", "the CPU backend would run on one thread"
 
 
 @pytest.mark.parametrize(
