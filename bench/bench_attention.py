@@ -2,6 +2,7 @@
 
 python3 -m bench.bench_attention --cases A,B,C --out bench/results/h100.json
 python3 -m bench.bench_attention --sweep --out bench/results/sweep.json       time against N, for bench.plot
+python3 -m bench.bench_attention --grid --out bench/results/grid.json         time against M and K
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import mita_ext
 from mita_ext import reference
 
-from .cases import AUTHORS_SOURCE, CASES, DTYPE, FORMULAS, INPUTS, SWEEP, Case, make_inputs
+from .cases import AUTHORS_SOURCE, CASES, DTYPE, FORMULAS, GRID, GRID_SIZES, INPUTS, SWEEP, Case, make_inputs
 from .check import check, repeats_equal
 from .timing import ceilings, device_time, environment, floor_ms, host_time, peak_extra_bytes
 
@@ -203,6 +204,37 @@ def sweep(args, report: dict) -> bool:
     return everything_right
 
 
+def grid(args, report: dict) -> bool:
+    """Forward time against M and K at N=65536, H=16, B=1, and the largest step between neighbours that flops do not explain."""
+    everything_right, times = True, {}
+    for case in GRID:
+        inputs = make_inputs(case, "normal")
+        right = check(case, inputs)["ok"]
+        everything_right &= right
+        point = {"D": case.D, "M": case.M, "K": case.K, "correct": right}
+        point["forward"] = measure("forward", mita(case), inputs, args.samples)
+        report["grid"].append(point)
+        save(report, args.out)
+        times[case.D, case.M, case.K] = point["forward"]["median_ms"]
+        if case.K == GRID_SIZES[0]:
+            if case.M == GRID_SIZES[0]:
+                print(f"D={case.D}, forward ms".ljust(20) + "".join(f"{f'K={k}':>9}" for k in GRID_SIZES))
+            print(f"M={case.M}".ljust(20), end="")
+        print(f"{point['forward']['median_ms']:>9.3f}" if right else "     FAIL", end="", flush=True)
+        if case.K == GRID_SIZES[-1]:
+            print()
+    steps = []
+    for (D, M, K), ms in times.items():
+        for m, k in ((2 * M, K), (M, 2 * K)):
+            if (D, m, k) in times:
+                step = times[D, m, k] / ms
+                steps.append((max(step * (10 * M + 4 * K) / (10 * m + 4 * k), 1 / step), f"D={D} M={M} K={K} -> M={m} K={k}"))
+    report["largest_unexplained_step"], where = max(steps)
+    save(report, args.out)
+    print(f"largest step between neighbours beyond the flops: {report['largest_unexplained_step']:.2f}x, {where}")
+    return everything_right
+
+
 def save(report: dict, path: str | None) -> None:
     """Written after every case: a run that is cut off keeps what it has."""
     if path:
@@ -225,15 +257,18 @@ def main() -> int:
     parser.add_argument("--peers", choices=("all", "dense", "none"), default="all")
     parser.add_argument("--samples", type=int, default=50)
     parser.add_argument("--repeats-check", action="store_true", help="100 forward+backward runs must agree bit for bit")
-    parser.add_argument("--sweep", action="store_true", help="time against N from 256 to 1048576 instead of the cases")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--sweep", action="store_true", help="time against N from 256 to 1048576 instead of the cases")
+    instead.add_argument("--grid", action="store_true", help="forward time against M and K instead of the cases")
     parser.add_argument("--commit", help="what is measured; default: $MITA_COMMIT, else git")
     parser.add_argument("--out", help="JSON file")
     args = parser.parse_args()
 
     started = time.perf_counter()
     report = start_report(args.commit)
-    report["sweep" if args.sweep else "results"] = []
-    right = sweep(args, report) if args.sweep else bench_cases(args, report)
+    name, bench = ("sweep", sweep) if args.sweep else ("grid", grid) if args.grid else ("results", bench_cases)
+    report[name] = []
+    right = bench(args, report)
     print(f"{'all correct' if right else 'FAIL: see above'}; {time.perf_counter() - started:.0f} s")
     return 0 if right else 1
 

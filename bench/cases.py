@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -111,6 +112,11 @@ CASES = {
 }
 
 SWEEP = [Case(f"N={n}", 1, 16, n, 64, 64, 64, "time against N") for n in (2**i for i in range(8, 21))]
+GRID_SIZES = (16, 32, 64, 128, 256)
+GRID = [
+    Case(f"D={d} M={m} K={k}", 1, 16, 65536, d, m, k, "time against M and K")
+    for d, m, k in itertools.product((64, 128), GRID_SIZES, GRID_SIZES)
+]
 
 
 def make_inputs(case: Case, kind: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
