@@ -79,6 +79,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2) short_attentio
   wait_loads<1>();
   __syncthreads();
 
+  // 1. pool
   if (p.pool) {
     const Windows w = windows_of(p.windows, x.queries, N);
     const int shares = pool_shares<T>(x, p.windows);
@@ -96,6 +97,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2) short_attentio
   wait_loads<0>();
   __syncthreads();
 
+  // 2. route and score
   const int landmark_tiles = ceil_div(M, 16), key_tiles = ceil_div(L, kUnits), query_tiles = ceil_div(N, 16);
   for (int item = warp; item < query_tiles + landmark_tiles * key_tiles; item += kWarps) {
     SharedRows<T, kDP> rows;
@@ -131,6 +133,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2) short_attentio
   for (int n = N + threadIdx.x; n < x.queries.max_length; n += kThreads) p.experts[std::int64_t(bh) * x.queries.max_length + n] = -1;
   __syncthreads();
 
+  // 3. order the queries, compress, select
   for (int item = warp; item <= landmark_tiles + ceil_div(opaque(M), 4); item += kWarps) {  // opaque: registers
     if (item > landmark_tiles) {
       const int m = 4 * (item - landmark_tiles - 1) + lane / 8, length = m < M ? opaque(L) : 0;
@@ -197,7 +200,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2) short_attentio
   }
   __syncthreads();
 
-  // Not kept until here: registers.
+  // 4. attend. Head and batch are not kept until here: registers.
   const int head = opaque(blockIdx.x), batch = head / x.H;
   T* const out_rows = head_rows<T>(p.out, batch, head - batch * x.H, span(x.queries, batch).start);
   for (int i = threadIdx.x; i < M * x.K; i += kThreads)
