@@ -54,7 +54,7 @@ def test_stages_compose_to_attention(name, backend):
     staged, lse = mita_ext.expert_attention(q, k, v, Z, C, T, r, shared_expert=case.shared_expert, **case.scales)
     assert torch.equal(T, aux.topk_indices)
     assert torch.equal(r, aux.experts)
-    if device == "cpu" or dtype == torch.float32:
+    if device == "cpu" or dtype == torch.float32 or case.routes != 1:
         for got, expected in ((C, aux.compressed), (staged, out), (lse, aux.lse)):
             assert torch.equal(got, expected)
     else:  # short sequences have a kernel of their own: weights are rounded against other running maxima

@@ -25,6 +25,7 @@ namespace mita {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = __builtin_huge_valf();
+constexpr unsigned kAllLanes = 0xffffffffu;
 
 // ---- elements ------------------------------------------------------------------------------------------------------
 
@@ -356,7 +357,7 @@ template <int N, int I> __device__ inline void pin(std::uint32_t (&x)[N][I]) {
 // and between groups of eight rows. `offset` bytes further on it is described by one addition.
 template <int DP> struct Matrix {
   std::uint32_t low;
-  __device__ explicit Matrix(std::uint32_t address, bool sums_rows) : low(__shfl_sync(0xffffffffu, address >> 4 | (sums_rows ? kPanel >> 4 << 16 : 0), 0)) {}
+  __device__ explicit Matrix(std::uint32_t address, bool sums_rows) : low(__shfl_sync(kAllLanes, address >> 4 | (sums_rows ? kPanel >> 4 << 16 : 0), 0)) {}
   __device__ std::uint64_t at(int offset) const { return std::uint64_t(8 * DP * 2 >> 4 | 1 << 30) << 32 | (low + (offset >> 4)); }
 };
 
@@ -593,7 +594,7 @@ __device__ inline void add_weighted_rows(float (&acc)[DP / 8][4], Weights<T, KT>
       for (int i = 0; i < 8; ++i) {
         __syncwarp();  // else the compiler loads the rows to come first, and spills
         const int owner = (lane & ~3) | (i >> 1);
-        const float upper = __shfl_sync(0xffffffffu, p.packed[n][i & 1], owner), lower = __shfl_sync(0xffffffffu, p.packed[n][2 + (i & 1)], owner);
+        const float upper = __shfl_sync(kAllLanes, p.packed[n][i & 1], owner), lower = __shfl_sync(kAllLanes, p.packed[n][2 + (i & 1)], owner);
 #pragma unroll
         for (int d = 0; d < DP / 8; ++d) {
           const float2 v = load_shared2(columns[i & 1] + (8 * n + i) * (4 * DP) + 16 * ((2 * d) ^ (i & 6)));
@@ -623,15 +624,15 @@ template <class T> struct OnlineSoftmax {
       float m = -kInfinity;
 #pragma unroll
       for (int n = 0; n < NT; ++n) m = fmaxf(m, fmaxf(scores[n][2 * h], scores[n][2 * h + 1]));
-      m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
-      m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
+      m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, 1));
+      m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, 2));
       m = fmaxf(maximum[h], m * scale);
       base[h] = m == -kInfinity ? 0.0f : m;  // nothing but absent units so far: exp(-inf - 0) = 0, never NaN
       rescale[h] = exponential<T>(maximum[h] - base[h]);
       grown |= m > maximum[h] && maximum[h] != -kInfinity;  // else nothing was accumulated
       maximum[h] = m;
     }
-    if (__any_sync(0xffffffffu, grown))  // seldom, after the first tiles
+    if (__any_sync(kAllLanes, grown))  // seldom, after the first tiles
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         sum[h] *= rescale[h];
@@ -649,10 +650,13 @@ template <class T> struct OnlineSoftmax {
   __device__ void finish() {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 1);
-      sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 2);
+      sum[h] += __shfl_xor_sync(kAllLanes, sum[h], 1);
+      sum[h] += __shfl_xor_sync(kAllLanes, sum[h], 2);
     }
   }
+  // Of the finished upper or lower row: what divides by its sum, and the natural logarithm of it all.
+  __device__ float factor(int h) const { return sum[h] == 0.0f ? 0.0f : __frcp_rn(sum[h]); }
+  __device__ float lse(int h) const { return log_sum<T>(maximum[h], sum[h]); }
 };
 
 // ---- work by expert ------------------------------------------------------------------------------------------------
@@ -782,7 +786,8 @@ __device__ inline void store_partial_rows(const float (&acc)[DP / 8][4], const f
 
 // ---- shared memory of a launch -------------------------------------------------------------------------------------
 
-// Allows a kernel more dynamic shared memory than it may have anyway, 48 KB with its static one, as far as the device has it.
+// Allows a kernel more dynamic shared memory than it may have anyway, as far as the device has it: 48 KB with its static one, for which 16 KB
+// are more than enough.
 template <class Kernel> inline cudaError_t allow_shared_memory(Kernel kernel, std::size_t bytes) {
   if (bytes <= 32 * 1024) return cudaSuccess;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));

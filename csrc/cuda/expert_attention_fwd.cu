@@ -155,8 +155,8 @@ __global__ void __launch_bounds__(128 * Layout<C>::kTeams, Layout<C>::kBlocks) a
     float factor[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      factor[i] = softmax.sum[i] == 0.0f ? 0.0f : __frcp_rn(softmax.sum[i]);
-      if (t == 0 && own(i) < work.entries) (x.s > 1 ? p.partial_lse : p.lse)[entry0 + entries[own(i)]] = log_sum<T>(softmax.maximum[i], softmax.sum[i]);
+      factor[i] = softmax.factor(i);
+      if (t == 0 && own(i) < work.entries) (x.s > 1 ? p.partial_lse : p.lse)[entry0 + entries[own(i)]] = softmax.lse(i);
     }
     const auto entry = [list = window.of(*entries) + 4 * (pass * rows + 16 * warp), present = work.entries - pass * rows - 16 * warp](int i) {
       return i < present ? load_shared_int(list + 4 * i) : -1;
@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(32 * kSmallWarps, KT == 8 ? 2 : 3) small_kerne
     int gathered = 0;
 #pragma unroll
     for (int i = 0; i < KT / 4; ++i)
-      gathered += __popc(__ballot_sync(0xffffffffu, lane + 32 * i < x.K && static_cast<unsigned>(load_shared_int(keys + 4 * (lane + 32 * i))) < static_cast<unsigned>(head.keys)));
+      gathered += __popc(__ballot_sync(kAllLanes, lane + 32 * i < x.K && static_cast<unsigned>(load_shared_int(keys + 4 * (lane + 32 * i))) < static_cast<unsigned>(head.keys)));
     if (gathered > 0)  // the last one again where there are no more
 #pragma unroll
       for (int n = 0; n < KT; ++n) {
@@ -386,8 +386,8 @@ __global__ void __launch_bounds__(32 * kSmallWarps, KT == 8 ? 2 : 3) small_kerne
       for (int i = 0; i < 2; ++i) {
         if (first + g + 8 * i >= size) continue;
         const int own = entry(first + g + 8 * i);
-        const float factor = softmax.sum[i] == 0.0f ? 0.0f : __frcp_rn(softmax.sum[i]);
-        if (t == 0) head.lse[own] = log_sum<T>(softmax.maximum[i], softmax.sum[i]);
+        const float factor = softmax.factor(i);
+        if (t == 0) head.lse[own] = softmax.lse(i);
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           if (!columns.has(c)) continue;

@@ -13,7 +13,6 @@ namespace mita {
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr unsigned kAll = 0xffffffffu;
 
 // The chunk of entries that a block works on.
 struct Chunk {
@@ -152,7 +151,7 @@ struct Shares {
     int* mine = places + warp * M;
     for (int base = warp * size; base < (warp + 1) * size; base += 32) {
       const int i = base + lane, expert = chunk.holds(i) ? chunk.expert(i) : -1;
-      const unsigned same = __match_any_sync(kAll, expert);
+      const unsigned same = __match_any_sync(kAllLanes, expert);
       if (expert >= 0) entries[mine[expert] + __popc(same & ((1u << lane) - 1))] = chunk.first + i;
       __syncwarp();
       if (expert >= 0 && lane == __ffs(same) - 1) mine[expert] += __popc(same);

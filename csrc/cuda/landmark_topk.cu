@@ -22,16 +22,17 @@ namespace {
 
 using u32 = std::uint32_t;
 using u64 = unsigned long long;
+constexpr u32 kAllBits = 0xffffffffu;
 
-__device__ u64 candidate(u32 ordered_score, int index) { return u64(ordered_score) << 32 | (kAllLanes - static_cast<u32>(index)); }
+__device__ u64 candidate(u32 ordered_score, int index) { return u64(ordered_score) << 32 | (kAllBits - static_cast<u32>(index)); }
 // The lowest score that a candidate at or above this one can have; -infinity where that is no number.
 __device__ float least_score(u64 candidate) {
   const float score = score_of(static_cast<u32>(candidate >> 32));
   return score == score ? score : -kInfinity;
 }
-__device__ u32 index_of(u64 candidate) { return kAllLanes - static_cast<u32>(candidate); }
+__device__ u32 index_of(u64 candidate) { return kAllBits - static_cast<u32>(candidate); }
 
-constexpr int kThreads = 128;       // few: most of the time is latency, and many rows hide it
+constexpr int kThreads = 128;  // few: most of the time is latency, and many rows hide it
 constexpr int kWarpScores = 2048, kWarpTopk = 64;
 
 // The keys of groups of them: key i of the list.
@@ -310,7 +311,7 @@ template <class C> __global__ void __launch_bounds__(kThreads, C::DP == 64 ? 7 :
     constexpr int kItems = kMaxTopk / kThreads;
     u32 item[kItems];
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) item[i] = threadIdx.x * kItems + i < k ? chosen[threadIdx.x * kItems + i] : kAllLanes;
+    for (int i = 0; i < kItems; ++i) item[i] = threadIdx.x * kItems + i < k ? chosen[threadIdx.x * kItems + i] : kAllBits;
     Sort(*reinterpret_cast<typename Sort::TempStorage*>(memory)).Sort(item);
 #pragma unroll
     for (int i = 0; i < kItems; ++i)

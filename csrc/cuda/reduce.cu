@@ -26,7 +26,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) delta_kernel(cons
     }
   }
 #pragma unroll
-  for (int d = 1; d < kLanes; d <<= 1) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+  for (int d = 1; d < kLanes; d <<= 1) sum += __shfl_xor_sync(kAllLanes, sum, d);
   if (row < total && lane == 0) p.delta[row] = present ? sum - (p.dlse ? p.dlse[row] : 0.0f) : 0.0f;
 }
 

@@ -94,7 +94,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, 2) 
       } else {
 #pragma unroll
         for (int d = 1; d < 4; d <<= 1) {
-          const Best other = {__shfl_xor_sync(0xffffffffu, best[i].score, d), __shfl_xor_sync(0xffffffffu, best[i].landmark, d)};
+          const Best other = {__shfl_xor_sync(kAllLanes, best[i].score, d), __shfl_xor_sync(kAllLanes, best[i].landmark, d)};
           if (best[i].after(other)) best[i] = other;
         }
       }

@@ -37,8 +37,8 @@ struct RowSums {
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       for (float* sum : {&rounded[i], &exact[i], &probability[i]}) {
-        *sum += __shfl_xor_sync(0xffffffffu, *sum, 1);
-        *sum += __shfl_xor_sync(0xffffffffu, *sum, 2);
+        *sum += __shfl_xor_sync(kAllLanes, *sum, 1);
+        *sum += __shfl_xor_sync(kAllLanes, *sum, 2);
       }
   }
 };

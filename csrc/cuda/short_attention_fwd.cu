@@ -166,8 +166,8 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2) short_attentio
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if (m + 8 * i >= M) continue;
-        const float factor = softmax.sum[i] == 0.0f ? 0.0f : __frcp_rn(softmax.sum[i]);
-        if (t == 0) p.landmark_lse[std::int64_t(bh) * M + m + 8 * i] = log_sum<T>(softmax.maximum[i], softmax.sum[i]);
+        const float factor = softmax.factor(i);
+        if (t == 0) p.landmark_lse[std::int64_t(bh) * M + m + 8 * i] = softmax.lse(i);
 #pragma unroll
         for (int n = 0; n < kDP / 8; ++n) store_shared(c.chunk(m + 8 * i, n) + 4 * t, pack<T>(values[n][2 * i] * factor, values[n][2 * i + 1] * factor));
       }
@@ -238,8 +238,8 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2) short_attentio
     for (int i = 0; i < 2; ++i) {
       if (g + 8 * i >= work.entries) continue;
       const int n = list[g + 8 * i];
-      const float factor = softmax.sum[i] == 0.0f ? 0.0f : __frcp_rn(softmax.sum[i]);
-      if (t == 0) p.lse[std::int64_t(head) * x.queries.max_length + n] = log_sum<T>(softmax.maximum[i], softmax.sum[i]);
+      const float factor = softmax.factor(i);
+      if (t == 0) p.lse[std::int64_t(head) * x.queries.max_length + n] = softmax.lse(i);
 #pragma unroll
       for (int d = 0; d < kDP / 8; ++d) store_shared(q.chunk(n, d) + 4 * t, pack<T>(out[d][2 * i] * factor, out[d][2 * i + 1] * factor));
     }

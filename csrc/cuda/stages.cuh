@@ -5,8 +5,6 @@
 
 namespace mita {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
-
 // ---- pooling -------------------------------------------------------------------------------------------------------
 
 // The tokens of pooling window m: token i of `area`, in line y of the window, counted from the first one of the sequence.

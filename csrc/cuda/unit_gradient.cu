@@ -74,11 +74,11 @@ template <class C> struct RoutedSums {
         const int count = m < x.M ? offset[m] : 0;
         int through = count;
         for (int d = 1; d < 32; d <<= 1) {
-          const int other = __shfl_up_sync(0xffffffffu, through, d);
+          const int other = __shfl_up_sync(kAllLanes, through, d);
           if (lane >= d) through += other;
         }
         if (m < x.M) offset[m] = total + through - count;
-        total += __shfl_sync(0xffffffffu, through, 31);
+        total += __shfl_sync(kAllLanes, through, 31);
       }
       if (lane == 0) offset[x.M] = total;
     }
@@ -95,7 +95,7 @@ template <class C> struct RoutedSums {
       const int count = min(kEntries, offset[x.M] - first);
       for (int i = lane; i - lane < count; i += 32) {
         const int mine = i < count ? entry[i] : -1;
-        unsigned left = __ballot_sync(0xffffffffu, mine >= 0 && mine >> 25 == warp);
+        unsigned left = __ballot_sync(kAllLanes, mine >= 0 && mine >> 25 == warp);
         while (left) left = add_few(p, bh, segments, mine, left, lane);
       }
       __syncthreads();
@@ -118,7 +118,7 @@ template <class C> struct RoutedSums {
     Columns k[kFew], v[kFew];
 #pragma unroll
     for (int i = 0; i < kFew; ++i) {
-      const int from = __ffs(left) - 1, one = from < 0 ? -1 : __shfl_sync(0xffffffffu, mine, from), m = one >> 11 & 1023;
+      const int from = __ffs(left) - 1, one = from < 0 ? -1 : __shfl_sync(kAllLanes, mine, from), m = one >> 11 & 1023;
       unit[i] = one >> 21;
       segment[i] = from < 0 ? 0 : segments[m], last[i] = from < 0 ? 0 : segments[m + 1];
       row[i] = (std::int64_t(bh) * max_tiles(x, p.groups.segment_rows) * x.K + (one & 2047)) * x.D + column;
