@@ -66,11 +66,12 @@ template <class T> __device__ inline float exponential(float x) {
     return expf(x);
   }
 }
-// The natural logarithm of sum * exponential(maximum); -infinity for an empty sum.
+// The natural logarithm of sum * exponential(maximum); -infinity for an empty sum. And 1 / x.
 template <class T> __device__ inline float log_sum(float maximum, float sum) {
   if (sum == 0.0f) return -kInfinity;
-  return sizeof(T) == 2 ? (maximum + log2f(sum)) * kLn2 : maximum + logf(sum);
+  return sizeof(T) == 2 ? (maximum + __log2f(sum)) * kLn2 : maximum + logf(sum);
 }
+template <class T> __device__ inline float reciprocal(float x) { return sizeof(T) == 2 ? __fdividef(1.0f, x) : __frcp_rn(x); }
 
 // Gradients of a softmax over many units are products with probabilities of 1e-5 and less, where fp16 has few bits left:
 // as operands they are scaled by powers of two, and the sums scaled back. A probability cannot exceed 1; the gradient of a
@@ -611,8 +612,9 @@ __device__ inline void add_weighted_rows(float (&acc)[DP / 8][4], Weights<T, KT>
 // ---- online softmax ------------------------------------------------------------------------------------------------
 
 // Running maximum and sum of the two rows of a lane; a row's four lanes hold the same maximum, and their own shares of the sum
-// until `finish`.
+// until `finish`. The maximum may lag behind by kSlack, which every element type has room for: what was accumulated is seldom rescaled.
 template <class T> struct OnlineSoftmax {
+  static constexpr float kSlack = 8.0f;
   float maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {0.0f, 0.0f};
 
   // scores -> probabilities of scale * score, relative to the running maximum; rescales what was accumulated before. scale > 0.
@@ -626,13 +628,14 @@ template <class T> struct OnlineSoftmax {
       for (int n = 0; n < NT; ++n) m = fmaxf(m, fmaxf(scores[n][2 * h], scores[n][2 * h + 1]));
       m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, 1));
       m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, 2));
-      m = fmaxf(maximum[h], m * scale);
+      m *= scale;
+      if (!(m > maximum[h] + kSlack)) m = maximum[h];
       base[h] = m == -kInfinity ? 0.0f : m;  // nothing but absent units so far: exp(-inf - 0) = 0, never NaN
       rescale[h] = exponential<T>(maximum[h] - base[h]);
       grown |= m > maximum[h] && maximum[h] != -kInfinity;  // else nothing was accumulated
       maximum[h] = m;
     }
-    if (__any_sync(kAllLanes, grown))  // seldom, after the first tiles
+    if (__any_sync(kAllLanes, grown))
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         sum[h] *= rescale[h];
@@ -655,7 +658,7 @@ template <class T> struct OnlineSoftmax {
     }
   }
   // Of the finished upper or lower row: what divides by its sum, and the natural logarithm of it all.
-  __device__ float factor(int h) const { return sum[h] == 0.0f ? 0.0f : __frcp_rn(sum[h]); }
+  __device__ float factor(int h) const { return sum[h] == 0.0f ? 0.0f : reciprocal<T>(sum[h]); }
   __device__ float lse(int h) const { return log_sum<T>(maximum[h], sum[h]); }
 };
 

@@ -1,11 +1,10 @@
 // Gather, softmax and product in one kernel: every query attends to the M shared units (landmarks, compressed values) and to
 // the K keys of its expert, in one online softmax.
 //
-// attention: one block per tile of queries of one expert (from the list of work). A team, the block or each of its warpgroups,
-//   takes 64 queries or fewer at a time, one warp 16 of them, while the next ones are on their way. Units come in tiles: first the
-//   shared units, as dense rows, then the expert's keys and values, gathered by index. Where all of them fit in shared
-//   memory they stay there, and the teams need not wait for each other; else they pass by, in step, for every pass of all teams.
-//   Queries are gathered and outputs scattered as whole rows.
+// attention: one block per tile of queries of one expert (from the list of work). It takes 64 queries or fewer at a time, one warp
+//   16 of them, while the next ones are on their way. Units come in tiles: first the shared units, as dense rows, then the expert's
+//   keys and values, gathered by index. Where all of them fit in shared memory they stay there; else they pass by for every pass.
+//   Queries are gathered and outputs scattered as whole rows. On sm_90a the kernel of expert_attention_sm90.cu takes its place.
 // small: experts that fit in the registers of one warp (up to 64 keys of up to 64 columns) and have few queries. A block holds the
 //   shared units of its head in shared memory, as operands; each of its warps takes one tile of queries after the other, and walks
 //   through it 16 at a time, with the expert's keys and values in its registers. Rows go from memory straight into operands and back.
@@ -18,25 +17,22 @@ namespace mita {
 namespace {
 
 template <class C> struct Layout : C {
-  static constexpr bool kHalf = sizeof(typename C::T) == 2;
-  static constexpr int kTeams = C::kGroups && C::DP == 128 ? 3 : 1;      // at most
-  static constexpr int kUnits = C::kGroups ? 64 : 32;                    // of one tile
-  static constexpr int kBlocks = !kHalf || kTeams == 3 ? 1 : C::DP == 64 ? 4 : 2;  // of a multiprocessor, by registers
-  static constexpr int kMemory = (kTeams == 3 ? 227 : C::kGroups ? 56 : 99) * 1024;  // of a block
+  static constexpr int kUnits = 32;                                                     // of one tile
+  static constexpr int kBlocks = sizeof(typename C::T) == 4 ? 1 : C::DP == 64 ? 4 : 2;  // of a multiprocessor, by registers
+  static constexpr int kMemory = 99 * 1024;                                             // of a block
   using Stage = UnitStage<typename C::T, C::DP, kUnits>;
   using Queries = TileStorage<typename C::T, C::DP, kPassRows>;
 };
 
-// Shared memory of a block: stages of units, queries of every team (two sets where there is more than one pass), its entries, and
-// the indices of its expert's keys.
+// Shared memory of a block: stages of units, queries (two sets where there is more than one pass), its entries, and the indices of its
+// expert's keys.
 template <class C> struct Memory {
   using L = Layout<C>;
-  int teams, stages;
+  int stages;
   std::size_t queries, entries, indices, bytes;
   __host__ __device__ Memory(const AttentionParams& p) {
     const Problem& x = p.problem;
-    teams = min(L::kTeams, ceil_div(p.groups.tile_rows, kPassRows));
-    const std::size_t sets = teams * (p.groups.tile_rows > teams * kPassRows ? 2 : 1), rest = sets * sizeof(typename L::Queries) + (p.groups.tile_rows + x.K) * sizeof(std::int32_t);
+    const std::size_t sets = p.groups.tile_rows > kPassRows ? 2 : 1, rest = sets * sizeof(typename L::Queries) + (p.groups.tile_rows + x.K) * sizeof(std::int32_t);
     const int tiles = (p.units.shared ? ceil_div(x.M, L::kUnits) : 0) + (x.s > 0 ? ceil_div(x.K, L::kUnits) : 0);
     stages = max(2, min(tiles, static_cast<int>((L::kMemory - rest) / sizeof(typename L::Stage))));
     queries = stages * sizeof(typename L::Stage);
@@ -47,7 +43,7 @@ template <class C> struct Memory {
 };
 
 template <class C>
-__global__ void __launch_bounds__(128 * Layout<C>::kTeams, Layout<C>::kBlocks) attention_kernel(const AttentionParams p, const Memory<C> layout) {
+__global__ void __launch_bounds__(2 * kPassRows, Layout<C>::kBlocks) attention_kernel(const AttentionParams p, const Memory<C> layout) {
   using L = Layout<C>;
   using T = typename C::T;
   constexpr int DP = C::DP, kUnits = L::kUnits, kTiles = kUnits / 8;
@@ -59,19 +55,15 @@ __global__ void __launch_bounds__(128 * Layout<C>::kTeams, Layout<C>::kBlocks) a
   auto* const indices = reinterpret_cast<std::int32_t*>(memory + layout.indices);
 
   const Problem& x = p.problem;
-  const Team team = C::kGroups ? Team::warpgroup() : Team::block();
-  const int warp = team.thread / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
   const int tiles = max_tiles(x, p.groups.tile_rows), bh = blockIdx.x / tiles, b = bh / x.H, h = bh % x.H;
   const Work work = find_work(p.groups.tiles, x, x.s, bh, span(x.queries, b).length, blockIdx.x % tiles, p.groups.tile_rows);
   if (work.entries <= 0) return;
-  const int slots = max(x.s, 1);
-
-  // A team's passes are every `teams`-th.
-  const int rows = team.threads / 2, own_team = threadIdx.x / team.threads, passes = ceil_div(work.entries, rows);
-  const auto queries_of = [&](int pass) { return queries[own_team + (pass / layout.teams & 1) * layout.teams].in(window); };
+  const int slots = max(x.s, 1), rows = blockDim.x / 2, passes = ceil_div(work.entries, rows);
+  const auto queries_of = [&](int pass) { return queries[pass & 1].in(window); };
   const auto load_queries = [&](int pass) {
     const int first = pass * rows, batch = opaque(b);
-    load_rows<T, DP>(team, rows, x.D, work.entries - first, [list = window.of(*entries) + 4 * first, slots](int i) { return query_of(load_shared_int(list + 4 * i), slots); },
+    load_rows<T, DP>(rows, x.D, work.entries - first, [list = window.of(*entries) + 4 * first, slots](int i) { return query_of(load_shared_int(list + 4 * i), slots); },
                      Copy<T, DP>(queries_of(pass), p.q, batch, opaque(h), span(x.queries, batch).start));
   };
   for (int i = threadIdx.x; i < work.entries; i += blockDim.x) entries[i] = entry_of(p.groups, x, x.s, bh, work, i);
@@ -81,11 +73,11 @@ __global__ void __launch_bounds__(128 * Layout<C>::kTeams, Layout<C>::kBlocks) a
   const auto units = UnitTiles<kUnits>::of(p.units.shared ? x.M : 0, gathered, window.of(*indices), true);
   const bool resident = units.tiles <= layout.stages;
   const auto load_units = [&](int tile, int to) { units.load(stage[to], window, p.units, x, opaque(b), opaque(h), tile); };
-  if (own_team < passes) load_queries(own_team);
+  load_queries(0);
   const int under_way = layout.stages - 1;  // tiles, where they pass by
   for (int tile = 0; tile < (resident ? units.tiles : under_way); ++tile) {
     load_units(tile, tile);
-    if (resident && tile + 1 == units.tiles && own_team + layout.teams < passes) load_queries(own_team + layout.teams);
+    if (resident && tile + 1 == units.tiles && 1 < passes) load_queries(1);
     commit_loads();
   }
   if (units.tiles == 0) {
@@ -94,11 +86,11 @@ __global__ void __launch_bounds__(128 * Layout<C>::kTeams, Layout<C>::kBlocks) a
     __syncthreads();
   }
 
-  int pass = own_team;
+  int pass = 0;
   // Waits for a tile; returns its stage.
   const auto arrive = [&](int tile) {
     if (resident) {
-      if (pass == own_team) {
+      if (pass == 0) {
         wait_all_but(units.tiles - 1 - tile);
         __syncthreads();
       }
@@ -107,21 +99,21 @@ __global__ void __launch_bounds__(128 * Layout<C>::kTeams, Layout<C>::kBlocks) a
     wait_all_but(under_way - 1);
     __syncthreads();
     // The stage of the tile before is free now. The next pass begins with the first tile again.
-    const int at = pass / layout.teams * units.tiles + tile, coming = tile + under_way;
-    const bool wraps = coming >= units.tiles, last = pass - own_team + layout.teams >= passes;
-    if (tile == 0 && pass + layout.teams < passes) load_queries(pass + layout.teams);
+    const int at = pass * units.tiles + tile, coming = tile + under_way;
+    const bool wraps = coming >= units.tiles, last = pass + 1 >= passes;
+    if (tile == 0 && pass + 1 < passes) load_queries(pass + 1);
     if (!wraps || !last) load_units(wraps ? coming - units.tiles : coming, (at + under_way) % layout.stages);
     commit_loads();
     return at % layout.stages;
   };
 #pragma unroll 1
-  for (; (resident ? pass : pass - own_team) < passes || pass == own_team; pass += layout.teams) {  // the first one in step
+  for (; pass < passes; ++pass) {
     const auto own = [&](int i) { return pass * rows + 16 * warp + g + 8 * i; };  // entries of the lane's two rows
-    const bool busy = C::kGroups ? pass < passes : pass * rows + 16 * warp < work.entries;
-    if (resident && pass > own_team) {
+    const bool busy = pass * rows + 16 * warp < work.entries;
+    if (resident && pass > 0) {
       wait_loads<0>();
-      team.sync();
-      if (pass + layout.teams < passes) load_queries(pass + layout.teams);
+      __syncthreads();
+      if (pass + 1 < passes) load_queries(pass + 1);
       commit_loads();
     }
     OwnRows<C> q;
@@ -129,13 +121,11 @@ __global__ void __launch_bounds__(128 * Layout<C>::kTeams, Layout<C>::kBlocks) a
     float out[DP / 8][4];
     clear(out);
     for (int tile = 0; tile < units.tiles; ++tile) {
-      if (!resident) wait_products<C, 0>(out);  // the stage of the tile before is free after the barrier
       auto& at = stage[arrive(tile)];
-      if (tile == 0) q.load(queries_of(pass).from_row(own_rows<C>(warp)), lane);
+      if (tile == 0) q.load(queries_of(pass).from_row(16 * warp), lane);
       if (!busy) continue;
       float s[kTiles][4];
       product<C>(s, q, at.k.in(window), lane);
-      wait_products<C, 0>(s, out);
       const bool dense = units.is_shared(tile);
       const float scale = positive_scale(s, (dense ? p.landmark_scale : p.scale) * kLogit<T>);
       if (units.count(tile) < kUnits) mask_logits(s, units.count(tile), lane);
@@ -147,7 +137,6 @@ __global__ void __launch_bounds__(128 * Layout<C>::kTeams, Layout<C>::kBlocks) a
       Weights<T, kTiles> weights(s);
       add_weighted_rows<C>(out, weights, at.v.in(window), lane);
     }
-    wait_products<C, 0>(out);
     if (!busy) continue;
     softmax.finish();
 
@@ -452,19 +441,21 @@ template <class T> __global__ void __launch_bounds__(32 * kMergeWarps) merge_ker
 cudaError_t launch_expert_attention(const AttentionParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
   if (p.groups.tile_rows < 16 || p.groups.tile_rows % 16 != 0 || p.groups.tile_rows > kMaxAttentionTile) return cudaErrorInvalidValue;
-  const cudaError_t status = small_experts(x) ? dispatch_dtype(x.dtype, [&](auto element) {
+  const auto small = [&](auto element) {
     using T = decltype(element);
     if constexpr (sizeof(T) == 2) return x.K > 32 ? launch_small<T, 8>(p, stream) : launch_small<T, 4>(p, stream);
     else return cudaErrorInvalidValue;
-  }) : dispatch(x.dtype, x.D, p.groups.tile_rows >= kPassRows, [&](auto config) {
+  };
+  const auto blocks = [&](auto config) {
     using C = decltype(config);
     const Memory<C> layout(p);
-    const int threads = 128 * layout.teams;
     if (cudaError_t status = allow_shared_memory(attention_kernel<C>, layout.bytes)) return status;
-    const unsigned blocks = static_cast<unsigned>(x.B) * x.H * max_tiles(x, p.groups.tile_rows);
-    attention_kernel<C><<<blocks, C::kGroups ? threads : std::min(threads, 2 * p.groups.tile_rows), layout.bytes, stream>>>(p, layout);
+    attention_kernel<C><<<static_cast<unsigned>(x.B) * x.H * max_tiles(x, p.groups.tile_rows), std::min(2 * kPassRows, 2 * p.groups.tile_rows), layout.bytes, stream>>>(p, layout);
     return cudaGetLastError();
-  });
+  };
+  const cudaError_t status = small_experts(x)                                    ? dispatch_dtype(x.dtype, small)
+                             : x.dtype != Dtype::fp32 && has_warpgroups() ? launch_specialist_attention(p, stream)
+                                                                          : dispatch(x.dtype, x.D, blocks);
   if (status != cudaSuccess || x.s <= 1) return status;
   return dispatch_dtype(x.dtype, [&](auto element) {
     const std::int64_t rows = std::int64_t(x.B) * x.H * x.queries.max_length;

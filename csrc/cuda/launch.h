@@ -14,6 +14,7 @@ cudaError_t launch_landmark_topk(const LandmarkParams&, cudaStream_t);      // s
 cudaError_t launch_route(const RouteParams&, cudaStream_t);
 cudaError_t launch_group(const GroupParams&, cudaStream_t);
 cudaError_t launch_expert_attention(const AttentionParams&, cudaStream_t);
+cudaError_t launch_specialist_attention(const AttentionParams&, cudaStream_t);  // its part for sm_90a
 bool fits_short_attention(const Problem&);  // by its shape, and what the current device has
 cudaError_t launch_short_attention(const ShortParams&, cudaStream_t);
 cudaError_t launch_delta(const DeltaParams&, cudaStream_t);

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <map>
 #include <tuple>
 
 #include "../checks.h"
@@ -41,7 +42,8 @@ struct Range {
 struct Context {
   c10::cuda::CUDAGuard guard;
   cudaStream_t stream;
-  explicit Context(const Tensor& x) : guard(x.device()), stream(c10::cuda::getCurrentCUDAStream()) {}
+  explicit Context(const Tensor& x) : Context(x.device(), nullptr) { stream = c10::cuda::getCurrentCUDAStream(); }
+  Context(c10::Device device, cudaStream_t stream) : guard(device), stream(stream) {}
 
   // One stage: its range, and its launcher's status as an exception.
   template <class Params>
@@ -53,6 +55,44 @@ struct Context {
                                                             ": rebuild it with TORCH_CUDA_ARCH_LIST set to this GPU's"
                                                           : "");
   }
+};
+
+// A second stream for stages that do not need what the op's own stream does meanwhile. It follows that one from here on, until they join;
+// what it works on must have been allocated by then, as memory that is freed meanwhile may still be in use on the other stream.
+class Branch {
+  struct Own {
+    cudaStream_t stream = nullptr;
+    cudaEvent_t event = nullptr;
+  };
+  const Context& trunk;
+  const Own own;
+  bool joined = false;
+
+  static Own of_thread(int device) {  // kept for the next call
+    static thread_local std::map<int, Own> owns;
+    Own& own = owns[device];
+    if (!own.stream) C10_CUDA_CHECK(cudaStreamCreateWithFlags(&own.stream, cudaStreamNonBlocking));
+    if (!own.event) C10_CUDA_CHECK(cudaEventCreateWithFlags(&own.event, cudaEventDisableTiming));
+    return own;
+  }
+  cudaError_t follow(cudaStream_t later, cudaStream_t earlier) const {
+    const cudaError_t status = cudaEventRecord(own.event, earlier);
+    return status == cudaSuccess ? cudaStreamWaitEvent(later, own.event, 0) : status;
+  }
+
+ public:
+  Context context;
+  explicit Branch(const Context& trunk) : trunk(trunk), own(of_thread(trunk.guard.current_device().index())), context(trunk.guard.current_device(), own.stream) {
+    C10_CUDA_CHECK(follow(own.stream, trunk.stream));
+  }
+  void join() {
+    joined = true;
+    C10_CUDA_CHECK(follow(trunk.stream, own.stream));
+  }
+  ~Branch() {  // after an exception
+    if (!joined) static_cast<void>(follow(trunk.stream, own.stream));
+  }
+  Branch(const Branch&) = delete;
 };
 
 Rows rows(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
@@ -143,7 +183,7 @@ Grouped group_stage(const Context& context, const Problem& x, const Tensor& expe
   Grouped result;
   result.groups.tile_rows = tile_rows;
   result.groups.segment_rows = segment_rows(entries_per_expert(x));
-  if (x.s == 0) return result;
+  if (experts.numel() == 0) return result;
   const int64_t entries = int64_t(x.queries.max_length) * x.s, chunks = (entries + kGroupChunk - 1) / kGroupChunk;
   const int64_t tiles = heads(x) * max_tiles(x, tile_rows), segments = heads(x) * max_tiles(x, result.groups.segment_rows);
   constexpr int64_t kWork = sizeof(Work) / sizeof(int);
@@ -168,12 +208,15 @@ Units units(bool shared, const Tensor& landmarks, const Tensor& compressed, cons
   return {shared, rows(landmarks), rows(compressed), rows(key), rows(value), indices.const_data_ptr<int>()};
 }
 
-std::tuple<Tensor, Tensor> attention_stage(const Context& context, const Problem& x, const Units& units, const Tensor& query, const Tensor& experts,
-                                           float scale, float landmark_scale) {
+Grouped attention_groups(const Context& context, const Problem& x, const Tensor& experts) {
+  return group_stage(context, x, experts, attention_tile_rows(x, entries_per_expert(x)));
+}
+
+std::tuple<Tensor, Tensor> attention_stage(const Context& context, const Problem& x, const Units& units, const Tensor& query, const Grouped& grouped, float scale,
+                                           float landmark_scale) {
   const int N = x.queries.max_length;
   Tensor out = at::empty({x.B, x.H, N, x.D}, query.options()), lse = floats(query, {x.B, x.H, N});
   if (lse.numel() == 0) return {out, lse};
-  const Grouped grouped = group_stage(context, x, experts, attention_tile_rows(x, entries_per_expert(x)));
   Tensor partial_out, partial_lse;
   AttentionParams p{};
   p.problem = x;
@@ -407,7 +450,8 @@ std::tuple<Tensor, Tensor> expert_attention(const Tensor& query, const Tensor& k
   const Problem x =
       problem_of("mita_ext.expert_attention", check_expert_attention(query, key, value, landmarks, compressed, indices, experts, shared_expert), query);
   const Tensor q = aligned(query), k = aligned(key), v = aligned(value), z = aligned(landmarks), c = aligned(compressed);
-  return attention_stage(Context(query), x, units(shared_expert, z, c, k, v, indices), q, experts, static_cast<float>(scale), static_cast<float>(landmark_scale));
+  const Context context(query);
+  return attention_stage(context, x, units(shared_expert, z, c, k, v, indices), q, attention_groups(context, x, experts), static_cast<float>(scale), static_cast<float>(landmark_scale));
 }
 
 // The backward of both attention ops. With `landmark_lse` the compressed values are differentiated on to landmarks and keys; with
@@ -482,9 +526,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(con
   }
   const Tensor pooled = landmarks ? none() : pool_stage(context, x, w, q);
   const Tensor z = landmarks ? aligned(*landmarks) : pooled;
+  Branch branch(context);  // beside the work of the landmarks
+  const Tensor experts = route_stage(branch.context, x, q, z);
+  const Grouped grouped = attention_groups(branch.context, x, experts);
   const Landmarked landmarked = landmark_stage(context, x, z, k, v, static_cast<float>(scale));
-  const Tensor experts = route_stage(context, x, q, z);
-  auto [out, lse] = attention_stage(context, x, units(shared_expert, z, landmarked.compressed, k, v, landmarked.indices), q, experts, static_cast<float>(scale),
+  branch.join();
+  auto [out, lse] = attention_stage(context, x, units(shared_expert, z, landmarked.compressed, k, v, landmarked.indices), q, grouped, static_cast<float>(scale),
                                     static_cast<float>(landmark_scale));
   return {out, lse, pooled, landmarked.indices, experts, landmarked.compressed, landmarked.lse};
 }

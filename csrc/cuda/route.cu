@@ -2,8 +2,10 @@
 // A block takes its queries in passes, the next ones on their way while it works; one warp owns 16 queries of a pass. Landmark
 // tiles go through shared memory once per round, and round r finds the best pair (score, landmark) after the one of round
 // r - 1 in the total order: s > 1 needs no list. Round 0 compares floats, later rounds the order itself.
-#include "device.cuh"
+// On sm_90a, for one route of 16-bit elements, specialists do it: a block takes one piece of a head's queries after the other; some warps bring
+// the landmarks, which stay for all passes of a piece, and the queries, 64 of one pass at a time; whole warpgroups take the passes in turn.
 #include "launch.h"
+#include "specialists.cuh"
 #include "stages.cuh"
 
 namespace mita {
@@ -53,7 +55,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, 2) 
   load_landmarks(0, 0);
   commit_loads();
 
-  std::conditional_t<C::kGroups, GroupRows<T, DP>, HeldRows<T, DP>> rows;
+  HeldRows<T, DP> rows;
   Best previous[2], best[2];
   BestLandmark highest;
   int pass = 0, step = 0;
@@ -66,12 +68,11 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, 2) 
     wait_loads<1>();
     __syncthreads();
     if (step == 0) {
-      rows.load(shared.queries[pass & 1].in(window).from_row(own_rows<C>(warp)), lane);
+      rows.load(shared.queries[pass & 1].in(window).from_row(16 * warp), lane);
       highest = BestLandmark();
     }
     float s[kTiles][4];
     product<C>(s, rows, shared.stage[buffer].in(window), lane);
-    wait_products<C, 0>(s);
     const int tile = step % tiles, m0 = tile * kTile + 2 * t;
     if (step < tiles) {
       highest.update(s, tile * kTile, x.M);
@@ -105,20 +106,108 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, 2) 
   }
 }
 
+// ---- by specialists ------------------------------------------------------------------------------------------------
+
+constexpr int kGroups = 4, kThreads = 128 * (kGroups + 1);
+constexpr int kPieceRows = 16 * kPassRows, kTileLandmarks = 64, kStages = 8;  // stages for all landmarks
+
+template <class C> struct Specialists : C {
+  static constexpr int kSets = C::DP == 64 ? 10 : 6;
+  struct Shared {
+    TileStorage<typename C::T, C::DP, kPassRows> queries[kSets];
+    TileStorage<typename C::T, C::DP, kTileLandmarks> stages[kStages];
+    std::uint64_t of_queries[kSets][2], of_landmarks[kStages][2];
+  };
+};
+
+template <class C> __global__ void __launch_bounds__(kThreads, 1) route_specialists_kernel(const RouteParams p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using L = Specialists<C>;
+  using T = typename C::T;
+  constexpr int DP = C::DP;
+  extern __shared__ __align__(kPanel) unsigned char memory[];
+  const Window window(memory);
+  auto& shared = *reinterpret_cast<typename L::Shared*>(memory);
+  Ring<L::kSets> set{window.of(shared.of_queries), 0};
+  Ring<kStages> stage{window.of(shared.of_landmarks), 0};
+  if (threadIdx.x == 0) {
+    set.init(128, 4), stage.init(128, 4 * kGroups);
+    fence_barriers();
+  }
+  __syncthreads();
+
+  const Problem& x = p.problem;
+  const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
+  const int N = x.queries.max_length, parts = ceil_div(N, kPieceRows), pieces = x.B * x.H * parts, tiles = ceil_div(x.M, kTileLandmarks);
+  // A warp's share of 64 rows from `first` on, of those before `end`.
+  const auto bring = [&](const auto& place, const Tile<T, DP>& target, const Rows& rows, int b, int h, std::int64_t start, int first, int end) {
+    constexpr int kShare = 16;
+    first += kShare * warp;
+    place.wait_free();
+    load_rows_by_warp<kShare, T, DP>([=](int i) { return first + i < end ? first + i : -1; }, first + kShare <= end, x.D,
+                                     Copy<T, DP>(target.from_row(kShare * warp), rows, b, h, start));
+    place.there().arrive_loaded();
+  };
+  for (int item = blockIdx.x; item < pieces; item += gridDim.x) {
+    const int bh = item / parts, b = bh / x.H, h = bh % x.H, first = item % parts * kPieceRows, passes = ceil_div(min(N - first, kPieceRows), kPassRows);
+    const Span queries = span(x.queries, b);
+    if (group == kGroups) {
+      for (int tile = 0; tile < tiles; ++tile)
+        bring(stage + tile, shared.stages[(stage + tile).at()].in(window), p.landmarks, b, h, 0, tile * kTileLandmarks, x.M);
+      for (int pass = 0; pass < passes; ++pass)
+        bring(set + pass, shared.queries[(set + pass).at()].in(window), p.q, b, h, queries.start, first + pass * kPassRows, queries.length);
+    } else {
+      for (int tile = 0; tile < tiles; ++tile) (stage + tile).wait_there();
+      const int skip = (group + kGroups - int(set.count % kGroups)) % kGroups;
+      for (int pass = skip; pass < passes; pass += kGroups) {
+        const auto own = set + pass;
+        own.wait_there();
+        fence_loads();
+        BestLandmark highest;
+        for (int tile = 0; tile < tiles; ++tile) {
+          float s[kTileLandmarks / 8][4];
+          product<C>(s, GroupRows<T, DP>{shared.queries[own.at()].in(window)}, shared.stages[(stage + tile).at()].in(window), lane);
+          wait_products<C, 0>(s);
+          highest.update(s, tile * kTileLandmarks, x.M);
+        }
+        if (lane == 0) own.done().arrive();
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int n = first + pass * kPassRows + 16 * warp + g + 8 * i;
+          if (t == 0 && n < N) p.experts[std::int64_t(bh) * N + n] = n < queries.length ? highest.of_row(i) : -1;
+        }
+      }
+      if (lane == 0)
+        for (int tile = 0; tile < tiles; ++tile) (stage + tile).done().arrive();
+    }
+    set.count += passes;
+    stage.count += tiles;
+  }
+  wait_loads<0>();
+#else
+  __trap();
+#endif
+}
+
 }  // namespace
 
 cudaError_t launch_route(const RouteParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
   if (x.s < 1) return cudaErrorInvalidValue;
-  return dispatch(x.dtype, x.D, true, [&](auto config) {
+  return dispatch(x.dtype, x.D, x.s == 1 && x.M <= kStages * kTileLandmarks, [&](auto config) {
     using C = decltype(config);
-    using L = Layout<C>;
-    if (cudaError_t status = allow_shared_memory(route_kernel<C>, sizeof(typename L::Shared))) return status;
-    const int tiles = ceil_div(x.queries.max_length, 16 * L::kWarps);
-    const std::int64_t heads = std::int64_t(x.B) * x.H;
-    const int passes = heads * tiles >= 4 * kBlocksOfAWave ? 4 : 1;  // where there is work enough for that
-    route_kernel<C><<<static_cast<unsigned>(heads * ceil_div(tiles, passes)), 32 * L::kWarps, sizeof(typename L::Shared), stream>>>(p, passes);
-    return cudaGetLastError();
+    if constexpr (C::kGroups) {
+      using L = Specialists<C>;
+      return launch_specialists(route_specialists_kernel<C>, kThreads, sizeof(typename L::Shared), std::int64_t(x.B) * x.H * ceil_div(x.queries.max_length, kPieceRows), stream, p);
+    } else {
+      using L = Layout<C>;
+      if (cudaError_t status = allow_shared_memory(route_kernel<C>, sizeof(typename L::Shared))) return status;
+      const int tiles = ceil_div(x.queries.max_length, 16 * L::kWarps);
+      const std::int64_t heads = std::int64_t(x.B) * x.H;
+      const int passes = heads * tiles >= 4 * kBlocksOfAWave ? 4 : 1;  // where there is work enough for that
+      route_kernel<C><<<static_cast<unsigned>(heads * ceil_div(tiles, passes)), 32 * L::kWarps, sizeof(typename L::Shared), stream>>>(p, passes);
+      return cudaGetLastError();
+    }
   });
 }
 

@@ -269,6 +269,10 @@ const Case kCases[] = {
     {"passing_units_narrow", Dtype::bf16, 1, 1, 1, 900, 700, 3, 400, 2, 64},
     {"passing_units_by_warps", Dtype::bf16, 1, 1, 1, 300, 500, 20, 350, 1, 64},
     {"passing_units_fp32", Dtype::fp32, 1, 1, 1, 200, 300, 6, 200, 1, 64},
+    // many pieces of work for one block
+    {"many_pieces", Dtype::bf16, 2, 4, 2, 700, 150, 300, 70, 1, 64, true, Batch::padded},
+    {"many_pieces_wide_heads", Dtype::fp16, 2, 4, 4, 700, 150, 200, 70, 1, 128},
+    {"many_landmarks_of_passing_units", Dtype::bf16, 1, 2, 2, 400, 150, 600, 20, 1, 64},
     {"nearly_equal_keys", Dtype::bf16, 1, 2, 2, 150, 150, 20, 24, 1, 64, true, Batch::full, false, {}, 0.1},
     {"nearly_equal_keys_many_queries", Dtype::bf16, 1, 1, 1, 700, 300, 5, 64, 1, 128, true, Batch::full, false, {}, 0.1},
     {"nearly_equal_keys_two_routes", Dtype::fp16, 1, 1, 1, 200, 300, 7, 40, 2, 64, true, Batch::full, false, {}, 0.1},

@@ -1,0 +1,104 @@
+// Kernels of specialists, for sm_90a: the warps of a block, each in its role, meet at barriers in shared memory. Some bring rows into
+// rings of tiles, whole warpgroups work on them.
+#pragma once
+#include "device.cuh"
+
+namespace mita {
+
+// A barrier in shared memory, which completes a phase with every `arrivals`.
+struct Barrier {
+  std::uint32_t address;
+  __device__ void init(int arrivals) const { asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address), "r"(arrivals) : "memory"); }
+  __device__ void arrive() const { asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(address) : "memory"); }
+  // Once all loads that this thread has started are done.
+  __device__ void arrive_loaded() const { asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(address) : "memory"); }
+  __device__ void wait(int parity) const {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    asm volatile(
+        "{ .reg .pred done;\n"
+        "again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+        "@done bra over;\n"
+        "bra again;\n"
+        "over: }" ::"r"(address), "r"(parity)
+        : "memory");
+#endif
+  }
+};
+
+// The places of a ring in turn, each with two barriers: is something there, and are all done with it? A barrier knows the last phase from
+// the one before, no more: those who wait for a place must have seen its last use, or a later one of another place that was there, and done, in order.
+template <int SIZE> struct Ring {
+  std::uint32_t barriers;  // shared address of SIZE pairs
+  unsigned count;          // of the place in question, from the first one on
+  __device__ unsigned at() const { return count % SIZE; }
+  __device__ Ring operator+(int n) const { return {barriers, count + n}; }
+  __device__ Barrier there() const { return {barriers + 16 * at()}; }
+  __device__ Barrier done() const { return {barriers + 16 * at() + 8}; }
+  __device__ void wait_there() const { there().wait(count / SIZE & 1); }
+  __device__ void wait_free() const { done().wait((count / SIZE & 1) ^ 1); }
+  __device__ void init(int arrivals, int readers) const {
+    for (int i = 0; i < SIZE; ++i) (*this + i).there().init(arrivals), (*this + i).done().init(readers);
+  }
+};
+
+// Starts copying ROWS rows with one warp. source(i) is the number of row i, negative for zeros. Usually all are whole.
+template <int ROWS, class T, int DP, class Source, class... Copies> __device__ inline void load_rows_by_warp(Source source, bool whole, int D, const Copies&... copies) {
+  constexpr int kChunks = Tile<T, DP>::kChunks, kRows = 32 / kChunks, kBatch = 4 * kRows;  // rows at once, and for whose numbers one waits
+  static_assert(ROWS % kBatch == 0);
+  const int lane = threadIdx.x % 32, c = lane % kChunks, own = lane / kChunks;
+  if (whole && D == DP) {
+#pragma unroll
+    for (int first = 0; first < ROWS; first += kBatch) {
+      int number[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) number[i] = source(first + kRows * i + own);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // rows eight apart lie at the same place of their panels
+        const int row = first + kRows * i;
+        (copies.whole(Tile<T, DP>{0}.chunk(row % 8 + own, c) + row / 8 * 8 * Tile<T, DP>::kRowBytes, c, number[i]), ...);
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int row = own; row < ROWS; row += kRows) {
+      const int number = source(row);
+      (copies.vector(row, c, number, c * kChunk<T> < D && number >= 0), ...);
+    }
+  }
+}
+
+// Registers of each thread of a warpgroup from here on, out of what the block has: those who bring rows leave some to the others.
+template <int NUMBER> __device__ inline void keep_registers() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(NUMBER));
+#endif
+}
+template <int NUMBER> __device__ inline void take_registers() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(NUMBER));
+#endif
+}
+
+// For barriers: what was initialised is visible to all, and what arrived from memory to wgmma.
+__device__ inline void fence_barriers() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+__device__ inline void fence_loads() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// One block on every multiprocessor, or for every piece of work where there are fewer.
+template <class Params> inline cudaError_t launch_specialists(void (*kernel)(Params), int threads, std::size_t bytes, std::int64_t pieces, cudaStream_t stream, const Params& p) {
+  int device, multiprocessors;
+  if (cudaError_t status = cudaGetDevice(&device)) return status;
+  if (cudaError_t status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) return status;
+  if (cudaError_t status = allow_shared_memory(kernel, bytes)) return status;
+  kernel<<<static_cast<unsigned>(std::min<std::int64_t>(multiprocessors, pieces)), threads, bytes, stream>>>(p);
+  return cudaGetLastError();
+}
+
+}  // namespace mita
