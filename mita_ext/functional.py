@@ -19,6 +19,7 @@ _REFUSED = {
     "dropout_p": "there is no dropout on the attention weights",
     "enable_gqa": "grouped-query heads are recognised by their shapes",
 }
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class MiTAAux(NamedTuple):
@@ -201,9 +202,17 @@ def _tensors(fn, **tensors):
     """Tensors as the ops take them: 4 dimensions, one device (the dispatcher would take a mixture with meta tensors),
     contiguous in the last dimension, cast under autocast (float64 is left alone)."""
     first = next(iter(tensors))
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{fn}: transforms of torch.func (grad, vmap, jvp and so on) are not supported;"
+            " use torch.autograd, and the batch dimension in the place of vmap"
+        )
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{fn}: {name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.layout != torch.strided or x.is_nested or x.is_quantized:
+            kind = "a nested tensor" if x.is_nested else x.dtype if x.is_quantized else x.layout
+            raise TypeError(f"{fn}: {name} must be a dense tensor of numbers, got {kind}")
         if x.dim() != 4:
             raise ValueError(f"{fn}: {name} must have 4 dimensions, got {x.dim()} (shape {list(x.shape)})")
         if x.device != tensors[first].device:
@@ -219,6 +228,8 @@ def _tensors(fn, **tensors):
 def _integer(fn, name, x):
     if isinstance(x, bool) or not isinstance(x, int | torch.SymInt):
         raise TypeError(f"{fn}: {name} must be an int, got {x!r}")
+    if isinstance(x, int) and not -(2**63) <= x < 2**63:
+        raise ValueError(f"{fn}: {name} must fit in 64 bits, got {x}")
     return x
 
 
@@ -244,6 +255,8 @@ def _scales(fn, query, scale, landmark_scale):
     for name, x in (("scale", scale), ("landmark_scale", landmark_scale)):
         if x is not None and (isinstance(x, bool) or not isinstance(x, int | float | torch.SymFloat)):
             raise TypeError(f"{fn}: {name} must be a float, got {x!r}")
+        if x is not None and not abs(x) <= _LARGEST:  # the kernels scale in float32; NaN comes here too
+            raise ValueError(f"{fn}: {name} must be finite in float32, got {x!r}")
     scale = max(D, 1) ** -0.5 if scale is None else float(scale)
     return scale, scale * max(D, 1) ** -0.5 if landmark_scale is None else float(landmark_scale)
 

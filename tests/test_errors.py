@@ -1,7 +1,9 @@
 """Bad input, argument by argument: the error names the function, the argument, what it got and what it needs."""
 
 import inspect
+import math
 import re
+import warnings
 from typing import NamedTuple
 
 import pytest
@@ -11,14 +13,14 @@ import mita_ext
 
 
 class T(NamedTuple):
-    """A tensor of zeros to be made: on the device of the test, or elsewhere."""
+    """A tensor of zeros to be made: on the device of the test or on another one ("meta" where that is the name)."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    elsewhere: bool = False
+    elsewhere: bool | str = False
 
     def make(self, device):
-        other = "meta" if device == "cpu" else "cpu"
+        other = "meta" if device == "cpu" or self.elsewhere == "meta" else "cpu"
         return torch.zeros(self.shape, dtype=self.dtype, device=other if self.elsewhere else device)
 
 
@@ -28,6 +30,7 @@ def tensor(*shape, dtype=torch.float32, elsewhere=False):
 
 F64, F16, INT = torch.float64, torch.float16, torch.int32
 B, H, HKV, N, L, M, K, S, D = 2, 4, 2, 20, 30, 6, 5, 1, 16
+NO_QUERY = tensor(B, H, 0, D)
 Q, KV, Z = tensor(B, H, N, D), tensor(B, HKV, L, D), tensor(B, H, M, D)
 VALID = {
     "attention": {"query": Q, "key": KV, "value": KV},
@@ -51,6 +54,10 @@ def test_the_valid_call_is_valid(function, device):
     call(function, device)
 
 
+with warnings.catch_warnings():  # a prototype, says torch
+    warnings.simplefilter("ignore")
+    NESTED = torch.nested.nested_tensor([torch.zeros(H, N, D)] * B)
+
 BAD = []  # function, error, message, changes to the valid call
 TYPE, VALUE = TypeError, ValueError
 
@@ -71,7 +78,19 @@ bad(ALL_Q, VALUE, "query must have 4 dimensions, got 3 (shape [2, 20, 16])", que
 bad(ALL_Q, VALUE, "query must have at least 1 head and head dimension 1, got shape [2, 4, 20, 0]", query=tensor(B, H, N, 0))
 bad(ALL_Q, VALUE, "query must have at least 1 head and head dimension 1, got shape [2, 0, 20, 16]", query=tensor(B, 0, N, D))
 
+bad(ALL_Q, TYPE, "query must be ... got torch.bool", query=tensor(B, H, N, D, dtype=torch.bool))
+bad(ALL_Q, TYPE, "query must be ... got torch.float8_e4m3fn", query=tensor(B, H, N, D, dtype=torch.float8_e4m3fn))
+bad(ALL_Q, VALUE, "query must have 4 dimensions, got 0 (shape [])", query=tensor())
+bad(ALL_Q, VALUE, "query must have 4 dimensions, got 5 (shape [1, 2, 4, 20, 16])", query=tensor(1, B, H, N, D))
+bad(ALL_Q, TYPE, "query must be a dense tensor of numbers, got torch.sparse_coo", query=torch.zeros(B, H, N, D).to_sparse())
+bad(ALL_Q, TYPE, "query must be a dense tensor of numbers, got torch._mkldnn", query=torch.zeros(B, H, N, D).to_mkldnn())
+bad(ALL_Q, TYPE, "query must be a dense tensor of numbers, got a nested tensor", query=NESTED)
+
 bad(ALL_KV, TYPE, "key must be a torch.Tensor, got NoneType", key=None)
+bad(ALL_KV, TYPE, "key must be a dense tensor of numbers, got torch.sparse_coo", key=torch.zeros(L, D).to_sparse())
+bad(ALL_KV, TYPE, "key must be torch.float32, the dtype of ..., got torch.int64", key=tensor(B, HKV, L, D, dtype=torch.int64))
+bad(ALL_KV, VALUE, "the heads of ... (4) must be a multiple of the heads of key, got 0", key=tensor(B, 0, L, D))
+bad(ALL_KV, VALUE, "key must be on the device of ..., got meta", key=tensor(B, HKV, L, D, elsewhere="meta"))
 bad(ALL_KV, TYPE, "key must be torch.float32, the dtype of ..., got torch.float64", key=tensor(B, HKV, L, D, dtype=F64))
 bad(ALL_KV, VALUE, "key must have 4 dimensions, got 3 (shape [2, 30, 16])", key=tensor(B, L, D))
 bad(ALL_KV, VALUE, "key must have the batch size of ... (2), got 3", key=tensor(3, HKV, L, D))
@@ -148,6 +167,12 @@ bad(
     "experts must have the shape [B, H, N, s] = [2, 4, 20, 1], got [2, 4, 19, 1]",
     experts=tensor(B, H, 19, S, dtype=INT),
 )
+bad(ONLY, TYPE, "indices must be torch.int32, got torch.bool", indices=tensor(B, H, M, K, dtype=torch.bool))
+bad(ONLY, TYPE, "indices must be torch.int32, got torch.float32", indices=tensor(B, H, M, K))
+bad(ONLY, VALUE, "indices must be on the device of ..., got meta", indices=tensor(B, H, M, K, dtype=INT, elsewhere="meta"))
+bad(ONLY, TYPE, "experts must be torch.int32, got torch.int64", experts=tensor(B, H, N, S, dtype=torch.int64))
+bad(ONLY, TYPE, "experts must be torch.int32, got torch.uint8", experts=tensor(B, H, N, S, dtype=torch.uint8))
+bad(ONLY, VALUE, "experts must have the shape ..., got [2, 4, 20, 1]", experts=tensor(B, H, N, S, dtype=INT), query=NO_QUERY)
 bad(ONLY, VALUE, "routes must be at most 6, got 7", experts=tensor(B, H, N, 7, dtype=INT))
 bad(ONLY, VALUE, "experts must be on the device of query (...), got ...", experts=tensor(B, H, N, S, dtype=INT, elsewhere=True))
 bad(ONLY, VALUE, "routes=0 needs shared_expert=True, got False", experts=tensor(B, H, N, 0, dtype=INT), shared_expert=False)
@@ -183,6 +208,32 @@ bad("attention", VALUE, "num_landmarks must not be given together with landmarks
 bad("attention", VALUE, "grid must not be given together with landmarks, got (4, 5)", landmarks=Z, grid=(4, 5))
 bad("attention", VALUE, "num_prefix_tokens needs grid, got 1", landmarks=Z, num_prefix_tokens=1)
 
+bad("attention", VALUE, "grid must be given where num_landmarks is a pair", num_landmarks=(32, 32))
+bad(POOLING, TYPE, "num_landmarks must be an int, got True", num_landmarks=True)
+bad(POOLING, TYPE, "num_landmarks[1] must be an int, got (2, 3)", num_landmarks=(2, (2, 3)), grid=(4, 5))
+bad(POOLING, TYPE, "grid[1] must be an int, got None", num_landmarks=(2, 3), grid=(4, None))
+bad(POOLING, VALUE, "grid must hold at least 1 token in each direction, got [4, -5]", num_landmarks=(2, 3), grid=(4, -5))
+bad(POOLING, VALUE, "query must hold at least 1 token to be pooled, got shape [2, 4, 0, 16]", num_landmarks=3, query=NO_QUERY)
+bad(POOLING, VALUE, "grid [4, 5] after 0 prefix tokens ... 0 tokens", num_landmarks=(2, 3), grid=(4, 5), query=NO_QUERY)
+
+# integers of any size
+HUGE = 2**63
+bad(POOLING, VALUE, f"num_landmarks must fit in 64 bits, got {HUGE}", num_landmarks=HUGE)
+bad(POOLING, VALUE, f"num_landmarks must be at most 1024 in all, got [1, {HUGE - 1}]", num_landmarks=HUGE - 1)
+bad(POOLING, VALUE, f"num_landmarks[0] must fit in 64 bits, got {HUGE}", num_landmarks=(HUGE, 1), grid=(4, 5))
+bad(POOLING, VALUE, f"grid[1] must fit in 64 bits, got {-HUGE - 1}", num_landmarks=(2, 3), grid=(4, -HUGE - 1))
+bad(
+    POOLING,
+    VALUE,
+    f"num_prefix_tokens must fit in 64 bits, got {10**30}",
+    **{"num_landmarks": (2, 3), "grid": (4, 4), "num_prefix_tokens": 10**30},
+)
+bad("attention landmark_topk", VALUE, f"topk must fit in 64 bits, got {HUGE}", topk=HUGE)
+bad("attention landmark_topk", VALUE, f"topk must be at most 2048, got {2**31}", topk=2**31)
+bad("attention landmark_topk", VALUE, f"topk must be at most 2048, got {2**32 + 1}", topk=2**32 + 1)
+bad("attention route", VALUE, f"routes must fit in 64 bits, got {10**30}", routes=10**30)
+bad("attention route", VALUE, f"routes must be at most ..., got {2**32}", routes=2**32)
+
 # options
 TOPK = "attention landmark_topk"
 bad(TOPK, VALUE, "topk must be at least 1, got 0", topk=0)
@@ -199,12 +250,32 @@ bad("attention", VALUE, "routes=0 needs shared_expert=True, got False", routes=0
 bad("attention expert_attention", TYPE, "shared_expert must be a bool, got 'yes'", shared_expert="yes")
 bad("attention landmark_topk expert_attention", TYPE, "scale must be a float, got 'auto'", scale="auto")
 bad("attention expert_attention", TYPE, "landmark_scale must be a float, got [0.1]", landmark_scale=[0.1])
+bad(TOPK, TYPE, "topk must be an int, got True", topk=True)
+bad("attention route", TYPE, "routes must be an int, got False", routes=False)
+bad("attention route", TYPE, "routes must be an int, got None", routes=None)
+bad("attention expert_attention", TYPE, "shared_expert must be a bool, got 1", shared_expert=1)
+SCALED = "attention landmark_topk expert_attention"
+for not_finite in (math.nan, math.inf, -math.inf, 1e39, 10**400):
+    bad(SCALED, VALUE, f"scale must be finite in float32, got {not_finite!r}", scale=not_finite)
+    bad(
+        "attention expert_attention",
+        VALUE,
+        f"landmark_scale must be finite in float32, got {not_finite!r}",
+        landmark_scale=not_finite,
+    )
+bad(SCALED, TYPE, "scale must be a float, got True", scale=True)
+bad(SCALED, TYPE, "scale must be a float, got 1j", scale=1j)
+bad(SCALED, TYPE, "scale must be a float, got tensor(1.)", scale=torch.ones(()))
+bad("attention expert_attention", TYPE, "landmark_scale must be a float, got False", landmark_scale=False)
+bad("attention", TYPE, "return_aux must be a bool, got 0", return_aux=0)
 bad("attention", TYPE, "return_aux must be a bool, got 'lse'", return_aux="lse")
 
 # what other attentions define and this mechanism does not
 bad("attention", TYPE, "is_causal is not an option of this mechanism: every query may attend to every key", is_causal=True)
 bad("attention", TYPE, "attn_mask is not an option of this mechanism: experts are chosen among all keys", attn_mask=None)
 bad("attention", TYPE, "dropout_p is not an option of this mechanism: there is no dropout", dropout_p=0.0)
+bad("attention", TYPE, "attn_bias is not an option of this mechanism: experts are chosen among all keys", attn_bias=1)
+bad("attention", TYPE, "enable_gqa is not an option of this mechanism: grouped-query heads are recognised", enable_gqa=True)
 bad("attention", TYPE, "block_size is not an option of this mechanism", block_size=64)
 
 
@@ -212,6 +283,10 @@ bad("attention", TYPE, "block_size is not an option of this mechanism", block_si
 def test_error(function, error, message, changes, device):
     with pytest.raises(error, match=f"^mita_ext.{function}: " + ".*".join(map(re.escape, message.split("...")))):
         call(function, device, **changes)
+
+
+def test_there_are_many_bad_calls():
+    assert len({message for _, _, message, _ in BAD}) >= 80
 
 
 def test_every_argument_has_an_error():
@@ -255,6 +330,62 @@ def test_cuda_clamps_experts_out_of_range():
     tame = mita_ext.expert_attention(q, k, k, z, C, T_, experts.clamp(0, M - 1))
     assert torch.equal(wild[0], tame[0])
     assert torch.equal(wild[1], tame[1])
+
+
+@pytest.mark.gpu
+def test_two_gpus_are_two_devices():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA GPUs")
+    for name in ("key", "value", "landmarks"):
+        other = VALID["expert_attention"][name].make("cuda:1")
+        with pytest.raises(ValueError, match=f"{name} must be on the device of query .cuda:0., got cuda:1"):
+            call("attention", "cuda:0", **{name: other})
+
+
+def columns_first(x):
+    return x.mT.contiguous().mT
+
+
+def negated_view(x):
+    return torch._neg_view(-x)  # a bit in the tensor, not in its values
+
+
+def imaginary_part(x):
+    return torch.complex(torch.zeros_like(x), x).imag  # elements two apart
+
+
+LEGAL = {
+    "scale_0": ({"scale": 0.0, "landmark_scale": -0.0}, {"scale": 0, "landmark_scale": 0}),
+    "topk_2048": ({"topk": 2048}, {"topk": L}),
+    "pairs_are_lists": ({"num_landmarks": [2, 3], "grid": [4, 5]}, {"num_landmarks": (2, 3), "grid": (4, 5)}),
+    "defaults": ({"num_landmarks": 64, "scale": 0.25, "landmark_scale": 0.0625}, {}),
+}
+
+
+@pytest.mark.parametrize("name", LEGAL)
+def test_legal_options(name, device):
+    query, key, value = (torch.randn(x.shape, device=device) for x in (Q, KV, KV))
+    odd, plain = (mita_ext.attention(query, key, value, **options) for options in LEGAL[name])
+    assert torch.equal(odd, plain)
+    assert odd.isfinite().all()
+
+
+@pytest.mark.parametrize("odd", [columns_first, negated_view, imaginary_part, torch.nn.Parameter], ids=lambda f: f.__name__)
+def test_legal_tensors(odd, device):
+    query, key, value = (torch.randn(x.shape, device=device) for x in (Q, KV, KV))
+    expected = mita_ext.attention(query, key, value)
+    assert torch.equal(mita_ext.attention(odd(query), odd(key), odd(value)), expected)
+
+
+def test_negative_scales_prefer_the_least_alike(device):
+    """Legal, and a softmax like any other; experts are chosen by the score itself, whatever the scale."""
+    query, key, value = (torch.randn(x.shape, device=device) for x in (Q, KV, KV))
+    landmarks = torch.randn(Z.shape, device=device)
+    compressed = mita_ext.landmark_topk(landmarks, key, value, topk=K, scale=-0.7)
+    turned = mita_ext.landmark_topk(landmarks, -key, value, topk=K, scale=0.7)
+    torch.testing.assert_close(compressed[1], turned[1])
+    assert torch.equal(compressed[0], mita_ext.landmark_topk(landmarks, key, value, topk=K)[0])
+    assert mita_ext.attention(query, key, value, scale=-0.7).isfinite().all()
 
 
 def test_errors_leave_no_graph_behind(device):
