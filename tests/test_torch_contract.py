@@ -1,9 +1,18 @@
 """What torch expects of an operator: opcheck, compile, autocast, checkpointing, graphs, streams, repeatability."""
 
+import gc
+
 import pytest
 import torch
 from cases import BY_NAME, case_of, make_inputs
+from torch import distributed
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import mita_ext
@@ -84,7 +93,7 @@ def test_ops_return_fresh_contiguous_tensors(device):
                 assert x.numel() == 0 or x.untyped_storage().data_ptr() not in inputs, name
 
 
-# ---- attention as a function
+# ---- attention as a function: compiled, under autocast, checkpointed
 
 
 def fused(q, k, v, z):
@@ -121,14 +130,25 @@ def assert_all_equal(got, expected):
 
 
 @FUNCTIONS
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_without_a_graph_break(function, dynamic, device):
+def test_static_shapes_compile_without_a_graph_break(function, device):
     """fullgraph raises on a break; a second batch size and length follow the first."""
     torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
     for B in (2, 3):
         tensors = make_inputs(case_of("basic", **SHAPES | {"B": B, "L": 30 + B}), device, torch.float32)
         assert_all_equal(run(compiled, tensors), run(function, tensors))
+
+
+@FUNCTIONS
+def test_dynamic_shapes_compile_once(function, device):
+    """No length and no batch size compiles again: with more or fewer keys than topk, with N = L, with N < M."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    for B, N, L in ((3, 20, 30), (5, 19, 70), (4, 64, 64), (7, 100, 2)):  # torch itself ties sizes that are equal at first
+        tensors = make_inputs(case_of("basic", **SHAPES | {"B": B, "N": N, "L": L}), device, torch.float32)
+        assert_all_equal(run(compiled, tensors), run(function, tensors))
+        assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -151,8 +171,12 @@ def test_fake_tensors_have_the_shapes_of_real_ones(function, device):
 
 @FUNCTIONS
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_autocast_computes_in_the_autocast_dtype(function, half, device):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_autocast_computes_in_the_autocast_dtype(function, half, compiled, device):
     tensors = make_inputs(case_of("basic", **SHAPES), device, torch.float32)
+    if compiled:
+        torch._dynamo.reset()
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
     with torch.autocast(device, dtype=half):
         out, *grads = run(function, tensors, torch.ones(2, 4, 20, 16, device=device, dtype=half))
     expected = run(lambda *x: function(*(y.to(half) for y in x)), tensors)
@@ -212,16 +236,121 @@ def test_second_derivative_is_refused(function, device):
         torch.autograd.grad(torch.autograd.grad(out, tensors[:1], create_graph=True)[0].sum(), tensors)
 
 
-@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])
-def test_functional_transforms_are_refused(transform, device):
+# ---- other ways to run and to differentiate
+
+
+TRANSFORMS = {
+    "vmap": lambda f, x: torch.func.vmap(f)(x[None]),
+    "grad": lambda f, x: torch.func.grad(lambda y: f(y).sum())(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_functional_transforms_are_refused(transform, compiled, device):
+    """In compiled code too, where torch would trace the forward pass alone and give gradients of zero."""
     tensors = make_inputs(case_of("basic", **SHAPES), device, torch.float32)
-    with pytest.raises(RuntimeError, match=r"torch\.func|functorch|forward mode|vmap"):
-        if transform == "vmap":
-            torch.func.vmap(fused)(*(x[None] for x in tensors))
-        elif transform == "grad":
-            torch.func.grad(lambda q: fused(q, *tensors[1:]).sum())(tensors[0])
-        else:
-            torch.func.jvp(lambda q: fused(q, *tensors[1:]), (tensors[0],), (tensors[0],))
+
+    def transformed(q):
+        return TRANSFORMS[transform](lambda x: fused(x, *tensors[1:]), q)
+
+    torch._dynamo.reset()
+    if compiled:
+        transformed = torch.compile(transformed, backend="aot_eager")
+    with pytest.raises(RuntimeError, match=r"^mita_ext\.attention: transforms of torch\.func .* are not supported"):
+        transformed(tensors[0])
+
+
+def test_route_is_refused_under_a_transform_as_attention_is(device):
+    q, _, _, z = make_inputs(case_of("basic", **SHAPES), device, torch.float32)
+    with pytest.raises(RuntimeError, match=r"^mita_ext\.route: transforms"):
+        torch.func.vmap(lambda x: mita_ext.route(x, z))(q[None])
+
+
+def test_forward_mode_is_refused(device):
+    q, k, v, z = make_inputs(case_of("basic", **SHAPES), device, torch.float32)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
+        fused(forward_ad.make_dual(q, q), k, v, z)
+
+
+class Layer(torch.nn.Module):
+    """Self-attention as a model has it, in float64, so that two ways to the same gradients differ by rounding alone."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.qkv, self.proj = torch.nn.Linear(32, 96).double(), torch.nn.Linear(32, 32).double()
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        out = mita_ext.attention(q, k, v, num_landmarks=4, topk=6)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+    def gradients(self, x):
+        self(x).square().mean().backward()
+        return [parameter.grad for parameter in self.parameters()]
+
+
+BATCH = torch.linspace(-3, 3, 4 * 40 * 32, dtype=torch.float64).mul(100).sin().view(4, 40, 32)
+
+
+def test_functional_call():
+    layer = Layer()
+    parameters = {name: x.detach().clone().requires_grad_() for name, x in layer.named_parameters()}
+    out = torch.func.functional_call(layer, parameters, BATCH)
+    got = torch.autograd.grad(out.square().mean(), list(parameters.values()))
+    assert_all_equal(got, layer.gradients(BATCH))
+
+
+def train_on_two_ranks(rank, rendezvous):
+    distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    expected = Layer().gradients(BATCH)
+    for wrap in (DistributedDataParallel, lambda layer: fully_shard(layer, mesh=mesh)):
+        layer = wrap(Layer())
+        got = Layer.gradients(layer, BATCH.chunk(2)[rank])
+        got = [x.full_tensor() if isinstance(x, DTensor) else x for x in got]
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-14)
+    distributed.destroy_process_group()
+
+
+def test_data_parallel_and_fully_sharded(tmp_path, monkeypatch):
+    """Each rank has half of the batch; the gradients are those of one process with all of it."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # no network is needed, nor a name for this host
+    torch.multiprocessing.spawn(train_on_two_ranks, (tmp_path / "rendezvous",), nprocs=2)
+
+
+class Exported(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, q, k, v, z):
+        return self.function(q, k, v, z)
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_export_keeps_the_ops(function, dynamic, device):
+    tensors = make_inputs(case_of("basic", **SHAPES), device, torch.float32)
+    dims = None
+    if dynamic:
+        B, L = torch.export.Dim("B", min=2), torch.export.Dim("L", min=2)
+        N = torch.export.Dim("N", min=19)  # the grid of `pooled`
+        dims = {"q": {0: B, 2: N}, "k": {0: B, 2: L}, "v": {0: B, 2: L}, "z": {0: B}}
+    program = torch.export.export(Exported(function), tuple(tensors), dynamic_shapes=dims, strict=False)
+    program = program.run_decompositions()
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert any(target.startswith("mita_ext.") for target in targets), targets
+    for B, N, L in ((2, 20, 30), (5, 41, 77)) if dynamic else ((2, 20, 30),):
+        tensors = make_inputs(case_of("basic", **SHAPES | {"B": B, "N": N, "L": L}), device, torch.float32)
+        assert torch.equal(program.module()(*tensors), function(*tensors))
 
 
 def test_in_place_change_before_backward_is_noticed(device):
@@ -270,6 +399,60 @@ def test_repeats_are_bitwise_equal(case, device, dtype, repeats):
         del noise
         again = results()
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+
+
+# ---- memory: none grows, none is lost
+
+
+@pytest.mark.gpu
+@FUNCTIONS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_does_not_grow(function, dtype):
+    """Scratch is torch's own: after a call or two, calls take nothing new from the device and leave nothing behind."""
+    tensors = make_inputs(case_of("basic", **SHAPES | {"N": 3000, "L": 5000, "D": 64}), "cuda", dtype)
+    for _ in range(3):
+        run(function, tensors)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
+    for _ in range(50):
+        run(function, tensors)
+    torch.cuda.synchronize()
+    assert (torch.cuda.memory_reserved(), torch.cuda.memory_allocated()) == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("function", [fused, with_lse, stages], ids=lambda f: f.__name__)
+def test_out_of_memory_leaves_nothing_broken(function):
+    """The limit is raised step by step, so that each large allocation of forward and backward fails once."""
+    case = case_of("basic", B=1, H=8, N=2**16, D=64)  # query: 64 MiB
+    tensors = make_inputs(case, "cuda", torch.bfloat16, requires_grad=True)
+    dout = torch.ones_like(tensors[0])
+
+    def step():
+        out = function(*tensors)
+        return out.detach(), *torch.autograd.grad(out, tensors, dout)
+
+    expected = step()
+    total, failures = torch.cuda.get_device_properties(0).total_memory, 0
+    torch.cuda.synchronize()
+    allocated = torch.cuda.memory_allocated()
+    try:
+        for spare in range(0, 2**29, 2**25):
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + spare) / total)
+            try:
+                results = step()
+            except torch.OutOfMemoryError:
+                failures += 1
+            else:
+                assert_all_equal(results, expected)
+                del results
+            gc.collect()
+            assert torch.cuda.memory_allocated() == allocated, "a failed call kept memory"
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert failures >= 2, "the limits never bit"
+    assert_all_equal(step(), expected)
 
 
 # ---- CUDA graphs, host synchronisation
