@@ -13,6 +13,10 @@ TORCH_FREE := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/params.h csrc/
 # The extension's own kernel objects hold no torch: the standalone program links them instead of compiling them again.
 OBJECTS = $(patsubst %.cu,build/temp.$(shell $(PY) -c 'import sys, sysconfig as s; print(s.get_platform() + "-" + sys.implementation.cache_tag)')/%.o,$(KERNELS))
 
+# What the sanitizer sees through torch: every stage forward and backward, NaN, Inf and wild experts, unaligned rows.
+SANITIZED = (test_attention_given or test_gradients_given) and (basic or ragged_tile or grouped_query or routes_3 or deit) \
+  or test_attention_given and (keys_5000 or topk_2048- or landmarks_1024) or non_finite or clamps or strides and 40-unaligned
+
 .PHONY: demo test lint bench kernels sanitize build clean
 
 demo: build
@@ -40,6 +44,8 @@ sanitize:
 	@test -n "$(SANITIZER)" || { echo "make sanitize needs compute-sanitizer, a part of the CUDA toolkit"; exit 1; }
 	$(MAKE) build/test_kernels
 	for tool in memcheck racecheck synccheck initcheck; do $(SANITIZER) --tool $$tool --error-exitcode 1 build/test_kernels || exit 1; done
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --report-api-errors no --error-exitcode 1 \
+	  $(PY) -m pytest -q -m gpu -k "$(SANITIZED)" tests/test_attention.py tests/test_gradients.py tests/test_errors.py
 
 build: $(VENV)/.ready
 	$(PY) setup.py -q build_ext --inplace
