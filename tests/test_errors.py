@@ -355,7 +355,7 @@ def imaginary_part(x):
 
 
 LEGAL = {
-    "scale_0": ({"scale": 0.0, "landmark_scale": -0.0}, {"scale": 0, "landmark_scale": 0}),
+    "scale_0": ({"scale": 0, "landmark_scale": -0.0}, {"scale": 1e-30, "landmark_scale": 1e-30}),
     "topk_2048": ({"topk": 2048}, {"topk": L}),
     "pairs_are_lists": ({"num_landmarks": [2, 3], "grid": [4, 5]}, {"num_landmarks": (2, 3), "grid": (4, 5)}),
     "defaults": ({"num_landmarks": 64, "scale": 0.25, "landmark_scale": 0.0625}, {}),
