@@ -5,98 +5,58 @@
 //   S = Z k^T  -> the largest of every eight, or all of them, unscaled in fp32: the selection never sees a rounded score
 //   online softmax over scale * S, O += P v  -> partial values, maximum and sum of this part
 // The keys of a tile are permuted, so that the columns of one lane are consecutive keys.
+// On sm_90a, where 16-bit sequences are long, specialists do the same: four warps bring keys and values, a share of the rows each, whole
+// warpgroups own 64 landmarks, or share them, each with a part of the key range of its own.
 // combine: one warp per landmark merges the parts in their order, rounds the value once and writes the lse.
-#include "device.cuh"
 #include "launch.h"
+#include "specialists.cuh"
 
 namespace mita {
 namespace {
 
-template <class C> struct Layout : C {
-  static constexpr bool kHalf = sizeof(typename C::T) == 2;
-  static constexpr int kWarps = kHalf ? 8 : 4;   // at most; fewer where there are fewer landmarks
-  static constexpr int kKeys = kHalf ? 64 : 32;  // of one tile
-  static constexpr int kLaneKeys = kKeys / 4;    // of one lane
-  struct Shared {
-    struct {
-      TileStorage<typename C::T, C::DP, kKeys> k, v;
-    } stage[2];
-    TileStorage<typename C::T, C::DP, 16 * kWarps> landmarks;  // last: only the rows in use are allocated
-  };
-  static_assert(sizeof(Shared) <= 96 * 1024);
+template <class T> constexpr int kKeys = sizeof(T) == 2 ? 64 : 32;  // of one tile
+template <class T> constexpr int kLaneKeys = kKeys<T> / 4;           // of one lane
+
+constexpr int kSpecialistKeys = 4096;  // and more: by specialists
+
+// The tiles [first, last) of keys that part `split` consists of.
+struct Part {
+  int first, last;
+  __device__ Part(int length, int keys, int splits, int split) {
+    const int tiles = ceil_div(length, keys), size = ceil_div(tiles, splits);
+    first = split * size, last = min(tiles, first + size);
+  }
 };
 
-template <class C>
-__global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::kGroups && C::DP == 64 ? 2 : 1) score_compress_kernel(const LandmarkParams p) {
-  using L = Layout<C>;
+// Row 8n + 2t + i of a tile is key t * kLaneKeys + 2n + i.
+template <class T> __device__ inline int key_of_row(int row) { return row / 2 % 4 * kLaneKeys<T> + row / 8 * 2 + row % 2; }
+
+// The softmax of a warp's 16 landmarks over a part of the keys.
+template <class C> struct Compression {
   using T = typename C::T;
-  constexpr int DP = C::DP, kKeys = L::kKeys, kTiles = kKeys / 8;
-  extern __shared__ __align__(kPanel) unsigned char memory[];
-  typename L::Shared& shared = *reinterpret_cast<typename L::Shared*>(memory);
-  const Window window(memory);
-
-  const Problem& x = p.problem;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
-  const int block_rows = blockDim.x / 2, groups = ceil_div(x.M, block_rows);
-  const int m0 = (blockIdx.x % groups) * block_rows, split = blockIdx.x / groups % p.splits, bh = blockIdx.x / groups / p.splits;
-  const int b = bh / x.H, h = bh % x.H;
-  const Span keys = span(x.keys, b);
-  const int tiles = ceil_div(keys.length, kKeys), per_split = ceil_div(tiles, p.splits);
-  const int first_tile = split * per_split, last_tile = min(tiles, first_tile + per_split);
-
-  const auto load_stage = [&](int tile) {
-    auto& stage = shared.stage[tile & 1];
-    const int head = h / (x.H / x.Hkv), key0 = tile * kKeys;
-    // Tile row 8n + 2t + i is key t * kLaneKeys + 2n + i. A ragged tile lacks the last of both.
-    const auto key_of = [key0, length = keys.length](int row) {
-      const int key = key0 + row / 2 % 4 * L::kLaneKeys + row / 8 * 2 + row % 2;
-      return key < length ? key : -1;
-    };
-    load_rows<T, DP>(kKeys, x.D, key0 + kKeys <= keys.length ? kKeys : kKeys - 1, key_of,
-                     Copy<T, DP>(stage.k.in(window), p.k, b, head, keys.start), Copy<T, DP>(stage.v.in(window), p.v, b, head, keys.start));
-  };
-
-  load_rows<T, DP>(block_rows, x.D, x.M - m0, [m0](int i) { return m0 + i; }, Copy<T, DP>(shared.landmarks.in(window), p.landmarks, b, h, 0));
-  if (first_tile < last_tile) load_stage(first_tile);
-  commit_loads();
-  wait_loads<0>();
-  __syncthreads();
-
-  OwnRows<C> landmarks;
-  landmarks.load(shared.landmarks.in(window).from_row(own_rows<C>(warp)), lane);
+  static constexpr int DP = C::DP, kTiles = kKeys<T> / 8;
   OnlineSoftmax<T> softmax;
   float values[DP / 8][4];
-  clear(values);
-  const float scale = p.scale * kLogit<T>;
-  const int m = m0 + 16 * warp + g;
-  const bool all_scores = p.group == 1;
-  const std::int64_t pitch = score_pitch(x.keys.max_length, p.group);
-  float* const row_scores = p.scores + (std::int64_t(bh) * x.M + m) * pitch;
 
-  for (int tile = first_tile; tile < last_tile; ++tile) {
-    if (tile + 1 < last_tile) load_stage(tile + 1);
-    commit_loads();
-    wait_loads<1>();
-    __syncthreads();
-    auto& stage = shared.stage[tile & 1];
-    float s[kTiles][4];
-    product<C>(s, landmarks, stage.k.in(window), lane);
-    wait_products<C, 0>(s);
-
-    const int lane_key = tile * kKeys + t * L::kLaneKeys;
+  // From the scores of landmarks m and m + 8 (a lane's two rows) to what is stored of them, and to weights.
+  __device__ Weights<T, kTiles> add(const LandmarkParams& p, float (&s)[kTiles][4], std::int64_t bh, int m, int tile, int length) {
+    const Problem& x = p.problem;
+    const bool all_scores = p.group == 1;
+    const std::int64_t pitch = score_pitch(x.keys.max_length, p.group);
+    const int lane_key = tile * kKeys<T> + threadIdx.x % 4 * kLaneKeys<T>;
     const auto each_absent = [&](auto&& f) {
-      if ((tile + 1) * kKeys > keys.length)
+      if ((tile + 1) * kKeys<T> > length)
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i)
-            if (lane_key + 2 * n + i % 2 >= keys.length) f(s[n][i]);
+            if (lane_key + 2 * n + i % 2 >= length) f(s[n][i]);
     };
     each_absent([](float& score) { score = NAN; });
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       if (m + 8 * i < x.M) {
-        float* scores = row_scores + 8 * i * pitch + (all_scores ? lane_key : lane_key / kGroupKeys);
+        float* scores = p.scores + (bh * x.M + m + 8 * i) * pitch + (all_scores ? lane_key : lane_key / kGroupKeys);
         if (all_scores) {
 #pragma unroll
           for (int n = 0; n < kTiles; n += 2)
@@ -112,26 +72,201 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::kGroups && C::DP ==
           else *scores = highest(0);
         }
       }
-    const float positive = positive_scale(s, scale);
+    const float positive = positive_scale(s, p.scale * kLogit<T>);
     each_absent([](float& logit) { logit = -kInfinity; });
     softmax.update(s, positive, values);
-    Weights<T, kTiles> weights(s);
-    add_weighted_rows<C>(values, weights, stage.v.in(window), lane);
-    wait_products<C, 0>(values);
-    __syncthreads();
+    return Weights<T, kTiles>(s);
   }
 
-  softmax.finish();
-  const std::int64_t row0 = (std::int64_t(bh) * p.splits + split) * x.M;
-  const float one[2] = {1.0f, 1.0f};
-  store_partial_rows<DP>(values, one, x.D, lane, [&](int i) {
-    const int row = m0 + 16 * warp + i;
-    return row < x.M ? p.partial_values + (row0 + row) * x.D : nullptr;
-  });
-  if (t == 0)
+  __device__ void store(const LandmarkParams& p, std::int64_t bh, int split, int m) {
+    const Problem& x = p.problem;
+    const int lane = threadIdx.x % 32;
+    softmax.finish();
+    const std::int64_t row0 = (bh * p.splits + split) * x.M;
+    const float one[2] = {1.0f, 1.0f};
+    store_partial_rows<DP>(values, one, x.D, lane, [&](int i) {
+      const int row = m - lane / 4 + i;
+      return row < x.M ? p.partial_values + (row0 + row) * x.D : nullptr;
+    });
+    if (lane % 4 == 0)
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (m + 8 * i < x.M) *reinterpret_cast<float2*>(p.partial_state + 2 * (row0 + m + 8 * i)) = make_float2(softmax.maximum[i], softmax.sum[i]);
+      for (int i = 0; i < 2; ++i)
+        if (m + 8 * i < x.M) *reinterpret_cast<float2*>(p.partial_state + 2 * (row0 + m + 8 * i)) = make_float2(softmax.maximum[i], softmax.sum[i]);
+  }
+};
+
+template <class C> struct Layout : C {
+  static constexpr int kWarps = sizeof(typename C::T) == 2 ? 8 : 4;  // at most; fewer where there are fewer landmarks
+  struct Shared {
+    UnitStage<typename C::T, C::DP, kKeys<typename C::T>> stage[2];
+    TileStorage<typename C::T, C::DP, 16 * kWarps> landmarks;  // last: only the rows in use are allocated
+  };
+  static_assert(sizeof(Shared) <= 96 * 1024);
+};
+
+template <class C>
+__global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::kGroups && C::DP == 64 ? 2 : 1) score_compress_kernel(const LandmarkParams p) {
+  using L = Layout<C>;
+  using T = typename C::T;
+  constexpr int DP = C::DP, kRows = kKeys<T>;
+  extern __shared__ __align__(kPanel) unsigned char memory[];
+  typename L::Shared& shared = *reinterpret_cast<typename L::Shared*>(memory);
+  const Window window(memory);
+
+  const Problem& x = p.problem;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int block_rows = blockDim.x / 2, groups = ceil_div(x.M, block_rows);
+  const int m0 = (blockIdx.x % groups) * block_rows, split = blockIdx.x / groups % p.splits, bh = blockIdx.x / groups / p.splits;
+  const int b = bh / x.H, h = bh % x.H, m = m0 + 16 * warp + lane / 4;
+  const Span keys = span(x.keys, b);
+  const Part part(keys.length, kRows, p.splits, split);
+
+  const auto load_stage = [&](int tile) {
+    auto& stage = shared.stage[tile & 1];
+    const int head = h / (x.H / x.Hkv), key0 = tile * kRows;
+    const auto key_of = [key0, length = keys.length](int row) {  // a ragged tile lacks the last row and the last key
+      const int key = key0 + key_of_row<T>(row);
+      return key < length ? key : -1;
+    };
+    load_rows<T, DP>(kRows, x.D, key0 + kRows <= keys.length ? kRows : kRows - 1, key_of,
+                     Copy<T, DP>(stage.k.in(window), p.k, b, head, keys.start), Copy<T, DP>(stage.v.in(window), p.v, b, head, keys.start));
+  };
+
+  load_rows<T, DP>(block_rows, x.D, x.M - m0, [m0](int i) { return m0 + i; }, Copy<T, DP>(shared.landmarks.in(window), p.landmarks, b, h, 0));
+  if (part.first < part.last) load_stage(part.first);
+  commit_loads();
+  wait_loads<0>();
+  __syncthreads();
+
+  OwnRows<C> landmarks;
+  landmarks.load(shared.landmarks.in(window).from_row(own_rows<C>(warp)), lane);
+  Compression<C> compression;
+  clear(compression.values);
+  for (int tile = part.first; tile < part.last; ++tile) {
+    if (tile + 1 < part.last) load_stage(tile + 1);
+    commit_loads();
+    wait_loads<1>();
+    __syncthreads();
+    auto& stage = shared.stage[tile & 1];
+    float s[kRows / 8][4];
+    product<C>(s, landmarks, stage.k.in(window), lane);
+    wait_products<C, 0>(s);
+    auto weights = compression.add(p, s, bh, m, tile, keys.length);
+    add_weighted_rows<C>(compression.values, weights, stage.v.in(window), lane);
+    wait_products<C, 0>(compression.values);
+    __syncthreads();
+  }
+  compression.store(p, bh, split, m);
+}
+
+// ---- by specialists ------------------------------------------------------------------------------------------------
+
+template <class C> struct Specialists : C {
+  static constexpr int kGroups = C::DP == 64 ? 4 : 2, kThreads = 128 * (kGroups + 1), kStages = C::DP == 64 ? 10 : 5;
+  struct Shared {
+    UnitStage<typename C::T, C::DP, kKeys<typename C::T>> stages[kStages];
+    TileStorage<typename C::T, C::DP, 64 * kGroups> landmarks;
+    std::uint64_t of_stages[kStages][2], of_landmarks[1][2];
+  };
+};
+
+// A block takes one piece of work after the other: some landmarks of a head, and as many parts of its keys as there are warpgroups left.
+// Their tiles go through the ring by turns.
+template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1) score_compress_specialists_kernel(const LandmarkParams p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using L = Specialists<C>;
+  using T = typename C::T;
+  constexpr int DP = C::DP, kRows = kKeys<T>;
+  extern __shared__ __align__(kPanel) unsigned char memory[];
+  const Window window(memory);
+  auto& shared = *reinterpret_cast<typename L::Shared*>(memory);
+  Ring<L::kStages> stage{window.of(shared.of_stages), 0};
+  Ring<1> landmarks{window.of(shared.of_landmarks), 0};
+  const Problem& x = p.problem;
+  const int groups = min(ceil_div(x.M, 64), L::kGroups), parts = L::kGroups / groups;  // of 64 landmarks, and of keys, of a piece
+  if (threadIdx.x == 0) {
+    stage.init(128, 4 * groups), landmarks.init(128, 4 * groups * parts);
+    fence_barriers();
+  }
+  __syncthreads();
+
+  const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+  const int row_pieces = ceil_div(x.M, 64 * groups), part_pieces = ceil_div(p.splits, parts), pieces = x.B * x.H * row_pieces * part_pieces;
+  struct Piece {
+    int bh, m0, first_split;
+    Span keys;
+    int rounds;  // tiles of the longest part, the first one
+  };
+  const auto piece_of = [&](int item) {
+    const int bh = item / (row_pieces * part_pieces), first_split = item / row_pieces % part_pieces * parts;
+    const Span keys = span(x.keys, bh / x.H);
+    const Part longest(keys.length, kRows, p.splits, first_split);
+    return Piece{bh, item % row_pieces * 64 * groups, first_split, keys, max(longest.last - longest.first, 0)};
+  };
+  if (group == L::kGroups) {
+    if constexpr (DP == 64) keep_registers<64>();
+    for (int item = blockIdx.x; item < pieces; item += gridDim.x, ++landmarks.count) {
+      const Piece piece = piece_of(item);
+      const int b = piece.bh / x.H, h = piece.bh % x.H, head = h / (x.H / x.Hkv);
+      landmarks.wait_free();
+      for (int i = 16 * warp; i < 64 * groups; i += 64)
+        load_rows_by_warp<16, T, DP>([&](int row) { return piece.m0 + i + row < x.M ? piece.m0 + i + row : -1; }, piece.m0 + i + 16 <= x.M, x.D,
+                                     Copy<T, DP>(shared.landmarks.in(window).from_row(i), p.landmarks, b, h, 0));
+      landmarks.there().arrive_loaded();
+      for (int round = 0; round < piece.rounds; ++round)
+        for (int i = 0; i < parts; ++i, ++stage.count) {
+          const Part part(piece.keys.length, kRows, p.splits, piece.first_split + i);
+          stage.wait_free();
+          if (const int tile = part.first + round; tile < part.last) {
+            const auto& to = shared.stages[stage.at()];
+            const int key0 = tile * kRows;
+            const auto key_of = [key0, first = 16 * warp, length = piece.keys.length](int row) {
+              const int key = key0 + key_of_row<T>(first + row);
+              return key < length ? key : -1;
+            };
+            load_rows_by_warp<16, T, DP>(key_of, key0 + kRows <= piece.keys.length, x.D,
+                                         Copy<T, DP>(to.k.in(window).from_row(16 * warp), p.k, b, head, piece.keys.start),
+                                         Copy<T, DP>(to.v.in(window).from_row(16 * warp), p.v, b, head, piece.keys.start));
+          }
+          stage.there().arrive_loaded();
+        }
+    }
+    wait_loads<0>();
+  } else {
+    if constexpr (DP == 64) take_registers<104>();
+    const int own_part = group / groups, own_rows = 64 * (group % groups);
+    if (own_part >= parts) return;
+    for (int item = blockIdx.x; item < pieces; item += gridDim.x, ++landmarks.count) {
+      const Piece piece = piece_of(item);
+      const int split = piece.first_split + own_part, m = piece.m0 + own_rows + 16 * warp + lane / 4;
+      const Part part(piece.keys.length, kRows, p.splits, split);
+      Compression<C> compression;
+      clear(compression.values);
+      pin(compression.values);
+      landmarks.wait_there();
+      for (int round = 0; round < piece.rounds; ++round) {
+        const auto at = stage + (round * parts + own_part);
+        at.wait_there();
+        if (const int tile = part.first + round; tile < part.last) {
+          fence_loads();
+          float s[kRows / 8][4];
+          product<C>(s, GroupRows<T, DP>{shared.landmarks.in(window).from_row(own_rows)}, shared.stages[at.at()].k.in(window), lane);
+          wait_products<C, 0>(s);
+          auto weights = compression.add(p, s, piece.bh, m, tile, piece.keys.length);
+          add_weighted_rows<C>(compression.values, weights, shared.stages[at.at()].v.in(window), lane);
+          wait_products<C, 0>(compression.values);
+        }
+        if (lane == 0) at.done().arrive();
+      }
+      if (split < p.splits) compression.store(p, piece.bh, split, m);
+      __syncwarp();
+      if (lane == 0) landmarks.done().arrive();
+      stage.count += piece.rounds * parts;
+    }
+  }
+#else
+  __trap();
+#endif
 }
 
 constexpr int kCombineWarps = 4;
@@ -170,14 +305,27 @@ cudaError_t launch_landmark_scores(const LandmarkParams& p, cudaStream_t stream)
   const Problem& x = p.problem;
   return dispatch(x.dtype, x.D, x.M > 48, [&](auto config) {
     using C = decltype(config);
-    using L = Layout<C>;
-    const int warps = std::min(L::kWarps, C::kGroups ? ceil_div(x.M, 64) * 4 : ceil_div(x.M, 16)), groups = ceil_div(x.M, 16 * warps);
-    const std::size_t bytes = sizeof(typename L::Shared) - (L::kWarps - warps) * 16 * C::DP * sizeof(typename C::T);
-    if (cudaError_t status = allow_shared_memory(score_compress_kernel<C>, sizeof(typename L::Shared))) return status;
-    score_compress_kernel<C><<<static_cast<unsigned>(x.B) * x.H * p.splits * groups, 32 * warps, bytes, stream>>>(p);
-    if (cudaError_t status = cudaGetLastError()) return status;
+    using T = typename C::T;
+    const auto by_blocks = [&] {
+      using L = Layout<C>;
+      const int warps = std::min(L::kWarps, C::kGroups ? ceil_div(x.M, 64) * 4 : ceil_div(x.M, 16)), groups = ceil_div(x.M, 16 * warps);
+      const std::size_t bytes = sizeof(typename L::Shared) - (L::kWarps - warps) * 16 * C::DP * sizeof(T);
+      if (cudaError_t status = allow_shared_memory(score_compress_kernel<C>, sizeof(typename L::Shared))) return status;
+      score_compress_kernel<C><<<static_cast<unsigned>(x.B) * x.H * p.splits * groups, 32 * warps, bytes, stream>>>(p);
+      return cudaGetLastError();
+    };
+    cudaError_t status;
+    if constexpr (C::kGroups) {
+      using L = Specialists<C>;
+      const int groups = std::min(ceil_div(x.M, 64), L::kGroups);
+      const std::int64_t pieces = std::int64_t(x.B) * x.H * ceil_div(x.M, 64 * groups) * ceil_div(p.splits, L::kGroups / groups);
+      status = x.keys.max_length >= kSpecialistKeys ? launch_specialists(score_compress_specialists_kernel<C>, L::kThreads, sizeof(typename L::Shared), pieces, stream, p) : by_blocks();
+    } else {
+      status = by_blocks();
+    }
+    if (status != cudaSuccess) return status;
     const std::int64_t rows = std::int64_t(x.B) * x.H * x.M;
-    combine_kernel<typename C::T><<<static_cast<unsigned>((rows + kCombineWarps - 1) / kCombineWarps), 32 * kCombineWarps, 0, stream>>>(p);
+    combine_kernel<T><<<static_cast<unsigned>((rows + kCombineWarps - 1) / kCombineWarps), 32 * kCombineWarps, 0, stream>>>(p);
     return cudaGetLastError();
   });
 }

@@ -147,7 +147,8 @@ struct Landmarked {
 
 Landmarked landmark_stage(const Context& context, const Problem& x, const Tensor& landmarks, const Tensor& key, const Tensor& value, float scale) {
   const int64_t BH = heads(x);
-  const int L = x.keys.max_length, group = group_keys(L, x.K, x.D), splits = parts(BH * ceil_div(x.M, 128), L);
+  const int L = x.keys.max_length, group = group_keys(L, x.K, x.D), most_splits = parts(BH * ceil_div(x.M, 128), L),
+            splits = most_splits < 4 ? most_splits : most_splits / 4 * 4;  // four warpgroups may share them
   Landmarked result{ints(landmarks, {x.B, x.H, x.M, x.K}), at::empty({x.B, x.H, x.M, x.D}, landmarks.options()), floats(landmarks, {x.B, x.H, x.M})};
   const Tensor scores = floats(landmarks, {BH, x.M, score_pitch(L, group)}), values = floats(landmarks, {BH, splits, x.M, x.D}), state = floats(landmarks, {BH, splits, x.M, 2});
   LandmarkParams p{};

@@ -273,6 +273,10 @@ const Case kCases[] = {
     {"many_pieces", Dtype::bf16, 2, 4, 2, 700, 150, 300, 70, 1, 64, true, Batch::padded},
     {"many_pieces_wide_heads", Dtype::fp16, 2, 4, 4, 700, 150, 200, 70, 1, 128},
     {"many_landmarks_of_passing_units", Dtype::bf16, 1, 2, 2, 400, 150, 600, 20, 1, 64},
+    // long parts of keys
+    {"many_keys", Dtype::bf16, 3, 2, 1, 40, 4500, 60, 40, 1, 64, true, Batch::padded},
+    {"many_keys_more_landmarks", Dtype::fp16, 1, 2, 2, 40, 4500, 130, 40, 1, 56},
+    {"many_keys_wide_heads", Dtype::bf16, 2, 2, 1, 40, 4200, 150, 33, 1, 128, true, Batch::packed},
     {"nearly_equal_keys", Dtype::bf16, 1, 2, 2, 150, 150, 20, 24, 1, 64, true, Batch::full, false, {}, 0.1},
     {"nearly_equal_keys_many_queries", Dtype::bf16, 1, 1, 1, 700, 300, 5, 64, 1, 128, true, Batch::full, false, {}, 0.1},
     {"nearly_equal_keys_two_routes", Dtype::fp16, 1, 1, 1, 200, 300, 7, 40, 2, 64, true, Batch::full, false, {}, 0.1},
