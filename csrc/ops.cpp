@@ -13,18 +13,24 @@
 
 // Names as everywhere: B batch, H query heads, Hkv key/value heads, N queries, L keys, M landmarks, K keys per expert,
 // s experts per query (routes), D head dimension. 1-D pooling comes as the grid (1, N) with (1, M) landmarks.
+// seqlens: int32 lengths [B] of sequences that are padded on the right. attention takes packed ones, too: query, key and
+// value [total, heads, D], with prefix sums [B + 1] as seqlens and no sequence longer than max_seqlen. lse and experts are
+// as those of a padded batch, with N = max_seqlen_q.
 TORCH_LIBRARY(mita_ext, m) {
-  m.def("pool(Tensor query, SymInt[2] num_landmarks, SymInt[2] grid, SymInt num_prefix_tokens) -> Tensor");
   m.def(
-      "pool_backward(Tensor dlandmarks, SymInt N, SymInt[2] num_landmarks, SymInt[2] grid, SymInt num_prefix_tokens)"
+      "pool(Tensor query, SymInt[2] num_landmarks, SymInt[2] grid, SymInt num_prefix_tokens, Tensor? seqlens=None)"
       " -> Tensor");
+  m.def(
+      "pool_backward(Tensor dlandmarks, SymInt N, SymInt[2] num_landmarks, SymInt[2] grid, SymInt num_prefix_tokens,"
+      " Tensor? seqlens=None) -> Tensor");
 
   m.def(
-      "landmark_topk(Tensor landmarks, Tensor key, Tensor value, SymInt topk, float scale)"
+      "landmark_topk(Tensor landmarks, Tensor key, Tensor value, SymInt topk, float scale, Tensor? seqlens_k=None)"
       " -> (Tensor indices, Tensor compressed, Tensor lse)");
   m.def(
       "landmark_topk_backward(Tensor dcompressed, Tensor? dlse, Tensor landmarks, Tensor key, Tensor value,"
-      " Tensor compressed, Tensor lse, float scale) -> (Tensor dlandmarks, Tensor dkey, Tensor dvalue)");
+      " Tensor compressed, Tensor lse, float scale, Tensor? seqlens_k=None)"
+      " -> (Tensor dlandmarks, Tensor dkey, Tensor dvalue)");
 
   m.def("route(Tensor query, Tensor landmarks, SymInt routes) -> Tensor experts");
 
@@ -40,7 +46,8 @@ TORCH_LIBRARY(mita_ext, m) {
   // All stages at once. The output `landmarks` holds the pooled landmarks, or is empty [0] when they were given.
   m.def(
       "attention(Tensor query, Tensor key, Tensor value, Tensor? landmarks, SymInt[2] num_landmarks, SymInt[2] grid,"
-      " SymInt num_prefix_tokens, SymInt topk, SymInt routes, bool shared_expert, float scale, float landmark_scale)"
+      " SymInt num_prefix_tokens, SymInt topk, SymInt routes, bool shared_expert, float scale, float landmark_scale,"
+      " Tensor? seqlens_q=None, Tensor? seqlens_k=None, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None)"
       " -> (Tensor out, Tensor lse, Tensor landmarks, Tensor indices, Tensor experts, Tensor compressed,"
       " Tensor landmark_lse)");
   // pooled: the gradient of the landmarks goes on into dquery, and dlandmarks is empty [0].
@@ -48,7 +55,8 @@ TORCH_LIBRARY(mita_ext, m) {
       "attention_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor landmarks,"
       " Tensor indices, Tensor experts, Tensor compressed, Tensor landmark_lse, Tensor out, Tensor lse, bool pooled,"
       " SymInt[2] num_landmarks, SymInt[2] grid, SymInt num_prefix_tokens, bool shared_expert, float scale,"
-      " float landmark_scale) -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dlandmarks)");
+      " float landmark_scale, Tensor? seqlens_q=None, Tensor? seqlens_k=None, SymInt? max_seqlen_q=None,"
+      " SymInt? max_seqlen_k=None) -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dlandmarks)");
 }
 
 namespace {

@@ -19,6 +19,14 @@ if _built_for.split(".")[:2] != torch.__version__.split(".")[:2]:
         "build it again: pip install . --no-build-isolation"
     )
 
-from .functional import MiTAAux, attention, expert_attention, landmark_topk, pool_landmarks, route  # noqa: E402
+from .functional import (  # noqa: E402
+    MiTAAux,
+    attention,
+    attention_varlen,
+    expert_attention,
+    landmark_topk,
+    pool_landmarks,
+    route,
+)
 
-__all__ = ["MiTAAux", "attention", "expert_attention", "landmark_topk", "pool_landmarks", "route"]
+__all__ = ["MiTAAux", "attention", "attention_varlen", "expert_attention", "landmark_topk", "pool_landmarks", "route"]

@@ -42,25 +42,26 @@ def _wanted(ctx, *grads):
 
 class Pool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, *options):
+    def forward(ctx, query, seqlens, *options):
         ctx.N, ctx.options = query.shape[2], options
-        return ops.pool(query, *options)
+        ctx.save_for_backward(seqlens)
+        return ops.pool(query, *options, seqlens)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dlandmarks):
         dlandmarks, _ = _incoming(dlandmarks, None, None)
-        return _wanted(ctx, ops.pool_backward(dlandmarks, ctx.N, *ctx.options))
+        return _wanted(ctx, ops.pool_backward(dlandmarks, ctx.N, *ctx.options, *ctx.saved_tensors))
 
 
 class LandmarkTopk(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, landmarks, key, value, topk, scale):
-        indices, compressed, lse = ops.landmark_topk(landmarks, key, value, topk, scale)
+    def forward(ctx, landmarks, key, value, seqlens_k, topk, scale):
+        indices, compressed, lse = ops.landmark_topk(landmarks, key, value, topk, scale, seqlens_k)
         ctx.scale = scale
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(landmarks, key, value, compressed, lse)
+        ctx.save_for_backward(landmarks, key, value, compressed, lse, seqlens_k)
         return indices, compressed, lse
 
     @staticmethod
@@ -68,10 +69,9 @@ class LandmarkTopk(torch.autograd.Function):
     def backward(ctx, _, dcompressed, dlse):
         if dcompressed is None and dlse is None:
             return _wanted(ctx)
-        landmarks, key, value, compressed, lse = ctx.saved_tensors
-        dcompressed, dlse = _incoming(dcompressed, dlse, compressed)
-        grads = ops.landmark_topk_backward(dcompressed, dlse, landmarks, key, value, compressed, lse, ctx.scale)
-        return _wanted(ctx, *grads)
+        *saved, seqlens_k = ctx.saved_tensors
+        dcompressed, dlse = _incoming(dcompressed, dlse, saved[3])
+        return _wanted(ctx, *ops.landmark_topk_backward(dcompressed, dlse, *saved, ctx.scale, seqlens_k))
 
 
 class ExpertAttention(torch.autograd.Function):
@@ -99,15 +99,19 @@ class Attention(torch.autograd.Function):
     landmark_lse."""
 
     @staticmethod
-    def forward(ctx, query, key, value, given, num_landmarks, grid, num_prefix_tokens, topk, routes, *options):
+    def forward(
+        ctx, query, key, value, given, seqlens_q, seqlens_k, max_q, max_k,
+        num_landmarks, grid, num_prefix_tokens, topk, routes, *options,
+    ):  # fmt: skip
         pooling = (num_landmarks, grid, num_prefix_tokens)
-        output = ops.attention(query, key, value, given, *pooling, topk, routes, *options)
+        seqlens, ctx.max_seqlens = (seqlens_q, seqlens_k), (max_q, max_k)
+        output = ops.attention(query, key, value, given, *pooling, topk, routes, *options, *seqlens, *ctx.max_seqlens)
         out, lse, pooled, indices, experts, compressed, landmark_lse = output
         ctx.options = (given is None, *pooling, *options)
         ctx.mark_non_differentiable(pooled, indices, experts, compressed, landmark_lse)
         ctx.set_materialize_grads(False)
         landmarks = pooled if given is None else given
-        ctx.save_for_backward(query, key, value, landmarks, indices, experts, compressed, landmark_lse, out, lse)
+        ctx.save_for_backward(query, key, value, landmarks, indices, experts, compressed, landmark_lse, out, lse, *seqlens)
         return output
 
     @staticmethod
@@ -115,6 +119,7 @@ class Attention(torch.autograd.Function):
     def backward(ctx, dout, dlse, *_):
         if dout is None and dlse is None:
             return _wanted(ctx)
-        saved = ctx.saved_tensors
+        *saved, seqlens_q, seqlens_k = ctx.saved_tensors
         dout, dlse = _incoming(dout, dlse, saved[8])
-        return _wanted(ctx, *ops.attention_backward(dout, dlse, *saved, *ctx.options))
+        lengths = (seqlens_q, seqlens_k, *ctx.max_seqlens)
+        return _wanted(ctx, *ops.attention_backward(dout, dlse, *saved, *ctx.options, *lengths))

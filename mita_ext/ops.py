@@ -20,7 +20,7 @@ pool = _ops.pool.default
 
 
 @torch.library.register_fake("mita_ext::pool")
-def _(query, num_landmarks, grid, num_prefix_tokens):
+def _(query, num_landmarks, grid, num_prefix_tokens, seqlens=None):
     B, H, _, D = query.shape
     return query.new_empty((B, H, num_landmarks[0] * num_landmarks[1], D))
 
@@ -29,7 +29,7 @@ pool_backward = _ops.pool_backward.default
 
 
 @torch.library.register_fake("mita_ext::pool_backward")
-def _(dlandmarks, N, num_landmarks, grid, num_prefix_tokens):
+def _(dlandmarks, N, num_landmarks, grid, num_prefix_tokens, seqlens=None):
     B, H, _, D = dlandmarks.shape
     return dlandmarks.new_empty((B, H, N, D))
 
@@ -38,7 +38,7 @@ landmark_topk = _ops.landmark_topk.default
 
 
 @torch.library.register_fake("mita_ext::landmark_topk")
-def _(landmarks, key, value, topk, scale):
+def _(landmarks, key, value, topk, scale, seqlens_k=None):
     rows = landmarks.shape[:3]
     indices = landmarks.new_empty((*rows, torch.sym_min(topk, key.shape[2])), dtype=torch.int32)
     return indices, _like(landmarks), _lse_like(landmarks, rows)
@@ -48,7 +48,7 @@ landmark_topk_backward = _ops.landmark_topk_backward.default
 
 
 @torch.library.register_fake("mita_ext::landmark_topk_backward")
-def _(dcompressed, dlse, landmarks, key, value, compressed, lse, scale):
+def _(dcompressed, dlse, landmarks, key, value, *rest):
     return _like(landmarks), _like(key), _like(value)
 
 
@@ -80,14 +80,21 @@ attention = _ops.attention.default
 
 
 @torch.library.register_fake("mita_ext::attention")
-def _(query, key, value, landmarks, num_landmarks, grid, num_prefix_tokens, topk, routes, *rest):
-    B, H, N, D = query.shape
+def _(
+    query, key, value, landmarks, num_landmarks, grid, num_prefix_tokens, topk, routes, shared_expert, scale, landmark_scale,
+    seqlens_q=None, seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
+):  # fmt: skip
+    H, D = query.shape[1], query.shape[-1]
+    if query.dim() == 3:  # packed
+        B, N, L = seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_k
+    else:
+        B, N, L = query.shape[0], query.shape[2], key.shape[2]
     M = num_landmarks[0] * num_landmarks[1] if landmarks is None else landmarks.shape[2]
     return (
         _like(query),
         _lse_like(query, (B, H, N)),
         query.new_empty((B, H, M, D) if landmarks is None else (0,)),
-        query.new_empty((B, H, M, torch.sym_min(topk, key.shape[2])), dtype=torch.int32),
+        query.new_empty((B, H, M, torch.sym_min(topk, L)), dtype=torch.int32),
         query.new_empty((B, H, N, routes), dtype=torch.int32),
         query.new_empty((B, H, M, D)),
         _lse_like(query, (B, H, M)),

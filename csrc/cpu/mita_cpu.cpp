@@ -5,7 +5,7 @@
 // a decision, and results are rounded once, when they are stored. T is the type that is computed in.
 //
 // Forward tasks are (batch, head, block of rows); backward tasks are (batch, kv head), so that each dkey and dvalue has
-// one owner and the order of every sum is fixed.
+// one owner and the order of every sum is fixed. A task works on the rows of its sequence as if it were alone.
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -27,7 +27,9 @@ namespace {
 
 using at::IntArrayRef;
 using at::Tensor;
+using mita::Lengths;
 using mita::Shape;
+using OptionalInt = std::optional<int64_t>;
 using OptionalTensor = std::optional<Tensor>;
 
 template <class scalar_t>
@@ -87,6 +89,59 @@ Tensor widen(const Tensor& slice) { return at::empty(slice.sizes(), acc_options(
 
 // Where no decision follows, without a copy if it is wide already; strides stay as they are.
 Tensor to_acc(const Tensor& slice) { return slice.to(mita::accumulate_type(slice.scalar_type())); }
+
+// ---- Sequences -------------------------------------------------------------------------------------------------------
+
+// Which rows of a padded [B, heads, rows, D] or packed [total, heads, D] tensor belong to which sequence.
+struct Sequences {
+  bool packed = false, vary = false;
+  std::vector<int64_t> start, length;
+
+  Sequences(int64_t B, int64_t longest) : start(B, 0), length(B, longest) {}
+
+  // `x` holds the rows, `seqlens` their lengths or prefix sums, if they vary. Here looking at them costs little.
+  Sequences(const char* fn, const char* name, const OptionalTensor& seqlens, const char* x_name, const Tensor& x,
+            int64_t B, int64_t longest)
+      : Sequences(B, longest) {
+    if (!seqlens) return;
+    packed = mita::is_packed(x), vary = true;
+    const std::string prefixed = std::string(packed ? "cu_" : "") + name;
+    const int64_t rows = x.size(packed ? 0 : 2);
+    const int32_t* number = seqlens->const_data_ptr<int32_t>();
+    for (int64_t i = 0; i < seqlens->size(0); ++i)
+      TORCH_CHECK_VALUE(number[i] >= 0 && number[i] <= rows, fn, ": ", prefixed,
+                        " must be at least 0 and at most the tokens of ", x_name, " (", rows, "), got ", number[i]);
+    for (int64_t b = 0; b < B; ++b) {
+      length[b] = number[b];
+      if (!packed) continue;
+      start[b] = number[b], length[b] = number[b + 1] - start[b];
+      TORCH_CHECK_VALUE(length[b] >= 0, fn, ": ", prefixed, " must not decrease, got ", number[b + 1], " after ",
+                        number[b]);
+      TORCH_CHECK_VALUE(length[b] <= longest, fn, ": ", prefixed, " must hold no sequence longer than max_", name, " (",
+                        longest, "), got ", length[b]);
+    }
+  }
+
+  Tensor head(const Tensor& x, int64_t b, int64_t h) const {
+    return (packed ? x.select(1, h) : ::head(x, b, h)).narrow(0, start[b], length[b]);
+  }
+
+  // Memory for results, filled with what stays where there is no token.
+  Tensor results(IntArrayRef sizes, const at::TensorOptions& options, double absent = 0) const {
+    return vary ? at::full(sizes, absent, options) : at::empty(sizes, options);
+  }
+};
+
+struct Problem : Shape {
+  Sequences queries, keys;
+};
+
+// The problem of an op whose sequences all have N queries and L keys.
+Problem even(const Shape& p) { return {p, {p.B, p.N}, {p.B, p.L}}; }
+
+Problem problem_of(const char* fn, const Shape& p, const Tensor& query, const Tensor& key, const Lengths& lengths) {
+  return {p, {fn, "seqlens_q", lengths.seqlens_q, "query", query, p.B, p.N}, {fn, "seqlens_k", lengths.seqlens_k, "key", key, p.B, p.L}};
+}
 
 // ---- Rows and columns ------------------------------------------------------------------------------------------------
 
@@ -240,6 +295,13 @@ struct Pooling {
   Pooling(IntArrayRef num_landmarks, IntArrayRef grid, int64_t num_prefix_tokens)
       : mh(num_landmarks[0]), mw(num_landmarks[1]), gh(grid[0]), gw(grid[1]), prefix(num_prefix_tokens) {}
 
+  // The windows of sequence b follow its own length.
+  Pooling of(const Sequences& queries, int64_t b) const {
+    Pooling own = *this;
+    if (queries.vary) own.gw = queries.length[b];
+    return own;
+  }
+
   // Calls f(landmark, token, 1 / size of the window) for every token of every window, in order.
   template <class F>
   void each(const F& f) const {
@@ -279,30 +341,36 @@ void pool_head_backward(const Tensor& dZ, const Pooling& pooling, const Tensor& 
   });
 }
 
-Tensor pool(const Tensor& query, IntArrayRef num_landmarks, IntArrayRef grid, int64_t num_prefix_tokens) {
-  const Shape p = mita::check_pool(query, num_landmarks, grid, num_prefix_tokens);
-  const Pooling pooling(num_landmarks, grid, num_prefix_tokens);
-  const Tensor landmarks = at::empty({p.B, p.H, p.M, p.D}, query.options());
+Tensor pool_stage(const Problem& x, const Tensor& query, const Pooling& pooling) {
+  const Tensor landmarks = at::empty({x.B, x.H, x.M, x.D}, query.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "mita_ext.pool", [&] {
-    parallel(p.B * p.H, [&](int64_t i) {
-      const int64_t b = i / p.H, h = i % p.H;
-      head(landmarks, b, h).copy_(pool_head<scalar_t>(head(query, b, h), pooling));
+    parallel(x.B * x.H, [&](int64_t i) {
+      const int64_t b = i / x.H, h = i % x.H;
+      head(landmarks, b, h).copy_(pool_head<scalar_t>(x.queries.head(query, b, h), pooling.of(x.queries, b)));
     });
   });
   return landmarks;
 }
 
+Tensor pool(const Tensor& query, IntArrayRef num_landmarks, IntArrayRef grid, int64_t num_prefix_tokens,
+            const OptionalTensor& seqlens) {
+  Problem x = even(mita::check_pool(query, num_landmarks, grid, num_prefix_tokens, seqlens));
+  x.queries = {"mita_ext.pool_landmarks", "seqlens", seqlens, "query", query, x.B, x.N};
+  return pool_stage(x, query, Pooling(num_landmarks, grid, num_prefix_tokens));
+}
+
 Tensor pool_backward(const Tensor& dlandmarks, int64_t N, IntArrayRef num_landmarks, IntArrayRef grid,
-                     int64_t num_prefix_tokens) {
-  const Shape p = mita::check_pool_backward(dlandmarks, N, num_landmarks, grid, num_prefix_tokens);
+                     int64_t num_prefix_tokens, const OptionalTensor& seqlens) {
+  const Shape p = mita::check_pool_backward(dlandmarks, N, num_landmarks, grid, num_prefix_tokens, seqlens);
   const Pooling pooling(num_landmarks, grid, num_prefix_tokens);
-  const Tensor dquery = at::empty({p.B, p.H, p.N, p.D}, dlandmarks.options());
+  const Tensor dquery = at::zeros({p.B, p.H, p.N, p.D}, dlandmarks.options());
+  const Sequences queries("mita_ext.pool_landmarks backward", "seqlens", seqlens, "query", dquery, p.B, p.N);
   AT_DISPATCH_FLOATING_TYPES(mita::accumulate_type(dlandmarks.scalar_type()), "mita_ext.pool_backward", [&] {
     parallel_backward(p.B * p.H, [&](int64_t i) {
       const int64_t b = i / p.H, h = i % p.H;
-      const Tensor dq = at::zeros({p.N, p.D}, acc_options(dlandmarks));
-      pool_head_backward<scalar_t>(widen(head(dlandmarks, b, h)), pooling, dq);
-      head(dquery, b, h).copy_(dq);
+      const Tensor dq = at::zeros({queries.length[b], p.D}, acc_options(dlandmarks));
+      pool_head_backward<scalar_t>(widen(head(dlandmarks, b, h)), pooling.of(queries, b), dq);
+      queries.head(dquery, b, h).copy_(dq);
     });
   });
   return dquery;
@@ -310,34 +378,48 @@ Tensor pool_backward(const Tensor& dlandmarks, int64_t N, IntArrayRef num_landma
 
 // ---- Landmarks: scores, top-k, compressed values ---------------------------------------------------------------------
 
-// Rows of landmark scores that are held at once: 2^20 scores or one row. A function of L alone, never of the batch or
-// the threads, because the shape of a product can decide its last bits.
-int64_t landmark_block(const Shape& p) { return std::clamp<int64_t>((int64_t{1} << 20) / p.L, 1, p.M); }
+// Rows of landmark scores that are held at once: 2^20 scores or one row. A function of the keys alone, never of the batch
+// or the threads, because the shape of a product can decide its last bits.
+int64_t landmark_block(int64_t M, int64_t L) { return std::clamp<int64_t>((int64_t{1} << 20) / std::max<int64_t>(L, 1), 1, M); }
 
-std::tuple<Tensor, Tensor, Tensor> landmark_topk(const Tensor& landmarks, const Tensor& key, const Tensor& value,
-                                                 int64_t topk, double scale) {
-  const Shape p = mita::check_landmark_topk(landmarks, key, value, topk);
-  const Tensor indices = at::empty({p.B, p.H, p.M, p.K}, key.options().dtype(at::kInt));
-  const Tensor compressed = at::empty({p.B, p.H, p.M, p.D}, key.options());
-  const Tensor lse = at::empty({p.B, p.H, p.M}, acc_options(key));
-  const int64_t block = landmark_block(p), blocks = ceil_div(p.M, block);
-  AT_DISPATCH_FLOATING_TYPES(lse.scalar_type(), "mita_ext.landmark_topk", [&] {
-    parallel(p.B * p.H * blocks, [&](int64_t i) {
-      const int64_t b = i / blocks / p.H, h = i / blocks % p.H, hk = h / (p.H / p.Hkv);
-      const int64_t m0 = i % blocks * block, rows = std::min(block, p.M - m0);
-      Tensor S = widen(head(landmarks, b, h).narrow(0, m0, rows)).mm(widen(head(key, b, hk)).t());
+struct Landmarked {
+  Tensor indices, compressed, lse;
+};
+
+Landmarked landmark_stage(const Problem& x, const Tensor& landmarks, const Tensor& key, const Tensor& value,
+                          double scale) {
+  const Sequences& keys = x.keys;
+  const Landmarked result{keys.results({x.B, x.H, x.M, x.K}, key.options().dtype(at::kInt), -1),
+                          keys.results({x.B, x.H, x.M, x.D}, key.options()),
+                          keys.results({x.B, x.H, x.M}, acc_options(key), -kInf)};
+  const int64_t blocks = ceil_div(x.M, landmark_block(x.M, x.L));  // of the longest sequence; shorter ones have fewer
+  AT_DISPATCH_FLOATING_TYPES(result.lse.scalar_type(), "mita_ext.landmark_topk", [&] {
+    parallel(x.B * x.H * blocks, [&](int64_t i) {
+      const int64_t b = i / blocks / x.H, h = i / blocks % x.H, hk = h / (x.H / x.Hkv);
+      const int64_t L = keys.length[b], K = std::min(x.K, L), block = landmark_block(x.M, L);
+      const int64_t m0 = i % blocks * block, rows = std::min(block, x.M - m0);
+      if (rows <= 0 || L == 0) return;
+      Tensor S = widen(head(landmarks, b, h).narrow(0, m0, rows)).mm(widen(keys.head(key, b, hk)).t());
       const scalar_t* scores = S.const_data_ptr<scalar_t>();
-      int32_t* chosen = head(indices, b, h).mutable_data_ptr<int32_t>() + m0 * p.K;
-      for (int64_t m = 0; m < rows; ++m) select_topk(scores + m * p.L, p.L, p.K, chosen + m * p.K);
+      int32_t* chosen = head(result.indices, b, h).mutable_data_ptr<int32_t>() + m0 * x.K;
+      for (int64_t m = 0; m < rows; ++m) select_topk(scores + m * L, L, K, chosen + m * x.K);
 
       S.mul_(scale);
       const Tensor top = S.amax(1, true);
       S.sub_(top).exp_();
       const Tensor sum = S.sum(1, true);
-      head(compressed, b, h).narrow(0, m0, rows).copy_(S.mm(to_acc(head(value, b, hk))).div_(sum));
-      head(lse, b, h).narrow(0, m0, rows).copy_(sum.log_().add_(top).squeeze(1));
+      head(result.compressed, b, h).narrow(0, m0, rows).copy_(S.mm(to_acc(keys.head(value, b, hk))).div_(sum));
+      head(result.lse, b, h).narrow(0, m0, rows).copy_(sum.log_().add_(top).squeeze(1));
     });
   });
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor> landmark_topk(const Tensor& landmarks, const Tensor& key, const Tensor& value,
+                                                 int64_t topk, double scale, const OptionalTensor& seqlens_k) {
+  Problem x = even(mita::check_landmark_topk(landmarks, key, value, topk, seqlens_k));
+  x.keys = {"mita_ext.landmark_topk", "seqlens_k", seqlens_k, "key", key, x.B, x.L};
+  const auto [indices, compressed, lse] = landmark_stage(x, landmarks, key, value, scale);
   return {indices, compressed, lse};
 }
 
@@ -371,14 +453,16 @@ Tensor softmax_backward_(const Tensor& dP, const Tensor& P, const OptionalTensor
 struct KeyValueGrad {
   Tensor dk, dv;
 
-  KeyValueGrad(const Shape& p, const at::TensorOptions& options)
-      : dk(at::zeros({p.L, p.D}, options)), dv(at::zeros({p.L, p.D}, options)) {}
+  KeyValueGrad(int64_t L, int64_t D, const at::TensorOptions& options)
+      : dk(at::zeros({L, D}, options)), dv(at::zeros({L, D}, options)) {}
 };
 
 // C = softmax(scale Z k^T) v for one head, backward from dC (and the gradient of its lse). k, v and all gradients are
 // widened; dZ is added to.
 void compress_backward(const Tensor& Z, const Tensor& k, const Tensor& v, const Tensor& dC, const OptionalTensor& dlse,
-                       double scale, int64_t block, const Tensor& dZ, KeyValueGrad& grad) {
+                       double scale, const Tensor& dZ, KeyValueGrad& grad) {
+  if (k.size(0) == 0) return;
+  const int64_t block = landmark_block(Z.size(0), k.size(0));
   for (int64_t m0 = 0; m0 < Z.size(0); m0 += block) {
     const int64_t rows = std::min(block, Z.size(0) - m0);
     const auto part = [&](const Tensor& t) { return t.narrow(0, m0, rows); };
@@ -390,53 +474,55 @@ void compress_backward(const Tensor& Z, const Tensor& k, const Tensor& v, const 
   }
 }
 
-OptionalTensor optional_head(const OptionalTensor& t, int64_t b, int64_t h) {
-  return t ? OptionalTensor(head(*t, b, h)) : std::nullopt;
-}
-
 std::tuple<Tensor, Tensor, Tensor> landmark_topk_backward(const Tensor& dcompressed, const OptionalTensor& dlse,
                                                           const Tensor& landmarks, const Tensor& key,
                                                           const Tensor& value, const Tensor& compressed,
-                                                          const Tensor& lse, double scale) {
-  const Shape p = mita::check_landmark_topk_backward(dcompressed, dlse, landmarks, key, value, compressed, lse);
+                                                          const Tensor& lse, double scale,
+                                                          const OptionalTensor& seqlens_k) {
+  const Shape p = mita::check_landmark_topk_backward(dcompressed, dlse, landmarks, key, value, compressed, lse, seqlens_k);
+  const Sequences keys("mita_ext.landmark_topk backward", "seqlens_k", seqlens_k, "key", key, p.B, p.L);
   const Tensor dlandmarks = at::empty(landmarks.sizes(), key.options());
-  const Tensor dkey = at::empty(key.sizes(), key.options()), dvalue = at::empty(key.sizes(), key.options());
+  const Tensor dkey = keys.results(key.sizes(), key.options()), dvalue = keys.results(key.sizes(), key.options());
   const int64_t group = p.H / p.Hkv;
   parallel_backward(p.B * p.Hkv, [&](int64_t i) {
     const int64_t b = i / p.Hkv, hk = i % p.Hkv;
-    KeyValueGrad grad(p, acc_options(key));
-    const Tensor k = to_acc(head(key, b, hk)), v = to_acc(head(value, b, hk));
+    KeyValueGrad grad(keys.length[b], p.D, acc_options(key));
+    const Tensor k = to_acc(keys.head(key, b, hk)), v = to_acc(keys.head(value, b, hk));
     for (int64_t h = hk * group; h < (hk + 1) * group; ++h) {
       const Tensor dZ = at::zeros({p.M, p.D}, acc_options(key));
-      compress_backward(widen(head(landmarks, b, h)), k, v, widen(head(dcompressed, b, h)), optional_head(dlse, b, h),
-                        scale, landmark_block(p), dZ, grad);
+      compress_backward(widen(head(landmarks, b, h)), k, v, widen(head(dcompressed, b, h)),
+                        dlse ? OptionalTensor(head(*dlse, b, h)) : std::nullopt, scale, dZ, grad);
       head(dlandmarks, b, h).copy_(dZ);
     }
-    head(dkey, b, hk).copy_(grad.dk);
-    head(dvalue, b, hk).copy_(grad.dv);
+    keys.head(dkey, b, hk).copy_(grad.dk);
+    keys.head(dvalue, b, hk).copy_(grad.dv);
   });
   return {dlandmarks, dkey, dvalue};
 }
 
 // ---- Routing ---------------------------------------------------------------------------------------------------------
 
-Tensor route(const Tensor& query, const Tensor& landmarks, int64_t routes) {
-  const Shape p = mita::check_route(query, landmarks, routes);
-  const Tensor experts = at::empty({p.B, p.H, p.N, p.s}, query.options().dtype(at::kInt));
+Tensor route_stage(const Problem& x, const Tensor& query, const Tensor& landmarks) {
+  const Tensor experts = x.queries.results({x.B, x.H, x.N, x.s}, query.options().dtype(at::kInt), -1);
   if (experts.numel() == 0) return experts;
   constexpr int64_t block = 2048;
-  const int64_t blocks = ceil_div(p.N, block);
+  const int64_t blocks = ceil_div(x.N, block);
   AT_DISPATCH_FLOATING_TYPES(mita::accumulate_type(query.scalar_type()), "mita_ext.route", [&] {
-    parallel(p.B * p.H * blocks, [&](int64_t i) {
-      const int64_t b = i / blocks / p.H, h = i / blocks % p.H;
-      const int64_t n0 = i % blocks * block, rows = std::min(block, p.N - n0);
-      const Tensor S = widen(head(query, b, h).narrow(0, n0, rows)).mm(widen(head(landmarks, b, h)).t());
+    parallel(x.B * x.H * blocks, [&](int64_t i) {
+      const int64_t b = i / blocks / x.H, h = i / blocks % x.H;
+      const int64_t n0 = i % blocks * block, rows = std::min(block, x.queries.length[b] - n0);
+      if (rows <= 0) return;
+      const Tensor S = widen(x.queries.head(query, b, h).narrow(0, n0, rows)).mm(widen(head(landmarks, b, h)).t());
       const scalar_t* scores = S.const_data_ptr<scalar_t>();
-      int32_t* chosen = head(experts, b, h).mutable_data_ptr<int32_t>() + n0 * p.s;
-      for (int64_t n = 0; n < rows; ++n) select_routes(scores + n * p.M, p.M, p.s, chosen + n * p.s);
+      int32_t* chosen = head(experts, b, h).mutable_data_ptr<int32_t>() + n0 * x.s;
+      for (int64_t n = 0; n < rows; ++n) select_routes(scores + n * x.M, x.M, x.s, chosen + n * x.s);
     });
   });
   return experts;
+}
+
+Tensor route(const Tensor& query, const Tensor& landmarks, int64_t routes) {
+  return route_stage(even(mita::check_route(query, landmarks, routes)), query, landmarks);
 }
 
 // ---- Attention over the shared expert and the routed experts ---------------------------------------------------------
@@ -446,7 +532,7 @@ Tensor route(const Tensor& query, const Tensor& landmarks, int64_t routes) {
 template <class scalar_t>
 struct Head {
   using T = acc_t<scalar_t>;
-  Shape p;
+  Shape p;         // L: of this sequence
   Tensor q, k, v;  // slices as they come
   Tensor Z, C;     // widened
   const int32_t* indices;  // [M, K]
@@ -454,20 +540,22 @@ struct Head {
   bool shared_expert;
   double scale, landmark_scale;
 
-  Head(const Shape& p, int64_t b, int64_t h, const Tensor& query, const Tensor& key, const Tensor& value,
+  Head(const Problem& x, int64_t b, int64_t h, const Tensor& query, const Tensor& key, const Tensor& value,
        const Tensor& landmarks, const Tensor& compressed, const Tensor& indices, const Tensor& experts,
        bool shared_expert, double scale, double landmark_scale)
-      : p(p),
-        q(head(query, b, h)),
-        k(head(key, b, h / (p.H / p.Hkv))),
-        v(head(value, b, h / (p.H / p.Hkv))),
+      : p(x),
+        q(x.queries.head(query, b, h)),
+        k(x.keys.head(key, b, h / (p.H / p.Hkv))),
+        v(x.keys.head(value, b, h / (p.H / p.Hkv))),
         Z(widen(head(landmarks, b, h))),
         C(widen(head(compressed, b, h))),
         indices(head(indices, b, h).const_data_ptr<int32_t>()),
         experts(head(experts, b, h).const_data_ptr<int32_t>()),
         shared_expert(shared_expert),
         scale(scale),
-        landmark_scale(landmark_scale) {}
+        landmark_scale(landmark_scale) {
+    p.L = k.size(0);
+  }
 
   int64_t shared_width() const { return shared_expert ? p.M : 0; }
   int64_t width() const { return shared_width() + p.s * p.K; }
@@ -556,64 +644,77 @@ int64_t query_block(const Shape& p) {
 }
 
 // A loop over experts trusts them; on the CPU looking costs little.
-void check_experts(const char* fn, const Tensor& experts, int64_t M) {
-  if (experts.numel() == 0) return;
-  const int64_t low = experts.min().item<int64_t>(), high = experts.max().item<int64_t>();
-  TORCH_CHECK_VALUE(low >= 0 && high < M, fn, ": experts must be at least 0 and below the number of landmarks (", M,
-                    "), got ", low < 0 ? low : high);
+void check_experts(const char* fn, const Problem& x, const Tensor& experts) {
+  if (x.s == 0) return;
+  for (int64_t b = 0; b < x.B; ++b) {
+    const Tensor own = experts.select(0, b).narrow(1, 0, x.queries.length[b]);
+    if (own.numel() == 0) continue;
+    const int64_t low = own.min().item<int64_t>(), high = own.max().item<int64_t>();
+    TORCH_CHECK_VALUE(low >= 0 && high < x.M, fn, ": experts must be at least 0 and below the number of landmarks (",
+                      x.M, "), got ", low < 0 ? low : high);
+  }
 }
 
-std::tuple<Tensor, Tensor> expert_attention(const Tensor& query, const Tensor& key, const Tensor& value,
-                                            const Tensor& landmarks, const Tensor& compressed, const Tensor& indices,
-                                            const Tensor& experts, bool shared_expert, double scale,
-                                            double landmark_scale) {
-  const Shape p = mita::check_expert_attention(query, key, value, landmarks, compressed, indices, experts,
-                                               shared_expert);
-  check_experts("mita_ext.expert_attention", experts, p.M);
-  const Tensor out = at::empty({p.B, p.H, p.N, p.D}, query.options());
-  const Tensor lse = at::empty({p.B, p.H, p.N}, acc_options(query));
-  const int64_t block = query_block(p), blocks = ceil_div(p.N, block);
+std::tuple<Tensor, Tensor> attention_stage(const Problem& x, const Tensor& query, const Tensor& key,
+                                           const Tensor& value, const Tensor& landmarks, const Tensor& compressed,
+                                           const Tensor& indices, const Tensor& experts, bool shared_expert,
+                                           double scale, double landmark_scale) {
+  const Tensor out = x.queries.results(query.sizes(), query.options());
+  const Tensor lse = x.queries.results({x.B, x.H, x.N}, acc_options(query), -kInf);
+  const int64_t block = query_block(x), blocks = ceil_div(x.N, block);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "mita_ext.expert_attention", [&] {
-    parallel(p.B * p.H * blocks, [&](int64_t i) {
-      const int64_t b = i / blocks / p.H, h = i / blocks % p.H;
-      const int64_t n0 = i % blocks * block, n = std::min(block, p.N - n0);
-      const Head<scalar_t> one(p, b, h, query, key, value, landmarks, compressed, indices, experts, shared_expert,
+    parallel(x.B * x.H * blocks, [&](int64_t i) {
+      const int64_t b = i / blocks / x.H, h = i / blocks % x.H;
+      const int64_t n0 = i % blocks * block, n = std::min(block, x.queries.length[b] - n0);
+      if (n <= 0) return;
+      const Head<scalar_t> one(x, b, h, query, key, value, landmarks, compressed, indices, experts, shared_expert,
                                scale, landmark_scale);
       const auto [out_n, lse_n] = one.forward(n0, n);
-      head(out, b, h).narrow(0, n0, n).copy_(out_n);
+      x.queries.head(out, b, h).narrow(0, n0, n).copy_(out_n);
       head(lse, b, h).narrow(0, n0, n).copy_(lse_n);
     });
   });
   return {out, lse};
 }
 
-// The body of both backward ops. For each (batch, query head), in the order of the kv heads, `after(b, h, Z, dq, dZ, dC,
+std::tuple<Tensor, Tensor> expert_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                            const Tensor& landmarks, const Tensor& compressed, const Tensor& indices,
+                                            const Tensor& experts, bool shared_expert, double scale,
+                                            double landmark_scale) {
+  const Problem x = even(mita::check_expert_attention(query, key, value, landmarks, compressed, indices, experts,
+                                                      shared_expert));
+  check_experts("mita_ext.expert_attention", x, experts);
+  return attention_stage(x, query, key, value, landmarks, compressed, indices, experts, shared_expert, scale,
+                         landmark_scale);
+}
+
+// The body of both backward ops. For each (batch, query head), in the order of the kv heads, `after(b, h, one, dq, dZ, dC,
 // grad)` may carry dC and dZ further before everything is rounded and stored.
 template <class After>
-void attend_backward(const Shape& p, const Tensor& dout, const OptionalTensor& dlse, const Tensor& query,
+void attend_backward(const Problem& x, const Tensor& dout, const OptionalTensor& dlse, const Tensor& query,
                      const Tensor& key, const Tensor& value, const Tensor& landmarks, const Tensor& compressed,
                      const Tensor& indices, const Tensor& experts, bool shared_expert, double scale,
                      double landmark_scale, const Tensor& dquery, const Tensor& dkey, const Tensor& dvalue,
                      const After& after) {
-  const int64_t group = p.H / p.Hkv, block = query_block(p);
+  const int64_t group = x.H / x.Hkv, block = query_block(x);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "mita_ext.attention_backward", [&] {
-    parallel_backward(p.B * p.Hkv, [&](int64_t i) {
-      const int64_t b = i / p.Hkv, hk = i % p.Hkv;
+    parallel_backward(x.B * x.Hkv, [&](int64_t i) {
+      const int64_t b = i / x.Hkv, hk = i % x.Hkv, N = x.queries.length[b];
       const auto options = acc_options(query);
-      KeyValueGrad grad(p, options);
+      KeyValueGrad grad(x.keys.length[b], x.D, options);
       for (int64_t h = hk * group; h < (hk + 1) * group; ++h) {
-        const Head<scalar_t> one(p, b, h, query, key, value, landmarks, compressed, indices, experts, shared_expert,
+        const Head<scalar_t> one(x, b, h, query, key, value, landmarks, compressed, indices, experts, shared_expert,
                                  scale, landmark_scale);
-        const Tensor dq = at::zeros({p.N, p.D}, options);
-        const Tensor dZ = at::zeros({p.M, p.D}, options), dC = at::zeros({p.M, p.D}, options);
-        for (int64_t n0 = 0; n0 < p.N; n0 += block)
-          one.backward(n0, std::min(block, p.N - n0), head(dout, b, h), optional_head(dlse, b, h), dq, dZ, dC,
-                       grad);
-        after(b, h, one.Z, dq, dZ, dC, grad);
-        head(dquery, b, h).copy_(dq);
+        const Tensor dq = at::zeros({N, x.D}, options);
+        const Tensor dZ = at::zeros({x.M, x.D}, options), dC = at::zeros({x.M, x.D}, options);
+        const OptionalTensor dlse_h = dlse ? OptionalTensor(head(*dlse, b, h)) : std::nullopt;
+        for (int64_t n0 = 0; n0 < N; n0 += block)
+          one.backward(n0, std::min(block, N - n0), x.queries.head(dout, b, h), dlse_h, dq, dZ, dC, grad);
+        after(b, h, one, dq, dZ, dC, grad);
+        x.queries.head(dquery, b, h).copy_(dq);
       }
-      head(dkey, b, hk).copy_(grad.dk);
-      head(dvalue, b, hk).copy_(grad.dv);
+      x.keys.head(dkey, b, hk).copy_(grad.dk);
+      x.keys.head(dvalue, b, hk).copy_(grad.dv);
     });
   });
 }
@@ -622,16 +723,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_attention_backward(
     const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& key, const Tensor& value,
     const Tensor& landmarks, const Tensor& compressed, const Tensor& indices, const Tensor& experts, const Tensor& out,
     const Tensor& lse, bool shared_expert, double scale, double landmark_scale) {
-  const Shape p = mita::check_expert_attention_backward(dout, dlse, query, key, value, landmarks, compressed, indices,
-                                                        experts, out, lse, shared_expert);
-  check_experts("mita_ext.expert_attention backward", experts, p.M);
+  const Problem x = even(mita::check_expert_attention_backward(dout, dlse, query, key, value, landmarks, compressed,
+                                                               indices, experts, out, lse, shared_expert));
+  check_experts("mita_ext.expert_attention backward", x, experts);
   const Tensor dquery = at::empty(query.sizes(), query.options());
   const Tensor dkey = at::empty(key.sizes(), key.options()), dvalue = at::empty(key.sizes(), key.options());
   const Tensor dlandmarks = at::empty(landmarks.sizes(), query.options());
   const Tensor dcompressed = at::empty(landmarks.sizes(), query.options());
-  attend_backward(p, dout, dlse, query, key, value, landmarks, compressed, indices, experts, shared_expert, scale,
+  attend_backward(x, dout, dlse, query, key, value, landmarks, compressed, indices, experts, shared_expert, scale,
                   landmark_scale, dquery, dkey, dvalue,
-                  [&](int64_t b, int64_t h, const Tensor&, const Tensor&, const Tensor& dZ, const Tensor& dC,
+                  [&](int64_t b, int64_t h, const auto&, const Tensor&, const Tensor& dZ, const Tensor& dC,
                       KeyValueGrad&) {
                     head(dlandmarks, b, h).copy_(dZ);
                     head(dcompressed, b, h).copy_(dC);
@@ -644,14 +745,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_attention_backward(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& landmarks,
     IntArrayRef num_landmarks, IntArrayRef grid, int64_t num_prefix_tokens, int64_t topk, int64_t routes,
-    bool shared_expert, double scale, double landmark_scale) {
-  mita::check_attention(query, key, value, landmarks, num_landmarks, grid, num_prefix_tokens, topk, routes,
-                        shared_expert);
-  const Tensor Z = landmarks ? *landmarks : pool(query, num_landmarks, grid, num_prefix_tokens);
-  const auto [indices, compressed, landmark_lse] = landmark_topk(Z, key, value, topk, scale);
-  const Tensor experts = route(query, Z, routes);
-  const auto [out, lse] = expert_attention(query, key, value, Z, compressed, indices, experts, shared_expert, scale,
-                                           landmark_scale);
+    bool shared_expert, double scale, double landmark_scale, const OptionalTensor& seqlens_q,
+    const OptionalTensor& seqlens_k, OptionalInt max_seqlen_q, OptionalInt max_seqlen_k) {
+  const Lengths lengths{seqlens_q, seqlens_k, max_seqlen_q, max_seqlen_k};
+  const Shape p = mita::check_attention(query, key, value, landmarks, num_landmarks, grid, num_prefix_tokens, topk,
+                                        routes, shared_expert, lengths);
+  const Problem x = problem_of(mita::attention_name(query), p, query, key, lengths);
+  const Tensor Z = landmarks ? *landmarks : pool_stage(x, query, Pooling(num_landmarks, grid, num_prefix_tokens));
+  const auto [indices, compressed, landmark_lse] = landmark_stage(x, Z, key, value, scale);
+  const Tensor experts = route_stage(x, query, Z);
+  const auto [out, lse] = attention_stage(x, query, key, value, Z, compressed, indices, experts, shared_expert, scale,
+                                          landmark_scale);
   return {out, lse, landmarks ? at::empty({0}, query.options()) : Z, indices, experts, compressed, landmark_lse};
 }
 
@@ -659,29 +763,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& key, const Tensor& value,
     const Tensor& landmarks, const Tensor& indices, const Tensor& experts, const Tensor& compressed,
     const Tensor& landmark_lse, const Tensor& out, const Tensor& lse, bool pooled, IntArrayRef num_landmarks,
-    IntArrayRef grid, int64_t num_prefix_tokens, bool shared_expert, double scale, double landmark_scale) {
+    IntArrayRef grid, int64_t num_prefix_tokens, bool shared_expert, double scale, double landmark_scale,
+    const OptionalTensor& seqlens_q, const OptionalTensor& seqlens_k, OptionalInt max_seqlen_q,
+    OptionalInt max_seqlen_k) {
+  const Lengths lengths{seqlens_q, seqlens_k, max_seqlen_q, max_seqlen_k};
   const Shape p = mita::check_attention_backward(dout, dlse, query, key, value, landmarks, indices, experts,
                                                  compressed, landmark_lse, out, lse, pooled, num_landmarks, grid,
-                                                 num_prefix_tokens, shared_expert);
-  check_experts("mita_ext.attention backward", experts, p.M);
+                                                 num_prefix_tokens, shared_expert, lengths);
+  const char* fn = mita::attention_name(query, true);
+  const Problem x = problem_of(fn, p, query, key, lengths);
+  check_experts(fn, x, experts);
   const Pooling pooling(num_landmarks, grid, num_prefix_tokens);
-  const Tensor dquery = at::empty(query.sizes(), query.options());
-  const Tensor dkey = at::empty(key.sizes(), key.options()), dvalue = at::empty(key.sizes(), key.options());
+  const Tensor dquery = x.queries.results(query.sizes(), query.options());
+  const Tensor dkey = x.keys.results(key.sizes(), key.options()), dvalue = x.keys.results(key.sizes(), key.options());
   const Tensor dlandmarks = at::empty(pooled ? IntArrayRef{0} : landmarks.sizes(), query.options());
   attend_backward(
-      p, dout, dlse, query, key, value, landmarks, compressed, indices, experts, shared_expert, scale, landmark_scale,
+      x, dout, dlse, query, key, value, landmarks, compressed, indices, experts, shared_expert, scale, landmark_scale,
       dquery, dkey, dvalue,
-      [&](int64_t b, int64_t h, const Tensor& Z, const Tensor& dq, const Tensor& dZ, const Tensor& dC, KeyValueGrad& grad) {
-        if (shared_expert) {
-          const int64_t hk = h / (p.H / p.Hkv);
-          compress_backward(Z, to_acc(head(key, b, hk)), to_acc(head(value, b, hk)), dC, std::nullopt, scale,
-                            landmark_block(p), dZ, grad);
-        }
+      [&](int64_t b, int64_t h, const auto& one, const Tensor& dq, const Tensor& dZ, const Tensor& dC, KeyValueGrad& grad) {
+        if (shared_expert) compress_backward(one.Z, to_acc(one.k), to_acc(one.v), dC, std::nullopt, scale, dZ, grad);
         if (!pooled) {
           head(dlandmarks, b, h).copy_(dZ);
         } else {
           AT_DISPATCH_FLOATING_TYPES(dZ.scalar_type(), "mita_ext.pool_backward",
-                                     [&] { pool_head_backward<scalar_t>(dZ, pooling, dq); });
+                                     [&] { pool_head_backward<scalar_t>(dZ, pooling.of(x.queries, b), dq); });
         }
       });
   return {dquery, dkey, dvalue, dlandmarks};

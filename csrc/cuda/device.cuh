@@ -100,9 +100,12 @@ struct Span {
   int length;
 };
 
+// A caller's lengths cannot be checked without waiting for the device; out of range they must not be out of bounds.
 __device__ inline Span span(const Sequences& s, int b) {
-  if (s.starts) return {s.starts[b], s.starts[b + 1] - s.starts[b]};
-  return {0, s.lengths ? s.lengths[b] : s.max_length};
+  const auto within = [](int x, int low, int high) { return min(max(x, low), high); };
+  if (!s.starts) return {0, s.lengths ? within(s.lengths[b], 0, s.max_length) : s.max_length};
+  const int start = within(s.starts[b], 0, s.rows), end = within(s.starts[b + 1], start, s.rows);
+  return {start, min(end - start, s.max_length)};
 }
 
 template <class T> __device__ inline T* head_rows(const Rows& x, int b, int head, std::int64_t start) {

@@ -23,6 +23,7 @@ namespace {
 using at::IntArrayRef;
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using OptionalInt = std::optional<int64_t>;
 
 // ---- from tensors to params ----------------------------------------------------------------------------------------
 
@@ -95,12 +96,16 @@ class Branch {
   Branch(const Branch&) = delete;
 };
 
-Rows rows(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+// [B, heads, rows, D], or packed [rows, heads, D].
+Rows rows(const Tensor& x) {
+  if (is_packed(x)) return {x.data_ptr(), 0, x.stride(1), x.stride(0)};
+  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
 
 // The input itself, or a copy where its rows do not start on 16 bytes, as those of a slice from an odd element on.
 Tensor aligned(const Tensor& x) {
-  bool whole = reinterpret_cast<std::uintptr_t>(x.const_data_ptr()) % 16 == 0 && x.stride(2) * x.element_size() <= std::numeric_limits<std::uint32_t>::max();
-  for (int i = 0; i < 3; ++i) whole &= x.size(i) <= 1 || x.stride(i) * x.element_size() % 16 == 0;
+  bool whole = reinterpret_cast<std::uintptr_t>(x.const_data_ptr()) % 16 == 0 && rows(x).row * x.element_size() <= std::numeric_limits<std::uint32_t>::max();
+  for (int i = 0; i < x.dim() - 1; ++i) whole &= x.size(i) <= 1 || x.stride(i) * x.element_size() % 16 == 0;
   const Range range(whole ? nullptr : "mita_ext::align");
   return whole ? x : x.clone(at::MemoryFormat::Contiguous);
 }
@@ -109,13 +114,25 @@ Dtype dtype_of(const Tensor& x) {
   return x.scalar_type() == at::kBFloat16 ? Dtype::bf16 : x.scalar_type() == at::kHalf ? Dtype::fp16 : Dtype::fp32;
 }
 
+// The sequences whose rows `x` holds.
+Sequences sequences(int64_t longest, const Tensor& x, const OptionalTensor& seqlens) {
+  Sequences s{static_cast<int>(longest)};
+  if (seqlens && is_packed(x)) s.starts = seqlens->const_data_ptr<int>(), s.rows = static_cast<int>(x.size(0));
+  else if (seqlens) s.lengths = seqlens->const_data_ptr<int>();
+  return s;
+}
+
 Problem problem_of(const char* fn, const Shape& p, const Tensor& like) {
   check_cuda_limits(fn, p, like.scalar_type());
   constexpr int64_t most = std::numeric_limits<int>::max() / 2;
   TORCH_CHECK_VALUE(p.N * std::max<int64_t>(p.s, 1) <= most && p.L <= most, fn, ": the sequences must be shorter than 2^30 entries on CUDA, got N = ",
                     p.N, ", L = ", p.L, ", routes = ", p.s);
-  const auto sequences = [](int64_t length) { return Sequences{static_cast<int>(length), nullptr, nullptr}; };
-  return {dtype_of(like), int(p.B), int(p.H), int(p.Hkv), int(p.M), int(p.K), int(p.s), int(p.D), sequences(p.N), sequences(p.L)};
+  return {dtype_of(like), int(p.B), int(p.H), int(p.Hkv), int(p.M), int(p.K), int(p.s), int(p.D), sequences(p.N, like, {}), sequences(p.L, like, {})};
+}
+Problem problem_of(const Shape& p, const Tensor& query, const Tensor& key, const Lengths& lengths, bool backward) {
+  Problem x = problem_of(attention_name(query, backward), p, query);
+  x.queries = sequences(p.N, query, lengths.seqlens_q), x.keys = sequences(p.L, key, lengths.seqlens_k);
+  return x;
 }
 
 Windows windows(IntArrayRef num_landmarks, IntArrayRef grid, int64_t prefix) {
@@ -125,6 +142,14 @@ Windows windows(IntArrayRef num_landmarks, IntArrayRef grid, int64_t prefix) {
 Tensor floats(const Tensor& like, IntArrayRef sizes) { return at::empty(sizes, like.options().dtype(at::kFloat)); }
 Tensor ints(const Tensor& like, IntArrayRef sizes) { return at::empty(sizes, like.options().dtype(at::kInt)); }
 const float* data(const OptionalTensor& x) { return x ? x->const_data_ptr<float>() : nullptr; }
+
+// Memory for what kernels say of every token; where no sequence has one, it stays as it is filled here.
+bool vary(const Sequences& s) { return s.lengths || s.starts; }
+Tensor per_token(const Sequences& s, const Tensor& like) { return vary(s) ? at::zeros(like.sizes(), like.options()) : at::empty(like.sizes(), like.options()); }
+Tensor lse_of(const Problem& x, const Tensor& like) {
+  const Tensor lse = floats(like, {x.B, x.H, x.queries.max_length});
+  return vary(x.queries) ? lse.fill_(-std::numeric_limits<float>::infinity()) : lse;
+}
 
 // Parts into which the rows that a sum runs over are cut: enough blocks for one wave, not so many that the partial sums weigh.
 int parts(int64_t blocks, int64_t rows) {
@@ -216,7 +241,7 @@ Grouped attention_groups(const Context& context, const Problem& x, const Tensor&
 std::tuple<Tensor, Tensor> attention_stage(const Context& context, const Problem& x, const Units& units, const Tensor& query, const Grouped& grouped, float scale,
                                            float landmark_scale) {
   const int N = x.queries.max_length;
-  Tensor out = at::empty({x.B, x.H, N, x.D}, query.options()), lse = floats(query, {x.B, x.H, N});
+  Tensor out = per_token(x.queries, query), lse = lse_of(x, query);
   if (lse.numel() == 0) return {out, lse};
   Tensor partial_out, partial_lse;
   AttentionParams p{};
@@ -244,8 +269,8 @@ Attended short_attention_stage(const Context& context, const Problem& x, const W
                                const Tensor& value, bool shared, float scale, float landmark_scale) {
   const int N = x.queries.max_length;
   const auto per_landmark = [&] { return at::empty({x.B, x.H, x.M, x.D}, query.options()); };
-  Attended result{at::empty({x.B, x.H, N, x.D}, query.options()), floats(query, {x.B, x.H, N}),  landmarks ? *landmarks : per_landmark(), ints(query, {x.B, x.H, x.M, x.K}),
-                  ints(query, {x.B, x.H, N, 1}),                  per_landmark(),                floats(query, {x.B, x.H, x.M})};
+  Attended result{per_token(x.queries, query),   lse_of(x, query), landmarks ? *landmarks : per_landmark(), ints(query, {x.B, x.H, x.M, x.K}),
+                  ints(query, {x.B, x.H, N, 1}), per_landmark(),   floats(query, {x.B, x.H, x.M})};
   context.run("mita_ext::short_attention", launch_short_attention,
               {x, pooling ? *pooling : Windows{}, pooling != nullptr, shared, scale, landmark_scale, rows(query), rows(key), rows(value), rows(result.landmarks),
                result.compressed.data_ptr(), result.landmark_lse.data_ptr<float>(), result.indices.data_ptr<int>(), result.experts.data_ptr<int>(), rows(result.out),
@@ -255,11 +280,10 @@ Attended short_attention_stage(const Context& context, const Problem& x, const W
 
 // ---- backward stages -----------------------------------------------------------------------------------------------
 
-Tensor delta_stage(const Context& context, const Problem& x, const Tensor& dout, const Tensor& out, const OptionalTensor& dlse) {
-  Tensor delta = floats(out, out.sizes().slice(0, 3));
+Tensor delta_stage(const Context& context, const Problem& x, const Sequences& sequences, const Tensor& dout, const Tensor& out, const OptionalTensor& dlse) {
+  Tensor delta = floats(out, {x.B, x.H, sequences.max_length});
   if (delta.numel() > 0)
-    context.run("mita_ext::delta", launch_delta,
-                {x.dtype, x.B, x.H, x.D, Sequences{static_cast<int>(out.size(2)), nullptr, nullptr}, rows(dout), rows(out), data(dlse), delta.data_ptr<float>()});
+    context.run("mita_ext::delta", launch_delta, {x.dtype, x.B, x.H, x.D, sequences, rows(dout), rows(out), data(dlse), delta.data_ptr<float>()});
   return delta;
 }
 
@@ -276,8 +300,9 @@ struct Softmax {
   const Tensor &query, &dout, &lse;
   const OptionalTensor& dlse;
   Tensor delta, normalizer;
-  Softmax(const Context& context, const Problem& x, const Tensor& query, const Tensor& dout, const Tensor& out, const Tensor& lse, const OptionalTensor& dlse)
-      : query(query), dout(dout), lse(lse), dlse(dlse), delta(delta_stage(context, x, dout, out, dlse)) {
+  Softmax(const Context& context, const Problem& x, const Sequences& sequences, const Tensor& query, const Tensor& dout, const Tensor& out, const Tensor& lse,
+          const OptionalTensor& dlse)
+      : query(query), dout(dout), lse(lse), dlse(dlse), delta(delta_stage(context, x, sequences, dout, out, dlse)) {
     if (x.dtype == Dtype::fp32) normalizer = at::empty_like(delta);
   }
   template <class Params> void describe(Params& p) const {
@@ -333,8 +358,7 @@ RoutedGradient routed_gradient_stage(const Context& context, const Problem& x, c
 // dkey and dvalue: through the compressed values where `landmarks` says how, plus the routed sums where there are any.
 std::tuple<Tensor, Tensor> key_gradient_stage(const Context& context, const Problem& x, const Softmax* landmarks, const RoutedGradient* routed, const Groups& groups,
                                               const Tensor& key, const Tensor& value, const Tensor* indices, float scale) {
-  const auto like = [&](const Tensor& t) { return at::empty({x.B, x.Hkv, x.keys.max_length, x.D}, t.options()); };
-  Tensor dkey = like(key), dvalue = like(value);
+  Tensor dkey = per_token(x.keys, key), dvalue = per_token(x.keys, value);
   Tensor key_starts;
   UnitGradientParams p{};
   p.problem = x;
@@ -388,7 +412,7 @@ Tensor landmark_gradient_stage(const Context& context, const Problem& x, const S
 // dquery, without what queries receive as parts of pooled landmarks.
 Tensor query_gradient_stage(const Context& context, const Problem& x, const Softmax& softmax, const Units& units, const Groups& groups, float scale, float landmark_scale) {
   const int64_t N = x.queries.max_length;
-  Tensor dquery = at::empty({x.B, x.H, N, x.D}, softmax.query.options()), partial, sums;
+  Tensor dquery = per_token(x.queries, softmax.query), partial, sums;
   RowGradientParams p = row_gradient_params(x, RowRole::attention, softmax, dquery, scale);
   p.landmark_scale = landmark_scale;
   p.units = units;
@@ -403,15 +427,17 @@ Tensor query_gradient_stage(const Context& context, const Problem& x, const Soft
 
 // ---- ops -----------------------------------------------------------------------------------------------------------
 
-Tensor pool(const Tensor& query, IntArrayRef num_landmarks, IntArrayRef grid, int64_t num_prefix_tokens) {
-  const Problem x = problem_of("mita_ext.pool_landmarks", check_pool(query, num_landmarks, grid, num_prefix_tokens), query);
+Tensor pool(const Tensor& query, IntArrayRef num_landmarks, IntArrayRef grid, int64_t num_prefix_tokens, const OptionalTensor& seqlens) {
+  Problem x = problem_of("mita_ext.pool_landmarks", check_pool(query, num_landmarks, grid, num_prefix_tokens, seqlens), query);
+  x.queries = sequences(x.queries.max_length, query, seqlens);
   const Context context(query);
   if (x.B == 0) return at::empty({x.B, x.H, x.M, x.D}, query.options());
   return pool_stage(context, x, windows(num_landmarks, grid, num_prefix_tokens), aligned(query));
 }
 
-Tensor pool_backward(const Tensor& dlandmarks, int64_t N, IntArrayRef num_landmarks, IntArrayRef grid, int64_t num_prefix_tokens) {
-  const Problem x = problem_of("mita_ext.pool_landmarks backward", check_pool_backward(dlandmarks, N, num_landmarks, grid, num_prefix_tokens), dlandmarks);
+Tensor pool_backward(const Tensor& dlandmarks, int64_t N, IntArrayRef num_landmarks, IntArrayRef grid, int64_t num_prefix_tokens, const OptionalTensor& seqlens) {
+  Problem x = problem_of("mita_ext.pool_landmarks backward", check_pool_backward(dlandmarks, N, num_landmarks, grid, num_prefix_tokens, seqlens), dlandmarks);
+  x.queries = sequences(N, dlandmarks, seqlens);
   const Context context(dlandmarks);
   const Tensor from = aligned(dlandmarks);
   Tensor dquery = at::empty({x.B, x.H, N, x.D}, dlandmarks.options());
@@ -420,8 +446,10 @@ Tensor pool_backward(const Tensor& dlandmarks, int64_t N, IntArrayRef num_landma
   return dquery;
 }
 
-std::tuple<Tensor, Tensor, Tensor> landmark_topk(const Tensor& landmarks, const Tensor& key, const Tensor& value, int64_t topk, double scale) {
-  const Problem x = problem_of("mita_ext.landmark_topk", check_landmark_topk(landmarks, key, value, topk), landmarks);
+std::tuple<Tensor, Tensor, Tensor> landmark_topk(const Tensor& landmarks, const Tensor& key, const Tensor& value, int64_t topk, double scale,
+                                                 const OptionalTensor& seqlens_k) {
+  Problem x = problem_of("mita_ext.landmark_topk", check_landmark_topk(landmarks, key, value, topk, seqlens_k), landmarks);
+  x.keys = sequences(x.keys.max_length, key, seqlens_k);
   const Context context(landmarks);
   if (x.B == 0) return {ints(landmarks, {0, x.H, x.M, x.K}), at::empty({0, x.H, x.M, x.D}, landmarks.options()), floats(landmarks, {0, x.H, x.M})};
   Landmarked result = landmark_stage(context, x, aligned(landmarks), aligned(key), aligned(value), static_cast<float>(scale));
@@ -429,13 +457,15 @@ std::tuple<Tensor, Tensor, Tensor> landmark_topk(const Tensor& landmarks, const 
 }
 
 std::tuple<Tensor, Tensor, Tensor> landmark_topk_backward(const Tensor& dcompressed, const OptionalTensor& dlse, const Tensor& landmarks, const Tensor& key,
-                                                          const Tensor& value, const Tensor& compressed, const Tensor& lse, double scale) {
-  const Problem x =
-      problem_of("mita_ext.landmark_topk backward", check_landmark_topk_backward(dcompressed, dlse, landmarks, key, value, compressed, lse), landmarks);
+                                                          const Tensor& value, const Tensor& compressed, const Tensor& lse, double scale,
+                                                          const OptionalTensor& seqlens_k) {
+  Problem x =
+      problem_of("mita_ext.landmark_topk backward", check_landmark_topk_backward(dcompressed, dlse, landmarks, key, value, compressed, lse, seqlens_k), landmarks);
+  x.keys = sequences(x.keys.max_length, key, seqlens_k);
   const Context context(landmarks);
   if (x.B == 0) return {at::empty({0, x.H, x.M, x.D}, landmarks.options()), at::empty(key.sizes(), key.options()), at::empty(value.sizes(), value.options())};
   const Tensor z = aligned(landmarks), k = aligned(key), v = aligned(value), dc = aligned(dcompressed), c = aligned(compressed);
-  const Softmax softmax(context, x, z, dc, c, lse, dlse);
+  const Softmax softmax(context, x, Sequences{x.M}, z, dc, c, lse, dlse);
   const Tensor dlandmarks = landmark_gradient_stage(context, x, softmax, k, v, static_cast<float>(scale), {});
   const auto [dkey, dvalue] = key_gradient_stage(context, x, &softmax, nullptr, {}, k, v, nullptr, static_cast<float>(scale));
   return {dlandmarks, dkey, dvalue};
@@ -468,7 +498,7 @@ AttentionGradient attention_gradient(const Problem& x, const Tensor& dout, const
   const auto zeros = [](const Tensor& t) { return at::zeros(t.sizes(), t.options()); };
   if (lse.numel() == 0) return {zeros(query), zeros(key), zeros(value), zeros(landmarks), zeros(compressed)};
   AttentionGradient result;
-  const Softmax softmax(context, x, query, dout, out, lse, dlse);
+  const Softmax softmax(context, x, x.queries, query, dout, out, lse, dlse);
   const Grouped grouped = group_stage(context, x, experts, row_gradient_tile_rows(entries_per_expert(x)));
   result.dquery = query_gradient_stage(context, x, softmax, units(shared_expert, landmarks, compressed, key, value, indices), grouped.groups, scale, landmark_scale);
 
@@ -478,7 +508,7 @@ AttentionGradient attention_gradient(const Problem& x, const Tensor& dout, const
     const SharedGradient shared = shared_gradient_stage(context, x, softmax, landmarks, compressed, landmark_scale);
     result.dcompressed = shared.dcompressed;
     if (landmark_lse) {
-      landmark_softmax.emplace(context, x, landmarks, result.dcompressed, compressed, *landmark_lse, none);
+      landmark_softmax.emplace(context, x, Sequences{x.M}, landmarks, result.dcompressed, compressed, *landmark_lse, none);
       result.dlandmarks = landmark_gradient_stage(context, x, *landmark_softmax, key, value, scale, shared.dlandmarks);
     } else {
       result.dlandmarks = shared.dlandmarks.to(landmarks.scalar_type());
@@ -508,13 +538,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_attention_backward(con
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& landmarks,
                                                                              IntArrayRef num_landmarks, IntArrayRef grid, int64_t num_prefix_tokens, int64_t topk,
-                                                                             int64_t routes, bool shared_expert, double scale, double landmark_scale) {
-  const Problem x = problem_of(
-      "mita_ext.attention", check_attention(query, key, value, landmarks, num_landmarks, grid, num_prefix_tokens, topk, routes, shared_expert), query);
+                                                                             int64_t routes, bool shared_expert, double scale, double landmark_scale,
+                                                                             const OptionalTensor& seqlens_q, const OptionalTensor& seqlens_k, OptionalInt max_seqlen_q,
+                                                                             OptionalInt max_seqlen_k) {
+  const Lengths lengths{seqlens_q, seqlens_k, max_seqlen_q, max_seqlen_k};
+  const Problem x = problem_of(check_attention(query, key, value, landmarks, num_landmarks, grid, num_prefix_tokens, topk, routes, shared_expert, lengths), query, key,
+                               lengths, false);
   const Context context(query);
   if (x.B == 0) {
     const Tensor like = at::empty({0, x.H, x.M, x.D}, query.options());
-    return {at::empty({0, x.H, x.queries.max_length, x.D}, query.options()), floats(query, {0, x.H, x.queries.max_length}), landmarks ? at::empty({0}, query.options()) : like,
+    return {per_token(x.queries, query), lse_of(x, query), landmarks ? at::empty({0}, query.options()) : like,
             ints(query, {0, x.H, x.M, x.K}), ints(query, {0, x.H, x.queries.max_length, x.s}), at::empty_like(like), floats(query, {0, x.H, x.M})};
   }
   const Tensor q = aligned(query), k = aligned(key), v = aligned(value);
@@ -540,11 +573,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(con
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& key, const Tensor& value,
                                                               const Tensor& landmarks, const Tensor& indices, const Tensor& experts, const Tensor& compressed,
                                                               const Tensor& landmark_lse, const Tensor& out, const Tensor& lse, bool pooled, IntArrayRef num_landmarks,
-                                                              IntArrayRef grid, int64_t num_prefix_tokens, bool shared_expert, double scale, double landmark_scale) {
-  const Problem x = problem_of("mita_ext.attention backward",
-                               check_attention_backward(dout, dlse, query, key, value, landmarks, indices, experts, compressed, landmark_lse, out, lse, pooled,
-                                                        num_landmarks, grid, num_prefix_tokens, shared_expert),
-                               query);
+                                                              IntArrayRef grid, int64_t num_prefix_tokens, bool shared_expert, double scale, double landmark_scale,
+                                                              const OptionalTensor& seqlens_q, const OptionalTensor& seqlens_k, OptionalInt max_seqlen_q,
+                                                              OptionalInt max_seqlen_k) {
+  const Lengths lengths{seqlens_q, seqlens_k, max_seqlen_q, max_seqlen_k};
+  const Problem x = problem_of(check_attention_backward(dout, dlse, query, key, value, landmarks, indices, experts, compressed, landmark_lse, out, lse, pooled,
+                                                        num_landmarks, grid, num_prefix_tokens, shared_expert, lengths),
+                               query, key, lengths, true);
   const Windows w = windows(num_landmarks, grid, num_prefix_tokens);
   AttentionGradient g = attention_gradient(x, aligned(dout), dlse, aligned(query), aligned(key), aligned(value), aligned(landmarks), aligned(compressed), indices, experts,
                                            aligned(out), lse, &landmark_lse, pooled ? &w : nullptr, shared_expert, static_cast<float>(scale), static_cast<float>(landmark_scale));

@@ -15,11 +15,13 @@ struct Rows {
   std::int64_t batch, head, row;
 };
 
-// Which rows belong to which batch element. `lengths` and `starts` are null where all have `max_length` rows.
+// Which rows belong to which batch element. `lengths` and `starts` are null where all have `max_length` rows. Whatever they hold,
+// `span` stays within the tensor.
 struct Sequences {
   int max_length;
   const std::int32_t* lengths; // [B], right-padded batches
   const std::int32_t* starts;  // [B+1] prefix sums, packed batches (takes precedence)
+  int rows;                    // of the packed tensor
 };
 
 struct Problem {

@@ -14,6 +14,7 @@ template <class T> __global__ void __launch_bounds__(32 * kPoolShares) pool_kern
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, share = warp % shares;
   const std::int64_t landmark = std::int64_t(blockIdx.x) * (kPoolShares / shares) + warp / shares;
   const bool exists = landmark < std::int64_t(x.B) * x.H * x.M;
+  int own_shares = 1;  // as many as its sequence would have alone: the same sums
   const int lanes = row_lanes<T>(x.D), c = lane % lanes;
   const bool inside = c * kChunk<T> < x.D;
   int area = 0;
@@ -21,9 +22,11 @@ template <class T> __global__ void __launch_bounds__(32 * kPoolShares) pool_kern
   if (exists) {
     const int m = static_cast<int>(landmark % x.M), bh = static_cast<int>(landmark / x.M), b = bh / x.H, h = bh % x.H;
     const Span queries = span(x.queries, b);
-    const auto tokens = PooledTokens::of<std::int64_t>(windows_of(p.windows, x.queries, queries.length), m);
+    const Windows w = windows_of(p.windows, x.queries, queries.length);
+    const auto tokens = PooledTokens::of<std::int64_t>(w, m);
     area = tokens.area;
-    sum_share<T>(sum, tokens, lanes, share, shares,
+    own_shares = pool_shares<T>(x, w);
+    sum_share<T>(sum, tokens, lanes, share, own_shares,
                  [&, q = head_rows<T>(p.q, b, h, queries.start) + (inside ? c * kChunk<T> : 0)](int token) { return load_vector(q + token * p.q.row); });
   }
   if (shares > 1) {
@@ -33,7 +36,7 @@ template <class T> __global__ void __launch_bounds__(32 * kPoolShares) pool_kern
       for (int e = 0; e < kChunk<T>; ++e) partial[warp][lane][e] = sum[e];
     __syncthreads();
     if (share > 0) return;
-    for (int i = 1; i < shares; ++i)
+    for (int i = 1; i < own_shares; ++i)
 #pragma unroll
       for (int e = 0; e < kChunk<T>; ++e) sum[e] += partial[warp + i][c][e];
   }

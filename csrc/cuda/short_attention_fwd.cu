@@ -82,7 +82,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2) short_attentio
   // 1. pool
   if (p.pool) {
     const Windows w = windows_of(p.windows, x.queries, N);
-    const int shares = pool_shares<T>(x, p.windows);
+    const int shares = pool_shares<T>(x, w);
     T* const landmarks = head_rows<T>(p.landmarks, b, h, 0);
     for (int i = threadIdx.x; i < M * kChunks; i += kThreads) {
       const int m = i / kChunks, chunk = i % kChunks;
