@@ -98,9 +98,19 @@ struct Lengths {
   std::vector<std::int32_t> each, starts;
   Buffer<std::int32_t> each_device, starts_device;
   Lengths(Batch batch, int longest, std::vector<std::int32_t> lengths)
-      : batch(batch), longest(longest), each(std::move(lengths)), starts(prefix_sums(each)), each_device(each), starts_device(starts) {}
+      : batch(batch), longest(longest), each(std::move(lengths)), starts(prefix_sums(each)), each_device(out_of_range()), starts_device(starts) {
+    const std::int32_t before = -3, behind = starts.back() + 1000;  // must mean the ends of the tensor
+    CUDA(cudaMemcpy(starts_device.data, &before, sizeof before, cudaMemcpyHostToDevice));
+    CUDA(cudaMemcpy(starts_device.data + starts.size() - 1, &behind, sizeof behind, cudaMemcpyHostToDevice));
+  }
   Sequences view() const {
-    return {longest, batch == Batch::padded ? each_device.data : nullptr, batch == Batch::packed ? starts_device.data : nullptr};
+    return {longest, batch == Batch::padded ? each_device.data : nullptr, batch == Batch::packed ? starts_device.data : nullptr, starts.back()};
+  }
+  // The lengths, but for whole and empty sequences numbers that must mean the same.
+  std::vector<std::int32_t> out_of_range() const {
+    auto lengths = each;
+    for (auto& length : lengths) length = length == longest ? longest + 1000 : length == 0 ? -1000 : length;
+    return lengths;
   }
   static std::vector<std::int32_t> prefix_sums(const std::vector<std::int32_t>& lengths) {
     std::vector<std::int32_t> sums(1, 0);
