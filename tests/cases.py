@@ -33,6 +33,8 @@ class Case:
     prefix: int = 0
     values: str = "normal"  # see draw()
     layout: str = "slice"  # see lay_out()
+    lengths_q: tuple[int, ...] | None = None  # of each sequence; None: all have N
+    lengths_k: tuple[int, ...] | None = None
     cpu_only: bool = False
 
     @property
@@ -119,6 +121,37 @@ CASES = [
 
 BY_NAME = {case.name: case for case in CASES}
 assert len(BY_NAME) == len(CASES)
+
+# Sequences of different lengths: full, none at all, one token, fewer than M or K. One side or both.
+SIX = {"B": 6, "lengths_q": (50, 0, 1, 5, 33, 50), "lengths_k": (50, 50, 3, 0, 7, 1)}
+SAME = {"B": 5, "lengths_q": (50, 3, 0, 17, 1), "lengths_k": (50, 3, 0, 17, 1)}
+LONG = {"B": 5, "N": 60, "L": 5000, "lengths_k": (5000, 300, 0, 4097, 31)}
+VARLEN = [
+    Case("given", **SIX),
+    Case("pooled", **SIX, pooled=True),
+    Case("same_lengths", **SAME, pooled=True),
+    Case("queries_only", B=4, lengths_q=(50, 0, 20, 1), pooled=True),
+    Case("keys_only", B=4, lengths_k=(50, 0, 20, 1), pooled=True),
+    Case("zero_length_sequences", B=2, lengths_q=(0, 0), lengths_k=(0, 0), pooled=True),
+    Case("grouped_query", **SIX, H=6, Hkv=2, pooled=True),
+    Case("cross_attention", B=4, N=37, L=90, H=4, Hkv=1, lengths_q=(12, 37, 5, 0), lengths_k=(90, 13, 64, 70)),
+    Case("routes_0", **SIX, routes=0),
+    Case("routes_0_pooled", **SIX, routes=0, pooled=True),
+    Case("routes_2", **SIX, routes=2, pooled=True),
+    Case("no_shared_expert", **SIX, shared_expert=False),
+    Case("no_shared_expert_pooled_routes_2", **SIX, shared_expert=False, routes=2, pooled=True),
+    Case("more_landmarks_than_queries", **SAME, M=70, pooled=True),
+    Case("one_landmark", **SIX, M=1),
+    Case("images", B=4, N=197, D=64, M=25, K=25, lengths_q=(197, 0, 100, 24), lengths_k=(197, 0, 100, 24), pooled=True),
+    Case("wide_heads", B=3, H=1, N=300, L=280, D=128, M=17, K=40, lengths_q=(64, 300, 129), lengths_k=(280, 65, 128)),
+    Case("many_queries", B=2, H=1, N=700, L=300, D=128, M=3, K=70, lengths_q=(400, 700), lengths_k=(300, 99), pooled=True),
+    Case("small_experts", B=3, H=1, N=500, L=300, D=64, M=30, K=49, lengths_q=(500, 9, 99), lengths_k=(20, 300, 150), routes=2),
+    Case("many_landmarks", B=3, H=1, N=300, L=400, D=64, M=100, K=64, lengths_q=(300, 40, 99), lengths_k=(30, 400, 200)),
+    Case("long_keys", **LONG, K=64),
+    Case("long_keys_long_experts", **LONG, K=100, Hkv=1),
+    Case("very_long_keys", B=3, H=1, N=20, L=20000, lengths_k=(20000, 2500, 40), K=64),
+    Case("long_queries", B=3, H=1, N=3000, L=100, D=64, M=12, lengths_q=(3000, 2049, 70), lengths_k=(100, 60, 2), pooled=True),
+]
 
 
 def draw(case: Case, generator: torch.Generator) -> list[torch.Tensor]:

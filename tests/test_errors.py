@@ -34,6 +34,11 @@ NO_QUERY = tensor(B, H, 0, D)
 Q, KV, Z = tensor(B, H, N, D), tensor(B, HKV, L, D), tensor(B, H, M, D)
 VALID = {
     "attention": {"query": Q, "key": KV, "value": KV},
+    "attention_varlen": {
+        **{"query": tensor(N, H, D), "key": tensor(L, HKV, D), "value": tensor(L, HKV, D)},
+        **{"cu_seqlens_q": tensor(B + 1, dtype=INT), "cu_seqlens_k": tensor(B + 1, dtype=INT)},
+        **{"max_seqlen_q": N, "max_seqlen_k": L},
+    },
     "pool_landmarks": {"query": Q, "num_landmarks": M},
     "landmark_topk": {"landmarks": Z, "key": KV, "value": KV, "topk": K},
     "route": {"query": Q, "landmarks": Z},
@@ -234,6 +239,60 @@ bad("attention landmark_topk", VALUE, f"topk must be at most 2048, got {2**32 + 
 bad("attention route", VALUE, f"routes must fit in 64 bits, got {10**30}", routes=10**30)
 bad("attention route", VALUE, f"routes must be at most ..., got {2**32}", routes=2**32)
 
+# lengths
+PADDED = (("attention", "seqlens_q"), ("attention", "seqlens_k"), ("pool_landmarks", "seqlens"), ("landmark_topk", "seqlens_k"))
+for function, name in PADDED:
+    bad(function, TYPE, f"{name} must be a torch.Tensor, got list", **{name: [20, 20]})
+    bad(function, TYPE, f"{name} must be torch.int32, got torch.int64", **{name: tensor(B, dtype=torch.int64)})
+    bad(function, VALUE, f"{name} must have the shape [B] = [2], got [3]", **{name: tensor(B + 1, dtype=INT)})
+    bad(function, VALUE, f"{name} must have the shape [B] = [2], got [2, 1]", **{name: tensor(B, 1, dtype=INT)})
+    bad(function, VALUE, f"{name} must be on the device of ...", **{name: tensor(B, dtype=INT, elsewhere=True)})
+GRID = {"grid": (4, 5), "num_landmarks": (2, 3)}
+bad("attention", VALUE, "grid must not be given together with seqlens_q, got (4, 5)", seqlens_q=tensor(B, dtype=INT), **GRID)
+bad("pool_landmarks", VALUE, "grid must not be given together with seqlens, got (4, 5)", seqlens=tensor(B, dtype=INT), **GRID)
+
+VARLEN = "attention_varlen"
+bad(VARLEN, TYPE, "query must be a torch.Tensor, got NoneType", query=None)
+bad(VARLEN, VALUE, "query must have 3 dimensions, got 4 (shape [2, 4, 20, 16])", query=Q)
+bad(VARLEN, VALUE, "query must have at least 1 head and head dimension 1, got shape [20, 0, 16]", query=tensor(N, 0, D))
+bad(VARLEN, TYPE, "query must be float64, float32, float16 or bfloat16, got torch.int32", query=tensor(N, H, D, dtype=INT))
+bad(VARLEN, VALUE, "key must have 3 dimensions, got 4 (shape [2, 2, 30, 16])", key=KV)
+bad(VARLEN, VALUE, "key must have the head dimension of query (16), got 8", key=tensor(L, HKV, 8))
+bad(VARLEN, VALUE, "the heads of query (4) must be a multiple of the heads of key, got 3", key=tensor(L, 3, D))
+bad(VARLEN, TYPE, "value must be torch.float32, the dtype of query, got torch.float16", value=tensor(L, HKV, D, dtype=F16))
+bad(
+    VARLEN,
+    VALUE,
+    "value must have the shape of key [total, Hkv, D] = [30, 2, 16], got [29, 2, 16]",
+    value=tensor(29, HKV, D),
+)
+bad(VARLEN, VALUE, "cu_seqlens_q must have the shape [B + 1], got [0]", cu_seqlens_q=tensor(0, dtype=INT))
+bad(VARLEN, VALUE, "cu_seqlens_q must have the shape [B + 1], got [3, 1]", cu_seqlens_q=tensor(3, 1, dtype=INT))
+bad(VARLEN, VALUE, "cu_seqlens_k must have the shape [B + 1] = [3], got [4]", cu_seqlens_k=tensor(4, dtype=INT))
+for name in ("cu_seqlens_q", "cu_seqlens_k"):
+    bad(VARLEN, TYPE, f"{name} must be a torch.Tensor, got NoneType", **{name: None})
+    bad(VARLEN, TYPE, f"{name} must be torch.int32, got torch.int64", **{name: tensor(B + 1, dtype=torch.int64)})
+    bad(VARLEN, VALUE, f"{name} must be on the device of query (...)", **{name: tensor(B + 1, dtype=INT, elsewhere=True)})
+for name in ("max_seqlen_q", "max_seqlen_k"):
+    bad(VARLEN, VALUE, f"{name} must be at least 0, got -1", **{name: -1})
+    bad(VARLEN, VALUE, f"{name} must be at most 2147483647, got 2147483648", **{name: 2**31})
+    bad(VARLEN, TYPE, f"{name} must be an int, got 20.0", **{name: 20.0})
+bad(VARLEN, VALUE, "landmarks must have the shape ... = [2, 4, M, 16], got [3, 4, 6, 16]", landmarks=tensor(3, H, M, D))
+bad(VARLEN, VALUE, "landmarks must have 4 dimensions, got 3 (shape [6, 4, 16])", landmarks=tensor(M, H, D))
+bad(VARLEN, VALUE, "landmarks must be on the device of query (...)", landmarks=tensor(B, H, M, D, elsewhere=True))
+bad(VARLEN, VALUE, "num_landmarks must not be given together with landmarks, got 6", landmarks=Z, num_landmarks=6)
+bad(VARLEN, TYPE, "num_landmarks must be an int, got (2, 3)", num_landmarks=(2, 3))
+bad(VARLEN, VALUE, "num_landmarks must be at least 1, got 0", num_landmarks=0)
+bad(VARLEN, TYPE, "grid is not an option of this mechanism: sequences of different lengths are pooled in one", grid=(4, 5))
+bad(VARLEN, TYPE, "num_prefix_tokens is not an option of this mechanism: ... pooled in one dimension", num_prefix_tokens=1)
+bad(VARLEN, TYPE, "is_causal is not an option of this mechanism: every query may attend to every key", is_causal=True)
+bad(VARLEN, VALUE, "topk must be at least 1, got 0", topk=0)
+bad(VARLEN, VALUE, "routes must be at least 0, got -1", routes=-1)
+bad(VARLEN, TYPE, "shared_expert must be a bool, got 'yes'", shared_expert="yes")
+bad(VARLEN, TYPE, "scale must be a float, got 'auto'", scale="auto")
+bad(VARLEN, TYPE, "landmark_scale must be a float, got [0.1]", landmark_scale=[0.1])
+bad(VARLEN, TYPE, "return_aux must be a bool, got 'lse'", return_aux="lse")
+
 # options
 TOPK = "attention landmark_topk"
 bad(TOPK, VALUE, "topk must be at least 1, got 0", topk=0)
@@ -302,6 +361,28 @@ def test_experts_out_of_range(expert):
         experts = torch.zeros(B, H, N, S, dtype=INT)
         experts[1, 2, 3] = expert
         call("expert_attention", "cpu", experts=experts)
+
+
+@pytest.mark.parametrize("function,name", PADDED)
+def test_lengths_out_of_range(function, name):
+    of, most = ("key", L) if name == "seqlens_k" else ("query", N)
+    for length in (-1, most + 1, 2**31 - 1):
+        with pytest.raises(ValueError, match=rf"^mita_ext\.{function}: {name} must be .* of {of} \({most}\), got {length}"):
+            call(function, "cpu", **{name: torch.tensor([5, length], dtype=INT)})
+
+
+@pytest.mark.parametrize("side,of,most", [("q", "query", N), ("k", "key", L)])
+def test_prefix_sums_out_of_range(side, of, most):
+    """On the CPU looking costs little; on CUDA it would need a host synchronisation."""
+    for sums, message in (
+        ((-1, 3, 5), rf"cu_seqlens_{side} must be at least 0 and at most the tokens of {of} \({most}\), got -1"),
+        ((0, 3, most + 1), rf"cu_seqlens_{side} must be .* \({most}\), got {most + 1}"),
+        ((0, 5, 3), rf"cu_seqlens_{side} must not decrease, got 3 after 5"),
+        ((0, 3, 15), rf"cu_seqlens_{side} must hold no sequence longer than max_seqlen_{side} \(11\), got 12"),
+    ):
+        with pytest.raises(ValueError, match=rf"^mita_ext\.attention_varlen: {message}"):
+            changes = {f"cu_seqlens_{side}": torch.tensor(sums, dtype=INT), f"max_seqlen_{side}": 11}
+            call("attention_varlen", "cpu", **changes)
 
 
 @pytest.mark.gpu

@@ -34,11 +34,18 @@ def op_arguments(device, dtype):
     out, lse = OPS.expert_attention(q, k, v, z, C, T, r, True, *scales)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     dC, dlandmark_lse = torch.randn_like(C), torch.randn_like(landmark_lse)
+    nq, nk = (torch.tensor(n, dtype=torch.int32, device=device) for n in ((20, 7), (0, 30)))
+    in_a_row = ((1, 6), (1, 20), 0)
+    sums = [torch.tensor(n, dtype=torch.int32, device=device) for n in ((0, 20, 27), (0, 3, 33))]
+    packed, of_packed = ([x.transpose(1, 2).flatten(0, 1)[:33] for x in tensors] for tensors in ((q, k, v), (dout, out)))
     return {
-        "pool": [(q, *pooling)],
-        "pool_backward": [(z, 20, *pooling)],
-        "landmark_topk": [(z, k, v, 5, 0.3), (z, k, v, 64, 0.3)],
-        "landmark_topk_backward": [(dC, d, z, k, v, C, landmark_lse, 0.3) for d in (dlandmark_lse, None)],
+        "pool": [(q, *pooling), (q, *in_a_row, nq)],
+        "pool_backward": [(z, 20, *pooling), (z, 20, *in_a_row, nq)],
+        "landmark_topk": [(z, k, v, 5, 0.3), (z, k, v, 64, 0.3), (z, k, v, 5, 0.3, nk)],
+        "landmark_topk_backward": [
+            *((dC, d, z, k, v, C, landmark_lse, 0.3) for d in (dlandmark_lse, None)),
+            (dC, dlandmark_lse, z, k, v, C, landmark_lse, 0.3, nk),
+        ],
         "route": [(q, z, s) for s in (0, 1, 2)],
         "expert_attention": [(q, k, v, z, C, T, r, shared, *scales) for shared in (True, False)],
         "expert_attention_backward": [
@@ -49,10 +56,18 @@ def op_arguments(device, dtype):
             (q, k, v, None, *pooling, 64, 2, True, *scales),
             (q, k, v, None, *pooling, 5, 0, True, *scales),
             (q, k, v, None, *pooling, 5, 1, False, *scales),
+            (q, k, v, z, *in_a_row, 5, 1, True, *scales, nq, nk),
+            (q, k, v, None, *in_a_row, 5, 2, True, *scales, nq),
+            (*packed, None, *in_a_row, 64, 1, True, *scales, *sums, 20, 30),
         ],
         "attention_backward": [
-            (dout, d, q, k, v, z, T, r, C, landmark_lse, out, lse, pooled, *pooling, True, *scales)
-            for d, pooled in ((dlse, True), (None, False))
+            *(
+                (dout, d, q, k, v, z, T, r, C, landmark_lse, out, lse, pooled, *pooling, True, *scales)
+                for d, pooled in ((dlse, True), (None, False))
+            ),
+            (dout, dlse, q, k, v, z, T, r, C, landmark_lse, out, lse, True, *in_a_row, True, *scales, nq, nk),
+            (of_packed[0], dlse, *packed, z, T, r, C, landmark_lse, of_packed[1], lse, True, *in_a_row, True, *scales)
+            + (*sums, 20, 30),
         ],
     }
 
@@ -115,7 +130,20 @@ def stages(q, k, v, z):
     return mita_ext.expert_attention(q, k, v, Z, C, T, mita_ext.route(q, Z))[0]
 
 
-FUNCTIONS = pytest.mark.parametrize("function", [fused, with_lse, pooled, stages], ids=lambda f: f.__name__)
+def padded(q, k, v, z):
+    lengths = 7 * torch.arange(q.shape[0], device=q.device, dtype=torch.int32)
+    return mita_ext.attention(q, k, v, landmarks=z, topk=5, seqlens_q=lengths, seqlens_k=lengths + 3)
+
+
+def packed(q, k, v, z):
+    B, _, N, _ = q.shape
+    sums = torch.arange(B + 1, device=q.device, dtype=torch.int32)
+    tensors = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    out = mita_ext.attention_varlen(*tensors, sums * N, sums * k.shape[2], N, k.shape[2], num_landmarks=6, topk=5)
+    return out.unflatten(0, (B, N)).transpose(1, 2) + 0 * z.sum()
+
+
+FUNCTIONS = pytest.mark.parametrize("function", [fused, with_lse, pooled, stages, padded, packed], ids=lambda f: f.__name__)
 
 
 def run(function, tensors, dout=None):

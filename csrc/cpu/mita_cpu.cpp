@@ -117,8 +117,8 @@ struct Sequences {
       start[b] = number[b], length[b] = number[b + 1] - start[b];
       TORCH_CHECK_VALUE(length[b] >= 0, fn, ": ", prefixed, " must not decrease, got ", number[b + 1], " after ",
                         number[b]);
-      TORCH_CHECK_VALUE(length[b] <= longest, fn, ": ", prefixed, " must hold no sequence longer than max_", name, " (",
-                        longest, "), got ", length[b]);
+      TORCH_CHECK_VALUE(length[b] <= longest, fn, ": ", prefixed, " must hold no sequence longer than max_seqlen_",
+                        prefixed.back(), " (", longest, "), got ", length[b]);
     }
   }
 
@@ -140,7 +140,9 @@ struct Problem : Shape {
 Problem even(const Shape& p) { return {p, {p.B, p.N}, {p.B, p.L}}; }
 
 Problem problem_of(const char* fn, const Shape& p, const Tensor& query, const Tensor& key, const Lengths& lengths) {
-  return {p, {fn, "seqlens_q", lengths.seqlens_q, "query", query, p.B, p.N}, {fn, "seqlens_k", lengths.seqlens_k, "key", key, p.B, p.L}};
+  return {p,
+          {fn, "seqlens_q", lengths.seqlens_q, "query", query, p.B, p.N},
+          {fn, "seqlens_k", lengths.seqlens_k, "key", key, p.B, p.L}};
 }
 
 // ---- Rows and columns ------------------------------------------------------------------------------------------------
@@ -380,7 +382,9 @@ Tensor pool_backward(const Tensor& dlandmarks, int64_t N, IntArrayRef num_landma
 
 // Rows of landmark scores that are held at once: 2^20 scores or one row. A function of the keys alone, never of the batch
 // or the threads, because the shape of a product can decide its last bits.
-int64_t landmark_block(int64_t M, int64_t L) { return std::clamp<int64_t>((int64_t{1} << 20) / std::max<int64_t>(L, 1), 1, M); }
+int64_t landmark_block(int64_t M, int64_t L) {
+  return std::clamp<int64_t>((int64_t{1} << 20) / std::max<int64_t>(L, 1), 1, M);
+}
 
 struct Landmarked {
   Tensor indices, compressed, lse;
