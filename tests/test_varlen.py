@@ -129,8 +129,8 @@ def test_selection_is_that_of_each_sequence_alone(case, backend):
         if nk:
             chosen, compressed, _ = mita_ext.landmark_topk(z, k, v, topk=K)
             assert torch.equal(aux.topk_indices[b, ..., :k_of_sequence], chosen[0])
-            eps = torch.finfo(dtype).eps
-            torch.testing.assert_close(aux.compressed[b], compressed[0], rtol=4 * eps, atol=4 * eps)
+            fine = 4 * torch.finfo(dtype).eps + 32 * torch.finfo(torch.float32).eps  # other parts of the keys, other order
+            torch.testing.assert_close(aux.compressed[b], compressed[0], rtol=fine, atol=fine)
         else:
             assert (aux.compressed[b] == 0).all()
         assert (aux.topk_indices[b, ..., k_of_sequence:] == -1).all()
@@ -150,7 +150,8 @@ def test_values_and_gradients_given_the_selection(case, backend):
     dout, dlse = grad_outputs(case, device, dtype)
     nq, nk = lengths_of(case)
     draws = []
-    for seed in range(1 if case.B * case.H * max(case.N, case.keys) * case.D > 50_000 else 2):
+    large = case.B * case.H * max(case.N, case.keys) * case.D > 50_000  # the largest error of few numbers is mostly luck
+    for seed in range(1 if large else 2 if device == "cpu" else 8):
         tensors = make_inputs(case, device, dtype, seed=seed)
         out, aux, grads = run("padded", case, tensors, dout, dlse)
         mask = torch.arange(case.N, device=device) < int_tensor(nq, device)[:, None, None]
