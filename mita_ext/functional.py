@@ -148,16 +148,14 @@ def attention_varlen(
         lengths.append(_lengths(fn, name, x, query))
     for name, x in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         _at_least(fn, name, _integer(fn, name, x), 0)
-        lengths.append(torch.sym_max(x, 1))
+        lengths.append(max(x, 1))
     if num_landmarks is not None:
         _integer(fn, "num_landmarks", num_landmarks)
     options = (topk, routes, shared_expert, scale, landmark_scale, return_aux)
     return _attend(fn, query, key, value, landmarks, lengths, (num_landmarks, None, 0), *options)
 
 
-def _attend(
-    fn, query, key, value, landmarks, lengths, pooling, topk, routes, shared_expert, scale, landmark_scale, return_aux
-):
+def _attend(fn, query, key, value, landmarks, lengths, pooling, topk, routes, shared_expert, scale, landmark_scale, return_aux):
     """`attention` and `attention_varlen` from here on. lengths: as the op takes them, four."""
     if landmarks is not None:
         (landmarks,) = _tensors(fn, 4, query, landmarks=landmarks)
@@ -382,5 +380,5 @@ def _pooling(fn, N, num_landmarks, grid, num_prefix_tokens):
     if num_prefix_tokens != 0:
         raise ValueError(f"{fn}: num_prefix_tokens needs grid, got {num_prefix_tokens}")
     if N == 0:
-        raise ValueError(f"{fn}: query must hold at least 1 token to be pooled, got none")
+        raise ValueError(f"{fn}: query must hold at least 1 token to be pooled, got 0")
     return [1, num_landmarks], [1, N], 0

@@ -218,7 +218,7 @@ bad(POOLING, TYPE, "num_landmarks must be an int, got True", num_landmarks=True)
 bad(POOLING, TYPE, "num_landmarks[1] must be an int, got (2, 3)", num_landmarks=(2, (2, 3)), grid=(4, 5))
 bad(POOLING, TYPE, "grid[1] must be an int, got None", num_landmarks=(2, 3), grid=(4, None))
 bad(POOLING, VALUE, "grid must hold at least 1 token in each direction, got [4, -5]", num_landmarks=(2, 3), grid=(4, -5))
-bad(POOLING, VALUE, "query must hold at least 1 token to be pooled, got shape [2, 4, 0, 16]", num_landmarks=3, query=NO_QUERY)
+bad(POOLING, VALUE, "query must hold at least 1 token to be pooled, got 0", num_landmarks=3, query=NO_QUERY)
 bad(POOLING, VALUE, "grid [4, 5] after 0 prefix tokens ... 0 tokens", num_landmarks=(2, 3), grid=(4, 5), query=NO_QUERY)
 
 # integers of any size

@@ -131,14 +131,15 @@ def stages(q, k, v, z):
 
 
 def padded(q, k, v, z):
-    lengths = 7 * torch.arange(q.shape[0], device=q.device, dtype=torch.int32)
-    return mita_ext.attention(q, k, v, landmarks=z, topk=5, seqlens_q=lengths, seqlens_k=lengths + 3)
+    numbers = 7 * torch.arange(q.shape[0], device=q.device, dtype=torch.int32)
+    lengths = {"seqlens_q": numbers % (q.shape[2] + 1), "seqlens_k": (numbers + 3) % (k.shape[2] + 1)}
+    return mita_ext.attention(q, k, v, landmarks=z, topk=5, **lengths)
 
 
 def packed(q, k, v, z):
     B, _, N, _ = q.shape
     sums = torch.arange(B + 1, device=q.device, dtype=torch.int32)
-    tensors = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    tensors = (x.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(0, 1) for x in (q, k, v))
     out = mita_ext.attention_varlen(*tensors, sums * N, sums * k.shape[2], N, k.shape[2], num_landmarks=6, topk=5)
     return out.unflatten(0, (B, N)).transpose(1, 2) + 0 * z.sum()
 
@@ -440,6 +441,7 @@ def test_memory_does_not_grow(function, dtype):
     tensors = make_inputs(case_of("basic", **SHAPES | {"N": 3000, "L": 5000, "D": 64}), "cuda", dtype)
     for _ in range(3):
         run(function, tensors)
+    gc.collect()  # what other tests left
     torch.cuda.synchronize()
     before = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
     for _ in range(50):
@@ -462,6 +464,7 @@ def test_out_of_memory_leaves_nothing_broken(function):
 
     expected = step()
     total, failures = torch.cuda.get_device_properties(0).total_memory, 0
+    gc.collect()
     torch.cuda.synchronize()
     allocated = torch.cuda.memory_allocated()
     try:
