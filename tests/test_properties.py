@@ -30,7 +30,7 @@ def search(examples, name):
 
 @st.composite
 def cases(draw, device):
-    """Any case that the device takes, with enough numbers, and softmaxes of queries and landmarks, in it that errors can be compared."""
+    """Any case that the device takes, with enough numbers and softmaxes in it that errors can be compared."""
 
     def size(*edges, most):
         return draw(st.sampled_from([1, *edges]) | st.integers(1, most))

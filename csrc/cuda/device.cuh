@@ -268,22 +268,14 @@ template <class T, int DP> struct Copy {
   }
 };
 
-// Threads that work together: the block, or one of its warpgroups.
-struct Team {
-  int thread, threads, barrier;  // barrier: the number of its own
-  __device__ static Team block() { return {static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x), 0}; }
-  __device__ static Team warpgroup() { return {static_cast<int>(threadIdx.x % 128), 128, 1 + static_cast<int>(threadIdx.x / 128)}; }
-  __device__ void sync() const { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
-};
-
-// Starts copying `rows` rows into one or more tiles with all threads of a team. source(i), i < present, is the row of the
+// Starts copying `rows` rows into one or more tiles with all threads of the block. source(i), i < present, is the row of the
 // tensors that becomes row i. The others become zeros, as do the columns from D to DP: probability 0 times garbage would be NaN
 // if the garbage is. The usual case, whole vectors of whole rows, has a loop of its own: a thread's rows there lie a multiple of
 // eight apart, at the same place of their panels, and what is neither computed nor tested is most of the instructions.
 template <class T, int DP, class Source, class... Copies>
-__device__ inline void load_rows(const Team& team, int rows, int D, int present, Source source, const Copies&... copies) {
+__device__ inline void load_rows(int rows, int D, int present, Source source, const Copies&... copies) {
   constexpr int kChunks = Tile<T, DP>::kChunks;
-  const int c = team.thread % kChunks, first = team.thread / kChunks, step = team.threads / kChunks;
+  const int c = threadIdx.x % kChunks, first = threadIdx.x / kChunks, step = blockDim.x / kChunks;
   const bool inside = c * kChunk<T> < D;
   const auto source_of = [&](int row) { return row < present ? source(row) : -1; };
   if (present >= rows && D == DP && step % 8 == 0 && rows % (2 * step) == 0) {
@@ -303,11 +295,6 @@ __device__ inline void load_rows(const Team& team, int rows, int D, int present,
       (copies.vector(row, c, from, inside && from >= 0), ...);
     }
   }
-}
-
-template <class T, int DP, class Source, class... Copies>
-__device__ inline void load_rows(int rows, int D, int present, Source source, const Copies&... copies) {
-  load_rows<T, DP>(Team::block(), rows, D, present, source, copies...);
 }
 
 // ---- the two products, by warps ---------------------------------------------------------------------------------------
