@@ -19,7 +19,7 @@ import test_selection  # noqa: E402
 from hypothesis import HealthCheck, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-EXAMPLES = {"cpu": 15, "cuda": 100}  # for each dtype
+EXAMPLES = {"cpu": 15, "cuda": 40}  # for each dtype
 
 
 def search(examples, name):

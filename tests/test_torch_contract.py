@@ -479,7 +479,7 @@ def test_out_of_memory_leaves_nothing_broken(function):
                 assert_all_equal(results, expected)
                 del results
             gc.collect()
-            assert torch.cuda.memory_allocated() == allocated, "a failed call kept memory"
+            assert torch.cuda.memory_allocated() <= allocated, "a failed call kept memory"
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert failures >= 2, "the limits never bit"
