@@ -1,0 +1,1 @@
+"""MiTA attention inside other libraries. Each module needs its library; importing it changes nothing there."""
