@@ -89,6 +89,8 @@ def test_gated_attention():
     model.blocks[0].attn = Attention(32, 4, attn_head_dim=16, gated=True)
     x = images(model)
     dense = model(x)
+    with pytest.raises(ValueError, match=r"gated \(sigmoid\) and gate \(silu\) must not be given together"):
+        convert(model, gate=True)
     convert(model, **DENSE)
     torch.testing.assert_close(model(x), dense)
     with pytest.raises(TypeError, match="got MiTAAttention"):
