@@ -307,7 +307,7 @@ def _tensors(fn, dims=4, like=None, **tensors):
         if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
             if x.dtype in (torch.float32, torch.float16, torch.bfloat16):
                 x = x.to(torch.get_autocast_dtype(device))
-        tensors[name] = x if x.stride(-1) == 1 else x.contiguous()
+        tensors[name] = _own(x if x.stride(-1) == 1 else x.contiguous())
     return tensors.values()
 
 
@@ -327,7 +327,12 @@ def _lengths(fn, name, x, query, grid=None, like="query"):
     _tensor(fn, name, x, like, query)
     if grid is not None:
         raise ValueError(f"{fn}: grid must not be given together with {name}, got {grid}")
-    return x.contiguous()
+    return _own(x.contiguous())
+
+
+def _own(x):
+    """x under a name of its own: torch.compile takes no tensor that an autograd.Function gets twice, as query and key, say."""
+    return x.view_as(x) if torch.compiler.is_compiling() else x
 
 
 def _integer(fn, name, x):

@@ -1,6 +1,7 @@
 """What torch expects of an operator: opcheck, compile, autocast, checkpointing, graphs, streams, repeatability."""
 
 import gc
+from functools import partial
 
 import pytest
 import torch
@@ -178,6 +179,22 @@ def test_dynamic_shapes_compile_once(function, device):
         tensors = make_inputs(case_of("basic", **SHAPES | {"B": B, "N": N, "L": L}), device, torch.float32)
         assert_all_equal(run(compiled, tensors), run(function, tensors))
         assert counter.frame_count == 1
+
+
+def test_one_tensor_in_many_places_compiles(device):
+    """As query, key, value and landmarks; as the lengths of both sides."""
+
+    def function(x, n):
+        given = mita_ext.attention(x, x, x, landmarks=x, topk=5)
+        return given + mita_ext.attention(x, x, x, num_landmarks=4, topk=5, seqlens_q=n, seqlens_k=n)
+
+    torch._dynamo.reset()
+    n = torch.tensor([20, 7], dtype=torch.int32, device=device)
+    tensors = make_inputs(case_of("basic", **SHAPES), device, torch.float32)[:1]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    got, expected = (run(partial(f, n=n), tensors) for f in (compiled, function))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
