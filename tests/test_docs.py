@@ -1,5 +1,6 @@
 """The documents say what the code does: every option is told with its default, and the examples run."""
 
+import importlib
 import inspect
 import re
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import mita_ext
+from mita_ext.nn import MiTAAttention
 
 ROOT = Path(__file__).parent.parent
 SECTIONS = dict(section.split("\n", 1) for section in (ROOT / "docs/api.md").read_text().split("\n## ")[1:])
@@ -19,15 +21,37 @@ def told(section):
     return {name: rest for names, rest in rows for name in re.findall(r"`(\w+)`", names)}
 
 
+def needs(*libraries):
+    for library in libraries:
+        pytest.importorskip(library, reason=f"{library} is not installed: pip install mita-ext[{library}]")
+
+
+def assert_told(section, parameters):
+    rows = told(section)
+    assert set(rows) == {p.name for p in parameters}
+    for p in parameters:
+        _, cell, *_ = (cell.strip() for cell in rows[p.name].split("|"))
+        assert cell == "" if p.default is p.empty else cell.startswith(f"`{p.default!r}`"), p.name
+
+
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_every_option_is_told(function):
     parameters = inspect.signature(getattr(mita_ext, function)).parameters.values()
-    parameters = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
-    rows = told(function)
-    assert set(rows) == set(parameters)
-    for name, default in parameters.items():
-        _, cell, *_ = (cell.strip() for cell in rows[name].split("|"))
-        assert cell == "" if default is inspect.Parameter.empty else cell.startswith(f"`{default!r}`"), name
+    assert_told(function, [p for p in parameters if p.kind is not p.VAR_KEYWORD])
+
+
+def test_every_option_of_the_module_is_told():
+    parameters = inspect.signature(MiTAAttention).parameters.values()
+    own = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    assert_told("MiTAAttention", own)
+    line = re.search(r"MiTAAttention\((.*?), \*, \.\.\.\)", SECTIONS["MiTAAttention"], re.DOTALL).group(1)
+    assert re.findall(r"(\w+)(?==|,)", re.sub(r"=[\w.]+", "=", line)) == [p.name for p in parameters if p not in own]
+
+
+def test_every_option_of_transformers_is_told():
+    needs("transformers")
+    register = importlib.import_module("mita_ext.integrations.transformers").register
+    assert_told("transformers", inspect.signature(register).parameters.values())
 
 
 def test_every_function_and_field_is_told():
@@ -43,7 +67,13 @@ def test_readme_has_the_signatures(function):
     assert re.findall(r"(\w+)(?==|,|$)", re.sub(r"=[\w.]+", "=", line)) == [n for n in names if n != "unsupported"]
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/api.md"])
-def test_examples_run(document):
-    for example in re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL):
-        exec(compile(example, document, "exec"), {})
+def examples():
+    for document in ("README.md", "docs/api.md"):
+        found = re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
+        yield from (pytest.param(example, id=f"{document}-{i}") for i, example in enumerate(found))
+
+
+@pytest.mark.parametrize("example", list(examples()))
+def test_examples_run(example):
+    needs(*re.findall(r"^(?:from|import) (timm|transformers)\b", example, re.MULTILINE))
+    exec(compile(example, "example", "exec"), {})
