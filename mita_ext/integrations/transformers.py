@@ -10,9 +10,8 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from ..functional import _REFUSED, _refuse, attention
 from ..nn import pooling_of
 
-_CAUSAL = f"{_REFUSED['is_causal']}, so this is for encoders"
 _REFUSED_HERE = {
-    "is_causal": _CAUSAL,
+    "is_causal": f"{_REFUSED['is_causal']}, so this is for encoders",
     "attention_mask": f"{_REFUSED['attn_mask']}; only padding of self-attention on the right is known, as a mask [B, N]",
     "sliding_window": _REFUSED["is_causal"],
     "output_attentions": "there are no attention weights of every query and key",
