@@ -16,6 +16,7 @@ from pathlib import Path
 
 ARCHS = ("sm_80", "sm_90a")
 FLAGS = ("-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-cubin", "-o", os.devnull, "-Xptxas", "-v")
+LAYOUTS = ("Layout", "Specialists")  # the structs that describe the dynamic shared memory of a kernel
 SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
@@ -28,15 +29,17 @@ CONFIG = re.compile(r"<(Config<[\w ]+, \d+, \w+>)[,>]")
 def with_probes(source: Path) -> str:
     """The source, plus one empty kernel per configuration whose name holds the size of its dynamic shared memory: the
     compiler reports names, but not what a launch will ask for."""
-    text = f'#include "{source}"\n'
-    if "struct Shared {" in source.read_text():
-        text += "namespace mita { template <class C, int bytes> __global__ void probe() {}\n"
-        widths = re.findall(r"Config<T, (\d+)>", (SOURCES / "dispatch.h").read_text())
+    text, code = f'#include "{source}"\n', source.read_text()
+    widths = re.findall(r"Config<T, (\d+)>", (SOURCES / "dispatch.h").read_text())
+    for layout in LAYOUTS:
+        if not re.search(rf"struct {layout} : C {{(?:(?!\n}};).)*struct Shared {{", code, re.DOTALL):
+            continue
+        text += f"namespace mita {{ template <class C, int bytes> __global__ void {layout}_probe() {{}}\n"
         for dtype, width, groups in product(("__nv_bfloat16", "__half", "float"), widths, ("false", "true")):
-            if (dtype, groups) == ("float", "true"):
+            if (dtype, groups) == ("float", "true") or (layout, groups) == ("Specialists", "false"):
                 continue
             config = f"Config<{dtype}, {width}, {groups}>"
-            text += f"template __global__ void probe<{config}, sizeof(Layout<{config}>::Shared)>();\n"
+            text += f"template __global__ void {layout}_probe<{config}, sizeof({layout}<{config}>::Shared)>();\n"
         text += "}\n"
     return text
 
@@ -55,16 +58,19 @@ def report(nvcc: str, source: Path, arch: str) -> list[tuple[str, ...]]:
     names = subprocess.run(["c++filt"], input=mangled, capture_output=True, text=True, check=True).stdout.splitlines()
     names = [re.sub(r"\(anonymous namespace\)::|mita::|^void |__nv_|\((?:int|bool)\)", "", name) for name in names]
     names = [re.sub(r"\(.*\)$", "", name).replace(" >", ">") for name in names]
-    dynamic = {CONFIG.search(name)[1]: int(name.rstrip(">").split(", ")[-1]) for name in names if name.startswith("probe<")}
+    probes = [name for name in names if "_probe<" in name]
+    dynamic = {(name.split("_probe<")[0], CONFIG.search(name)[1]): int(name.rstrip(">").split(", ")[-1]) for name in probes}
     sized_by_input = set(re.findall(r"(\w+_kernel)\([^;{]*\{(?:(?!\n\}).)*?extern __shared__", source.read_text(), re.DOTALL))
 
     rows = []
     for name, entry in zip(names, entries):
-        if name.startswith("probe<"):
+        if name in probes:
             continue
         static = re.search(r"(\d+) bytes smem", entry["rest"])
-        shared = str((int(static[1]) if static else 0) + (dynamic.get(config[1], 0) if (config := CONFIG.search(name)) else 0))
-        if not (config and config[1] in dynamic) and name.split("<")[0] in sized_by_input:
+        config = CONFIG.search(name)
+        key = LAYOUTS["specialists" in name], config and config[1]
+        shared = str((int(static[1]) if static else 0) + dynamic.get(key, 0))
+        if key not in dynamic and name.split("<")[0] in sized_by_input:
             shared += " + by input"
         spilled = int(entry["stores"]) + int(entry["loads"])
         rows.append((source.name, name, arch, entry["registers"], shared, entry["stack"], str(spilled)))

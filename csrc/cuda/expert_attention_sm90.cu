@@ -11,36 +11,34 @@
 namespace mita {
 namespace {
 
-template <class C> struct Layout : C {
-  static constexpr int kGroups = C::DP == 64 ? 4 : 3;  // warpgroups that attend
-  static constexpr int kThreads = 128 * (kGroups + 1);
-  static constexpr int kUnits = 64, kStages = C::DP == 64 ? 8 : 4, kSets = C::DP == 64 ? 8 : 5, kPieces = 8;
-};
-
 struct alignas(16) Piece {
   Work work;  // no entries: the last one
   int b, h;
 };
 
-template <class C> struct Shared {
-  using L = Layout<C>;
-  TileStorage<typename C::T, C::DP, kPassRows> queries[L::kSets];
-  UnitStage<typename C::T, C::DP, L::kUnits> stages[L::kStages];
-  Piece pieces[L::kPieces];
-  std::int32_t entries[L::kSets][kPassRows];  // -1 behind the last
-  std::int32_t numbers[4][32];                // of the rows that a warp brings
-  std::int32_t counts[L::kStages][2];         // of the units in each half
-  std::uint64_t of_pieces[L::kPieces][2], of_queries[L::kSets][2], of_units[L::kStages][2];
+template <class C> struct Specialists : C {
+  static constexpr int kGroups = C::DP == 64 ? 4 : 3;  // warpgroups that attend
+  static constexpr int kThreads = 128 * (kGroups + 1);
+  static constexpr int kUnits = 64, kStages = C::DP == 64 ? 8 : 4, kSets = C::DP == 64 ? 8 : 5, kPieces = 8;
+  struct Shared {
+    TileStorage<typename C::T, C::DP, kPassRows> queries[kSets];
+    UnitStage<typename C::T, C::DP, kUnits> stages[kStages];
+    Piece pieces[kPieces];
+    std::int32_t entries[kSets][kPassRows];  // -1 behind the last
+    std::int32_t numbers[4][32];             // of the rows that a warp brings
+    std::int32_t counts[kStages][2];         // of the units in each half
+    std::uint64_t of_pieces[kPieces][2], of_queries[kSets][2], of_units[kStages][2];
+  };
 };
 
-template <class C> __global__ void __launch_bounds__(Layout<C>::kThreads, 1) attention_specialists_kernel(const AttentionParams p) {
+template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1) attention_specialists_kernel(const AttentionParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using L = Layout<C>;
+  using L = Specialists<C>;
   using T = typename C::T;
   constexpr int DP = C::DP, kTiles = L::kUnits / 8;
   extern __shared__ __align__(kPanel) unsigned char memory[];
   const Window window(memory);
-  auto& shared = *reinterpret_cast<Shared<C>*>(memory);
+  auto& shared = *reinterpret_cast<typename L::Shared*>(memory);
   Ring<L::kPieces> piece{window.of(shared.of_pieces), 0};
   Ring<L::kSets> set{window.of(shared.of_queries), 0};
   Ring<L::kStages> stage{window.of(shared.of_units), 0};
@@ -253,7 +251,7 @@ cudaError_t launch_specialist_attention(const AttentionParams& p, cudaStream_t s
     using C = decltype(config);
     if constexpr (C::kGroups) {
       const std::int64_t pieces = std::int64_t(p.problem.B) * p.problem.H * max_tiles(p.problem, p.groups.tile_rows);
-      return launch_specialists(attention_specialists_kernel<C>, Layout<C>::kThreads, sizeof(Shared<C>), pieces, stream, p);
+      return launch_specialists(attention_specialists_kernel<C>, Specialists<C>::kThreads, sizeof(typename Specialists<C>::Shared), pieces, stream, p);
     } else {
       return cudaErrorInvalidValue;
     }
