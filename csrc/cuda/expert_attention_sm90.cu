@@ -128,7 +128,7 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
           set.wait_free();
           shared.entries[set.at()][32 * half + lane] = entry;
           load_rows_by_warp<32, T, DP>(listed, __all_sync(kAllLanes, entry >= 0), x.D,
-                              Copy<T, DP>(shared.queries[set.at()].in(window).from_row(32 * half), p.q, b, h, span(x.queries, b).start));
+                                       Copy<T, DP>(shared.queries[set.at()].in(window).from_row(32 * half), p.q, b, h, span(x.queries, b).start));
           set.there().arrive_loaded();
           __syncwarp();
           if (lane == 0) set.there().arrive();
@@ -152,7 +152,7 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
           const auto& to = shared.stages[stage.at()];
           const std::int64_t start = dense ? 0 : keys.start;
           load_rows_by_warp<32, T, DP>(listed, count == 32, x.D, Copy<T, DP>(to.k.in(window).from_row(32 * half), dense ? p.units.landmarks : p.units.k, b, head, start),
-                              Copy<T, DP>(to.v.in(window).from_row(32 * half), dense ? p.units.compressed : p.units.v, b, head, start));
+                                       Copy<T, DP>(to.v.in(window).from_row(32 * half), dense ? p.units.compressed : p.units.v, b, head, start));
           stage.there().arrive_loaded();
           if (lane == 0) {
             shared.counts[stage.at()][half] = count;

@@ -234,11 +234,11 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
     wait_loads<0>();
   } else {
     if constexpr (DP == 64) take_registers<104>();
-    const int own_part = group / groups, own_rows = 64 * (group % groups);
+    const int own_part = group / groups, first_row = 64 * (group % groups);
     if (own_part >= parts) return;
     for (int item = blockIdx.x; item < pieces; item += gridDim.x, ++landmarks.count) {
       const Piece piece = piece_of(item);
-      const int split = piece.first_split + own_part, m = piece.m0 + own_rows + 16 * warp + lane / 4;
+      const int split = piece.first_split + own_part, m = piece.m0 + first_row + 16 * warp + lane / 4;
       const Part part(piece.keys.length, kRows, p.splits, split);
       Compression<C> compression;
       clear(compression.values);
@@ -250,7 +250,7 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
         if (const int tile = part.first + round; tile < part.last) {
           fence_loads();
           float s[kRows / 8][4];
-          product<C>(s, GroupRows<T, DP>{shared.landmarks.in(window).from_row(own_rows)}, shared.stages[at.at()].k.in(window), lane);
+          product<C>(s, GroupRows<T, DP>{shared.landmarks.in(window).from_row(first_row)}, shared.stages[at.at()].k.in(window), lane);
           wait_products<C, 0>(s);
           auto weights = compression.add(p, s, piece.bh, m, tile, piece.keys.length);
           add_weighted_rows<C>(compression.values, weights, shared.stages[at.at()].v.in(window), lane);

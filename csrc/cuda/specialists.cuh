@@ -5,7 +5,7 @@
 
 namespace mita {
 
-// A barrier in shared memory, which completes a phase with every `arrivals`.
+// A barrier in shared memory. Each time that `arrivals` of it have come, a phase is complete.
 struct Barrier {
   std::uint32_t address;
   __device__ void init(int arrivals) const { asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address), "r"(arrivals) : "memory"); }
