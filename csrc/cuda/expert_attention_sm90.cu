@@ -43,7 +43,7 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
   Ring<L::kSets> set{window.of(shared.of_queries), 0};
   Ring<L::kStages> stage{window.of(shared.of_units), 0};
   if (threadIdx.x == 0) {  // loads arrive by themselves, lane by lane
-    piece.init(1, L::kThreads / 32), set.init(2 * (32 + 1), 4), stage.init(2 * (32 + 1), 4 * L::kGroups);
+    piece.init(1, L::kThreads), set.init(2 * (32 + 1), 128), stage.init(2 * (32 + 1), 128 * L::kGroups);
     fence_barriers();
   }
   __syncthreads();
@@ -59,8 +59,7 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
     return shared.pieces[piece.at()];
   };
   const auto give_back = [&] {
-    __syncwarp();
-    if (lane == 0) piece.done().arrive();
+    piece.done().arrive();
     ++piece.count;
   };
 
@@ -174,7 +173,7 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
       for (int pass = own; resident ? pass < passes || pass == own : pass - own < passes; pass += L::kGroups) {
         const bool last = !resident || pass + L::kGroups >= passes;  // of those who need these units
         const auto done = [&](int tile) {
-          if (last && lane == 0) (first + tile).done().arrive();
+          if (last) (first + tile).done().arrive();
         };
         if (pass >= passes) {
           for (int tile = 0; tile < tiles; ++tile) {
@@ -229,8 +228,7 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
             store_partial_rows<DP>(out, factor, x.D, lane, [&](int i) { return entry(i) < 0 ? nullptr : p.partial_out + (entry0 + entry(i)) * x.D; });
           else
             store_rows<T, DP>(queries.from_row(16 * warp), out, factor, x.D, lane, head_rows<T>(p.out, b, h, span(x.queries, b).start), p.out.row, entry);
-          __syncwarp();
-          if (lane == 0) (set + pass).done().arrive();
+          (set + pass).done().arrive();
         }
         if (!resident) first = first + tiles;
       }

@@ -27,6 +27,8 @@ struct Barrier {
 
 // The places of a ring in turn, each with two barriers: is something there, and are all done with it? A barrier knows the last phase from
 // the one before, no more: those who wait for a place must have seen its last use, or a later one of another place that was there, and done, in order.
+// Every thread that reads or writes a place by itself arrives by itself, too: compute-sanitizer follows no order from the lanes of a warp
+// to one that arrives for all. What only wgmma reads, one lane may give back.
 template <int SIZE> struct Ring {
   std::uint32_t barriers;  // shared address of SIZE pairs
   unsigned count;          // of the place in question, from the first one on

@@ -283,6 +283,7 @@ const Case kCases[] = {
     {"many_pieces", Dtype::bf16, 2, 4, 2, 700, 150, 300, 70, 1, 64, true, Batch::padded},
     {"many_pieces_wide_heads", Dtype::fp16, 2, 4, 4, 700, 150, 200, 70, 1, 128},
     {"many_landmarks_of_passing_units", Dtype::bf16, 1, 2, 2, 400, 150, 600, 20, 1, 64},
+    {"many_passes", Dtype::bf16, 2, 64, 8, 700, 40, 2, 20, 1, 64},
     // long parts of keys
     {"many_keys", Dtype::bf16, 3, 2, 1, 40, 4500, 60, 40, 1, 64, true, Batch::padded},
     {"many_keys_more_landmarks", Dtype::fp16, 1, 2, 2, 40, 4500, 130, 40, 1, 56},
