@@ -1,5 +1,6 @@
 """What torch expects of an operator: opcheck, compile, autocast, checkpointing, graphs, streams, repeatability."""
 
+import contextlib
 import gc
 from functools import partial
 
@@ -482,7 +483,13 @@ def test_out_of_memory_leaves_nothing_broken(function):
     expected = step()
     total, failures = torch.cuda.get_device_properties(0).total_memory, 0
     gc.collect()
-    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
+    ballast = []  # what other tests left free between their tensors
+    for size in (2**25, 2**20):
+        with contextlib.suppress(torch.OutOfMemoryError):
+            while True:
+                ballast.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
     allocated = torch.cuda.memory_allocated()
     try:
         for spare in range(0, 2**29, 2**25):
