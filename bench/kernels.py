@@ -36,7 +36,7 @@ def with_probes(source: Path) -> str:
             continue
         text += f"namespace mita {{ template <class C, int bytes> __global__ void {layout}_probe() {{}}\n"
         for dtype, width, groups in product(("__nv_bfloat16", "__half", "float"), widths, ("false", "true")):
-            if (dtype, groups) == ("float", "true") or (layout, groups) == ("Specialists", "false"):
+            if groups == "true" and (dtype == "float" or int(width) > 128) or (layout, groups) == ("Specialists", "false"):
                 continue
             config = f"Config<{dtype}, {width}, {groups}>"
             text += f"template __global__ void {layout}_probe<{config}, sizeof({layout}<{config}>::Shared)>();\n"

@@ -81,7 +81,7 @@ def test_routing_to_all_keys_is_dense_attention(name, backend):
 
 
 @pytest.mark.parametrize("layout", ["fused_qkv", "heads_last", "unaligned", "slice"])
-@pytest.mark.parametrize("D", [40, 64])
+@pytest.mark.parametrize("D", [40, 64, 136])
 def test_strides_change_nothing(layout, D, backend):
     device, dtype = backend
     case = case_of("basic", N=100, D=D, M=9, K=20, routes=2, layout=layout)

@@ -395,8 +395,8 @@ def test_cuda_limits(function):
     prefix = f"^mita_ext.{function}: "
     with pytest.raises(TypeError, match=prefix + "float64 is computed on the CPU only"):
         call(function, "cuda", **all_of(D, F64))
-    for head_dim in (4, 12, 136):
-        rule = f"the head dimension must be a multiple of 8 and at most 128 on CUDA, got {head_dim}"
+    for head_dim in (4, 12, 264):
+        rule = f"the head dimension must be a multiple of 8 and at most 256 on CUDA, got {head_dim}"
         with pytest.raises(ValueError, match=prefix + rule):
             call(function, "cuda", **all_of(head_dim, torch.float32))
 

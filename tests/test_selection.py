@@ -70,6 +70,7 @@ INTEGER = [
     case_of("basic", N=80, L=300, M=9, K=20, routes=2),
     case_of("grouped_query", L=700, K=100, D=64, routes=3),
     case_of("topk_300", B=2, N=200, M=17, D=128),
+    case_of("wide_keys_5000", M=9, N=100, routes=2),
     case_of("topk_2048"),
     case_of("keys_20000", M=3),
     case_of("landmarks_1024", routes=8),

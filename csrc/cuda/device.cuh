@@ -215,7 +215,8 @@ template <class T, int DP> struct Tile {
     else if constexpr (sizeof(T) == 2) return address + (row >> 3) * (8 * kRowBytes) + (c >> 3) * kPanel + (row & 7) * 128 + 16 * ((c ^ row) & 7);
     else return address + row * kRowBytes + 16 * (c ^ (row & 7));
   }
-  __device__ Tile from_row(int row) const { return {address + row * kRowBytes}; }  // row: a multiple of 8
+  __device__ Tile from_row(int row) const { return {address + row * kRowBytes}; }                                       // row: a multiple of 8
+  __device__ Tile from_column(int column) const { return {address + column / 64 * (sizeof(T) == 2 ? kPanel : 256)}; }  // column: of 64
 };
 
 template <class T, int DP, int ROWS> struct alignas(kPanel) TileStorage {
@@ -473,10 +474,27 @@ template <class T, int DP> struct GroupRows {
 
 template <class C> using StoredRows = std::conditional_t<C::kGroups, GroupRows<typename C::T, C::DP>, SharedRows<typename C::T, C::DP>>;
 // What the forward kernels use. Evidence: with 64 columns, held rows spill at 128 registers, which four blocks of a multiprocessor
-// leave to each thread.
-template <class C> using OwnRows = std::conditional_t<C::kGroups || C::DP == 64, StoredRows<C>, HeldRows<typename C::T, C::DP>>;
-// Where a warp's rows begin: those of its warpgroup, or its own.
-template <class C> __device__ inline int own_rows(int warp) { return C::kGroups ? warp / 4 * 64 : warp * 16; }
+// leave to each thread; with 256 they alone are 64 registers.
+template <class C> using OwnRows = std::conditional_t<C::kGroups || C::DP != 128, StoredRows<C>, HeldRows<typename C::T, C::DP>>;
+
+// Rows of a block of so many threads; where those of a warp begin, and those of its first operand: of its warpgroup, or its own.
+template <class C> __host__ __device__ constexpr int rows_of_block(unsigned threads) { return threads / (2 * C::kSharers); }
+template <class C> __device__ inline int row_of_warp(int warp) { return 16 * (warp / C::kSharers); }
+template <class C> __device__ inline int own_rows(int warp) { return C::kGroups ? warp / 4 * 64 : row_of_warp<C>(warp); }
+// Where the columns begin that this warp sums: 0 in the one that also writes what is said of a whole row.
+template <class C> __device__ inline int column_of_warp() {
+  if constexpr (C::kSharers == 1) return 0;
+  else return threadIdx.x / 32 % C::kSharers * C::kColumns;
+}
+template <class C, class Rows> __device__ inline Rows own_columns(const Rows& rows) {
+  if constexpr (C::kSharers == 1) return rows;
+  else return rows.from_column(column_of_warp<C>());
+}
+// Until all warps that share these rows are here.
+template <class C> __device__ inline void wait_for_sharers() {
+  if constexpr (C::kSharers == 1) __syncwarp();
+  else asm volatile("bar.sync %0, %1;" ::"r"(1 + threadIdx.x / 32 / C::kSharers), "n"(32 * C::kSharers) : "memory");
+}
 
 // The second operand of `add_weighted_rows`: weights rounded to T, in the accumulator layout.
 template <class T, int KT> struct Weights {
@@ -551,9 +569,10 @@ __device__ inline void product(float (&acc)[NT][4], const A& a_rows, const B& b_
   }
 }
 
-// acc[rows x DP] += P[rows x 8*KT] V[8*KT x DP], for example output += probabilities values.
+// acc[rows x DP] += P[rows x 8*KT] V[8*KT x DP], for example output += probabilities values; of the columns of this warp.
 template <class C, int KT, class V, class T = typename C::T, int DP = C::DP>
-__device__ inline void add_weighted_rows(float (&acc)[DP / 8][4], Weights<T, KT>& p, const V& v_rows, int lane) {
+__device__ inline void add_weighted_rows(float (&acc)[C::kColumns / 8][4], Weights<T, KT>& p, const V& rows_of_v, int lane) {
+  const V v_rows = own_columns<C>(rows_of_v);
   if constexpr (C::kGroups) {
     const Matrix<DP> rows(v_rows.address, true);
     begin_products(acc, p.packed);
@@ -568,7 +587,7 @@ __device__ inline void add_weighted_rows(float (&acc)[DP / 8][4], Weights<T, KT>
     for (int k = 0; k < KT / 2; ++k) {
       const std::uint32_t a[4] = {p.packed[2 * k][0], p.packed[2 * k][1], p.packed[2 * k + 1][0], p.packed[2 * k + 1][1]};
 #pragma unroll
-      for (int d = 0; d < DP / 16; ++d) {
+      for (int d = 0; d < C::kColumns / 16; ++d) {
         std::uint32_t b[4];
         ldmatrix_transposed(b, address(d, k));
         mma<T>(acc[2 * d], a, b[0], b[1]);
@@ -587,7 +606,7 @@ __device__ inline void add_weighted_rows(float (&acc)[DP / 8][4], Weights<T, KT>
         const int owner = (lane & ~3) | (i >> 1);
         const float upper = __shfl_sync(kAllLanes, p.packed[n][i & 1], owner), lower = __shfl_sync(kAllLanes, p.packed[n][2 + (i & 1)], owner);
 #pragma unroll
-        for (int d = 0; d < DP / 8; ++d) {
+        for (int d = 0; d < C::kColumns / 8; ++d) {
           const float2 v = load_shared2(columns[i & 1] + (8 * n + i) * (4 * DP) + 16 * ((2 * d) ^ (i & 6)));
           acc[d][0] = fmaf(upper, v.x, acc[d][0]);
           acc[d][1] = fmaf(upper, v.y, acc[d][1]);
@@ -735,14 +754,15 @@ template <int NT> __device__ inline void mask_row(float (&s)[NT][4], int i) {
 
 // ---- whole rows out of accumulators --------------------------------------------------------------------------------
 
-// Writes the warp's 16 x D accumulator rows through its own 16 rows of a tile (free by now), so that global memory sees
+// Writes the warp's 16 accumulator rows through its own 16 rows of a tile (free by now), so that global memory sees
 // whole 16-byte chunks. Row i goes to row index(i) behind `base`, nowhere if that is negative.
-template <class T, int DP, class Index>
-__device__ inline void store_rows(Tile<T, DP> tile, const float (&acc)[DP / 8][4], const float (&factor)[2], int D, int lane, T* base, std::int64_t pitch, Index index) {
-  const int g = lane >> 2, t = lane & 3;
-  __syncwarp();
+template <class C, class Index, class T = typename C::T>
+__device__ inline void store_rows(const Tile<T, C::DP>& rows, const float (&acc)[C::kColumns / 8][4], const float (&factor)[2], int D, int lane, T* base, std::int64_t pitch, Index index) {
+  const int g = lane >> 2, t = lane & 3, first = column_of_warp<C>();
+  const Tile<T, C::DP> tile = own_columns<C>(rows);
+  wait_for_sharers<C>();
 #pragma unroll
-  for (int d = 0; d < DP / 8; ++d)
+  for (int d = 0; d < C::kColumns / 8; ++d)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const std::uint32_t to = tile.chunk(g + 8 * h, (8 * d + 2 * t) / kChunk<T>) + (8 * d + 2 * t) % kChunk<T> * sizeof(T);
@@ -750,10 +770,10 @@ __device__ inline void store_rows(Tile<T, DP> tile, const float (&acc)[DP / 8][4
       else store_shared2(to, acc[d][2 * h] * factor[h], acc[d][2 * h + 1] * factor[h]);
     }
   __syncwarp();
-  constexpr int kChunks = Tile<T, DP>::kChunks, kRows = 32 / kChunks;  // at once
+  constexpr int kChunks = C::kColumns / kChunk<T>, kRows = 32 / kChunks;  // at once
   const int c = lane % kChunks;
-  if (c * kChunk<T> >= D) return;
-  base += c * kChunk<T>;
+  if (first + c * kChunk<T> >= D) return;
+  base += first + c * kChunk<T>;
 #pragma unroll
   for (int i = 0; i < 16; i += kRows) {
     const int row = i + lane / kChunks, to = index(row);
@@ -766,15 +786,15 @@ __device__ inline void store_rows(Tile<T, DP> tile, const float (&acc)[DP / 8][4
 }
 
 // fp32 rows (partial sums) straight from the accumulators.
-template <int DP, class RowPointer>
-__device__ inline void store_partial_rows(const float (&acc)[DP / 8][4], const float (&factor)[2], int D, int lane, RowPointer row_pointer) {
-  const int g = lane >> 2, t = lane & 3;
+template <class C, class RowPointer>
+__device__ inline void store_partial_rows(const float (&acc)[C::kColumns / 8][4], const float (&factor)[2], int D, int lane, RowPointer row_pointer) {
+  const int g = lane >> 2, t = lane & 3, first = column_of_warp<C>();
 #pragma unroll
   for (int h = 0; h < 2; ++h)
     if (float* target = row_pointer(g + 8 * h))
 #pragma unroll
-      for (int d = 0; d < DP / 8; ++d)
-        if (8 * d < D) *reinterpret_cast<float2*>(target + 8 * d + 2 * t) = make_float2(acc[d][2 * h] * factor[h], acc[d][2 * h + 1] * factor[h]);
+      for (int d = 0; d < C::kColumns / 8; ++d)
+        if (first + 8 * d < D) *reinterpret_cast<float2*>(target + first + 8 * d + 2 * t) = make_float2(acc[d][2 * h] * factor[h], acc[d][2 * h + 1] * factor[h]);
 }
 
 // ---- shared memory of a launch -------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ constexpr int kBlocksOfAWave = 528;
 // Queries that a block, or a warpgroup of it, holds at a time, by element size and padded head dimension: what fits two blocks'
 // registers on a multiprocessor and 99 KB of shared memory.
 constexpr int kPassRows = 64;
-template <int BYTES, int DP> constexpr int kRowGradientRows = BYTES == 2 || DP == 64 ? kPassRows : 32;
+template <int BYTES, int DP> constexpr int kAttentionRows = BYTES * DP <= 512 ? kPassRows : 32;
+template <int BYTES, int DP> constexpr int kRowGradientRows = BYTES * DP <= 256 ? kPassRows : BYTES * DP <= 512 ? 32 : 16;
 
 // Experts whose keys and values fit in the registers of one warp, as operands of its products, and the shared units in half of a
 // multiprocessor's memory; and with few queries. H100: at 8, 21 and 33 queries of an expert this takes 63, 71 and 91 % of the time that blocks
@@ -45,6 +46,7 @@ inline int tile_rows(int most, int entries_per_expert, int step = kPassRows) {
 // Several passes need a second set of queries in shared memory, for which fp32 and long index lists leave no room everywhere.
 inline int attention_tile_rows(const Problem& x, int entries_per_expert) {
   if (small_experts(x)) return tile_rows(kMaxSmallTile, entries_per_expert, 16);
+  if (x.D > 128) return tile_rows(x.dtype == Dtype::fp32 ? kAttentionRows<4, 256> : kAttentionRows<2, 256>, entries_per_expert);
   return tile_rows(x.dtype == Dtype::fp32 || x.K > 512 ? kPassRows : x.D <= 64 ? kMaxAttentionTile / 2 : kMaxAttentionTile, entries_per_expert);
 }
 inline int row_gradient_tile_rows(int entries_per_expert) { return tile_rows(kMaxRowGradientTile, entries_per_expert); }
@@ -77,6 +79,8 @@ struct Config {
   using T = T_;                           // element type
   static constexpr int DP = DP_;          // padded head dimension
   static constexpr bool kGroups = GROUPS; // products by warpgroups, which all blocks consist of: sm_90a, 16-bit elements
+  // Warps that share 16 rows: each weighs all of them, and sums its own columns, as many as registers hold.
+  static constexpr int kSharers = DP <= 128 ? 1 : 2, kColumns = DP / kSharers;
 };
 
 // Upper bound, known on the host, of the tiles of `rows` queries that one head can have whatever its routing.
@@ -95,8 +99,9 @@ cudaError_t dispatch_dtype(Dtype dtype, F&& f) {
   return cudaErrorInvalidValue;
 }
 
-// Is the sm_90a code of this build what runs here?
-static inline bool has_warpgroups() {
+// Are there kernels of warpgroups for this, and is the sm_90a code of this build what runs here?
+static inline bool has_warpgroups(Dtype dtype, int D) {
+  if (dtype == Dtype::fp32 || D > 128) return false;
 #ifdef __CUDA_ARCH_LIST__
   constexpr int built[] = {__CUDA_ARCH_LIST__};
   int device = 0, major = 0;
@@ -110,19 +115,19 @@ static inline bool has_warpgroups() {
 template <class F>
 cudaError_t dispatch(Dtype dtype, int D, F&& f) {
   if (D < kCudaHeadDimStep || D > kMaxCudaHeadDim || D % kCudaHeadDimStep != 0) return cudaErrorInvalidValue;
-  return dispatch_dtype(dtype, [&](auto element) {  // zeros fill the head up to 64 or 128 columns in shared memory
+  return dispatch_dtype(dtype, [&](auto element) {  // zeros fill the head up to these columns in shared memory
     using T = decltype(element);
-    return D <= 64 ? f(Config<T, 64>{}) : f(Config<T, 128>{});
+    return D <= 64 ? f(Config<T, 64>{}) : D <= 128 ? f(Config<T, 128>{}) : f(Config<T, 256>{});
   });
 }
 
 // `whole_groups`: blocks of whole warpgroups suit this problem. Where they do, and the device has them, they take it.
 template <class F>
 cudaError_t dispatch(Dtype dtype, int D, bool whole_groups, F&& f) {
-  if (!whole_groups || dtype == Dtype::fp32 || !has_warpgroups()) return dispatch(dtype, D, f);
+  if (!whole_groups || !has_warpgroups(dtype, D)) return dispatch(dtype, D, f);
   return dispatch(dtype, D, [&](auto config) {
     using C = decltype(config);
-    if constexpr (sizeof(typename C::T) == 2) return f(Config<typename C::T, C::DP, true>{});
+    if constexpr (sizeof(typename C::T) == 2 && C::DP <= 128) return f(Config<typename C::T, C::DP, true>{});
     else return cudaErrorInvalidValue;
   });
 }

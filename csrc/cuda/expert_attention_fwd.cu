@@ -2,9 +2,10 @@
 // the K keys of its expert, in one online softmax.
 //
 // attention: one block per tile of queries of one expert (from the list of work). It takes 64 queries or fewer at a time, one warp
-//   16 of them, while the next ones are on their way. Units come in tiles: first the shared units, as dense rows, then the expert's
-//   keys and values, gathered by index. Where all of them fit in shared memory they stay there; else they pass by for every pass.
-//   Queries are gathered and outputs scattered as whole rows. On sm_90a the kernel of expert_attention_sm90.cu takes its place.
+//   16 of them (two warps above 128 columns, half of the output each), while the next ones are on their way. Units come in tiles:
+//   first the shared units, as dense rows, then the expert's keys and values, gathered by index. Where all of them fit in shared
+//   memory they stay there; else they pass by for every pass. Queries are gathered and outputs scattered as whole rows. On sm_90a
+//   the kernel of expert_attention_sm90.cu takes its place, up to 128 columns.
 // small: experts that fit in the registers of one warp (up to 64 keys of up to 64 columns) and have few queries. A block holds the
 //   shared units of its head in shared memory, as operands; each of its warps takes one tile of queries after the other, and walks
 //   through it 16 at a time, with the expert's keys and values in its registers. Rows go from memory straight into operands and back.
@@ -17,11 +18,12 @@ namespace mita {
 namespace {
 
 template <class C> struct Layout : C {
-  static constexpr int kUnits = 32;                                                     // of one tile
+  static constexpr int kRows = kAttentionRows<sizeof(typename C::T), C::DP>, kThreads = 2 * kRows * C::kSharers;
+  static constexpr int kUnits = C::DP <= 128 ? 32 : kRows / 4;                          // of one tile, by memory
   static constexpr int kBlocks = sizeof(typename C::T) == 4 ? 1 : C::DP == 64 ? 4 : 2;  // of a multiprocessor, by registers
   static constexpr int kMemory = 99 * 1024;                                             // of a block
   using Stage = UnitStage<typename C::T, C::DP, kUnits>;
-  using Queries = TileStorage<typename C::T, C::DP, kPassRows>;
+  using Queries = TileStorage<typename C::T, C::DP, kRows>;
 };
 
 // Shared memory of a block: stages of units, queries (two sets where there is more than one pass), its entries, and the indices of its
@@ -32,7 +34,7 @@ template <class C> struct Memory {
   std::size_t queries, entries, indices, bytes;
   __host__ __device__ Memory(const AttentionParams& p) {
     const Problem& x = p.problem;
-    const std::size_t sets = p.groups.tile_rows > kPassRows ? 2 : 1, rest = sets * sizeof(typename L::Queries) + (p.groups.tile_rows + x.K) * sizeof(std::int32_t);
+    const std::size_t sets = p.groups.tile_rows > L::kRows ? 2 : 1, rest = sets * sizeof(typename L::Queries) + (p.groups.tile_rows + x.K) * sizeof(std::int32_t);
     const int tiles = (p.units.shared ? ceil_div(x.M, L::kUnits) : 0) + (x.s > 0 ? ceil_div(x.K, L::kUnits) : 0);
     stages = max(2, min(tiles, static_cast<int>((L::kMemory - rest) / sizeof(typename L::Stage))));
     queries = stages * sizeof(typename L::Stage);
@@ -43,7 +45,7 @@ template <class C> struct Memory {
 };
 
 template <class C>
-__global__ void __launch_bounds__(2 * kPassRows, Layout<C>::kBlocks) attention_kernel(const AttentionParams p, const Memory<C> layout) {
+__global__ void __launch_bounds__(Layout<C>::kThreads, Layout<C>::kBlocks) attention_kernel(const AttentionParams p, const Memory<C> layout) {
   using L = Layout<C>;
   using T = typename C::T;
   constexpr int DP = C::DP, kUnits = L::kUnits, kTiles = kUnits / 8;
@@ -59,7 +61,7 @@ __global__ void __launch_bounds__(2 * kPassRows, Layout<C>::kBlocks) attention_k
   const int tiles = max_tiles(x, p.groups.tile_rows), bh = blockIdx.x / tiles, b = bh / x.H, h = bh % x.H;
   const Work work = find_work(p.groups.tiles, x, x.s, bh, span(x.queries, b).length, blockIdx.x % tiles, p.groups.tile_rows);
   if (work.entries <= 0) return;
-  const int slots = max(x.s, 1), rows = blockDim.x / 2, passes = ceil_div(work.entries, rows);
+  const int slots = max(x.s, 1), rows = rows_of_block<C>(blockDim.x), passes = ceil_div(work.entries, rows);
   const auto queries_of = [&](int pass) { return queries[pass & 1].in(window); };
   const auto load_queries = [&](int pass) {
     const int first = pass * rows, batch = opaque(b);
@@ -108,8 +110,8 @@ __global__ void __launch_bounds__(2 * kPassRows, Layout<C>::kBlocks) attention_k
   };
 #pragma unroll 1
   for (; pass < passes; ++pass) {
-    const auto own = [&](int i) { return pass * rows + 16 * warp + g + 8 * i; };  // entries of the lane's two rows
-    const bool busy = pass * rows + 16 * warp < work.entries;
+    const auto own = [&](int i) { return pass * rows + row_of_warp<C>(warp) + g + 8 * i; };  // entries of the lane's two rows
+    const bool busy = pass * rows + row_of_warp<C>(warp) < work.entries;
     if (resident && pass > 0) {
       wait_loads<0>();
       __syncthreads();
@@ -118,11 +120,11 @@ __global__ void __launch_bounds__(2 * kPassRows, Layout<C>::kBlocks) attention_k
     }
     OwnRows<C> q;
     OnlineSoftmax<T> softmax;
-    float out[DP / 8][4];
+    float out[C::kColumns / 8][4];
     clear(out);
     for (int tile = 0; tile < units.tiles; ++tile) {
       auto& at = stage[arrive(tile)];
-      if (tile == 0) q.load(queries_of(pass).from_row(16 * warp), lane);
+      if (tile == 0) q.load(queries_of(pass).from_row(row_of_warp<C>(warp)), lane);
       if (!busy) continue;
       float s[kTiles][4];
       product<C>(s, q, at.k.in(window), lane);
@@ -145,15 +147,15 @@ __global__ void __launch_bounds__(2 * kPassRows, Layout<C>::kBlocks) attention_k
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       factor[i] = softmax.factor(i);
-      if (t == 0 && own(i) < work.entries) (x.s > 1 ? p.partial_lse : p.lse)[entry0 + entries[own(i)]] = softmax.lse(i);
+      if (t == 0 && column_of_warp<C>() == 0 && own(i) < work.entries) (x.s > 1 ? p.partial_lse : p.lse)[entry0 + entries[own(i)]] = softmax.lse(i);
     }
-    const auto entry = [list = window.of(*entries) + 4 * (pass * rows + 16 * warp), present = work.entries - pass * rows - 16 * warp](int i) {
+    const auto entry = [list = window.of(*entries) + 4 * (pass * rows + row_of_warp<C>(warp)), present = work.entries - pass * rows - row_of_warp<C>(warp)](int i) {
       return i < present ? load_shared_int(list + 4 * i) : -1;
     };
     if (x.s > 1)
-      store_partial_rows<DP>(out, factor, x.D, lane, [&](int i) { return entry(i) < 0 ? nullptr : p.partial_out + (entry0 + entry(i)) * x.D; });
+      store_partial_rows<C>(out, factor, x.D, lane, [&](int i) { return entry(i) < 0 ? nullptr : p.partial_out + (entry0 + entry(i)) * x.D; });
     else
-      store_rows<T, DP>(queries_of(pass).from_row(16 * warp), out, factor, x.D, lane, head_rows<T>(p.out, opaque(b), opaque(h), span(x.queries, b).start), p.out.row, entry);
+      store_rows<C>(queries_of(pass).from_row(row_of_warp<C>(warp)), out, factor, x.D, lane, head_rows<T>(p.out, opaque(b), opaque(h), span(x.queries, b).start), p.out.row, entry);
   }
 }
 
@@ -409,7 +411,8 @@ template <class T, int KT> cudaError_t launch_small(const AttentionParams& p, cu
 
 constexpr int kMergeWarps = 4;
 
-template <class T> __global__ void __launch_bounds__(32 * kMergeWarps) merge_kernel(const AttentionParams p) {
+template <class C> __global__ void __launch_bounds__(32 * kMergeWarps) merge_kernel(const AttentionParams p) {
+  using T = typename C::T;
   const Problem& x = p.problem;
   const std::int64_t row = std::int64_t(blockIdx.x) * kMergeWarps + threadIdx.x / 32;
   const int N = x.queries.max_length, lane = threadIdx.x % 32;
@@ -419,19 +422,19 @@ template <class T> __global__ void __launch_bounds__(32 * kMergeWarps) merge_ker
   if (n >= queries.length) return;
   T* out = head_rows<T>(p.out, bh / x.H, bh % x.H, queries.start + n);
   const float* lse = p.partial_lse + row * x.s;
-  float maximum = -kInfinity, sum = 0.0f, value[kMaxCudaHeadDim / 32] = {};
+  float maximum = -kInfinity, sum = 0.0f, value[C::DP / 32] = {};
   for (int i = 0; i < x.s; ++i) maximum = fmaxf(maximum, lse[i]);
   const float base = maximum == -kInfinity ? 0.0f : maximum;
   for (int i = 0; i < x.s; ++i) {
     const float weight = expf(lse[i] - base);
     sum += weight;
 #pragma unroll
-    for (int j = 0; j < kMaxCudaHeadDim / 32; ++j)
+    for (int j = 0; j < C::DP / 32; ++j)
       if (lane + 32 * j < x.D) value[j] += weight * p.partial_out[(row * x.s + i) * x.D + lane + 32 * j];
   }
   const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
 #pragma unroll
-  for (int j = 0; j < kMaxCudaHeadDim / 32; ++j)
+  for (int j = 0; j < C::DP / 32; ++j)
     if (lane + 32 * j < x.D) out[lane + 32 * j] = from_float<T>(value[j] * factor);
   if (lane == 0) p.lse[row] = log_sum<float>(maximum, sum);
 }
@@ -450,16 +453,17 @@ cudaError_t launch_expert_attention(const AttentionParams& p, cudaStream_t strea
     using C = decltype(config);
     const Memory<C> layout(p);
     if (cudaError_t status = allow_shared_memory(attention_kernel<C>, layout.bytes)) return status;
-    attention_kernel<C><<<static_cast<unsigned>(x.B) * x.H * max_tiles(x, p.groups.tile_rows), std::min(2 * kPassRows, 2 * p.groups.tile_rows), layout.bytes, stream>>>(p, layout);
+    const int threads = std::min(Layout<C>::kThreads, 2 * p.groups.tile_rows * C::kSharers);
+    attention_kernel<C><<<static_cast<unsigned>(x.B) * x.H * max_tiles(x, p.groups.tile_rows), threads, layout.bytes, stream>>>(p, layout);
     return cudaGetLastError();
   };
-  const cudaError_t status = small_experts(x)                                    ? dispatch_dtype(x.dtype, small)
-                             : x.dtype != Dtype::fp32 && has_warpgroups() ? launch_specialist_attention(p, stream)
-                                                                          : dispatch(x.dtype, x.D, blocks);
+  const cudaError_t status = small_experts(x)                 ? dispatch_dtype(x.dtype, small)
+                             : has_warpgroups(x.dtype, x.D) ? launch_specialist_attention(p, stream)
+                                                            : dispatch(x.dtype, x.D, blocks);
   if (status != cudaSuccess || x.s <= 1) return status;
-  return dispatch_dtype(x.dtype, [&](auto element) {
+  return dispatch(x.dtype, x.D, [&](auto config) {
     const std::int64_t rows = std::int64_t(x.B) * x.H * x.queries.max_length;
-    merge_kernel<decltype(element)><<<static_cast<unsigned>((rows + kMergeWarps - 1) / kMergeWarps), 32 * kMergeWarps, 0, stream>>>(p);
+    merge_kernel<decltype(config)><<<static_cast<unsigned>((rows + kMergeWarps - 1) / kMergeWarps), 32 * kMergeWarps, 0, stream>>>(p);
     return cudaGetLastError();
   });
 }

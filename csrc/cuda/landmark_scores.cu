@@ -1,7 +1,7 @@
 // Landmark scores and compressed values in one pass over the keys and values.
 //
-// score_compress: one block per (batch, head, part of the key range, group of landmarks); one warp owns 16 landmarks and
-// walks over key tiles that the block brings in with cp.async, two stages deep:
+// score_compress: one block per (batch, head, part of the key range, group of landmarks); one warp owns 16 landmarks (two warps above
+// 128 columns, half of the values each) and walks over key tiles that the block brings in with cp.async, two stages deep where they fit:
 //   S = Z k^T  -> the largest of every eight, or all of them, unscaled in fp32: the selection never sees a rounded score
 //   online softmax over scale * S, O += P v  -> partial values, maximum and sum of this part
 // The keys of a tile are permuted, so that the columns of one lane are consecutive keys.
@@ -14,8 +14,8 @@
 namespace mita {
 namespace {
 
-template <class T> constexpr int kKeys = sizeof(T) == 2 ? 64 : 32;  // of one tile
-template <class T> constexpr int kLaneKeys = kKeys<T> / 4;           // of one lane
+template <class C> constexpr int kKeys = sizeof(typename C::T) == 2 && C::DP <= 128 ? 64 : 32;  // of one tile
+template <class C> constexpr int kLaneKeys = kKeys<C> / 4;                                       // of one lane
 
 constexpr int kSpecialistKeys = 4096;  // and more: by specialists
 
@@ -29,23 +29,23 @@ struct Part {
 };
 
 // Row 8n + 2t + i of a tile is key t * kLaneKeys + 2n + i.
-template <class T> __device__ inline int key_of_row(int row) { return row / 2 % 4 * kLaneKeys<T> + row / 8 * 2 + row % 2; }
+template <class C> __device__ inline int key_of_row(int row) { return row / 2 % 4 * kLaneKeys<C> + row / 8 * 2 + row % 2; }
 
 // The softmax of a warp's 16 landmarks over a part of the keys.
 template <class C> struct Compression {
   using T = typename C::T;
-  static constexpr int DP = C::DP, kTiles = kKeys<T> / 8;
+  static constexpr int kTiles = kKeys<C> / 8;
   OnlineSoftmax<T> softmax;
-  float values[DP / 8][4];
+  float values[C::kColumns / 8][4];
 
   // From the scores of landmarks m and m + 8 (a lane's two rows) to what is stored of them, and to weights.
   __device__ Weights<T, kTiles> add(const LandmarkParams& p, float (&s)[kTiles][4], std::int64_t bh, int m, int tile, int length) {
     const Problem& x = p.problem;
     const bool all_scores = p.group == 1;
     const std::int64_t pitch = score_pitch(x.keys.max_length, p.group);
-    const int lane_key = tile * kKeys<T> + threadIdx.x % 4 * kLaneKeys<T>;
+    const int lane_key = tile * kKeys<C> + threadIdx.x % 4 * kLaneKeys<C>;
     const auto each_absent = [&](auto&& f) {
-      if ((tile + 1) * kKeys<T> > length)
+      if ((tile + 1) * kKeys<C> > length)
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
 #pragma unroll
@@ -55,7 +55,7 @@ template <class C> struct Compression {
     each_absent([](float& score) { score = NAN; });
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      if (m + 8 * i < x.M) {
+      if (column_of_warp<C>() == 0 && m + 8 * i < x.M) {
         float* scores = p.scores + (bh * x.M + m + 8 * i) * pitch + (all_scores ? lane_key : lane_key / kGroupKeys);
         if (all_scores) {
 #pragma unroll
@@ -84,11 +84,11 @@ template <class C> struct Compression {
     softmax.finish();
     const std::int64_t row0 = (bh * p.splits + split) * x.M;
     const float one[2] = {1.0f, 1.0f};
-    store_partial_rows<DP>(values, one, x.D, lane, [&](int i) {
+    store_partial_rows<C>(values, one, x.D, lane, [&](int i) {
       const int row = m - lane / 4 + i;
       return row < x.M ? p.partial_values + (row0 + row) * x.D : nullptr;
     });
-    if (lane % 4 == 0)
+    if (lane % 4 == 0 && column_of_warp<C>() == 0)
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         if (m + 8 * i < x.M) *reinterpret_cast<float2*>(p.partial_state + 2 * (row0 + m + 8 * i)) = make_float2(softmax.maximum[i], softmax.sum[i]);
@@ -97,9 +97,10 @@ template <class C> struct Compression {
 
 template <class C> struct Layout : C {
   static constexpr int kWarps = sizeof(typename C::T) == 2 ? 8 : 4;  // at most; fewer where there are fewer landmarks
+  static constexpr int kStages = C::DP * sizeof(typename C::T) <= 512 ? 2 : 1;
   struct Shared {
-    UnitStage<typename C::T, C::DP, kKeys<typename C::T>> stage[2];
-    TileStorage<typename C::T, C::DP, 16 * kWarps> landmarks;  // last: only the rows in use are allocated
+    UnitStage<typename C::T, C::DP, kKeys<C>> stage[kStages];
+    TileStorage<typename C::T, C::DP, rows_of_block<C>(32 * kWarps)> landmarks;  // last: only the rows in use are allocated
   };
   static_assert(sizeof(Shared) <= 96 * 1024);
 };
@@ -108,32 +109,33 @@ template <class C>
 __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::kGroups && C::DP == 64 ? 2 : 1) score_compress_kernel(const LandmarkParams p) {
   using L = Layout<C>;
   using T = typename C::T;
-  constexpr int DP = C::DP, kRows = kKeys<T>;
+  constexpr int DP = C::DP, kRows = kKeys<C>;
   extern __shared__ __align__(kPanel) unsigned char memory[];
   typename L::Shared& shared = *reinterpret_cast<typename L::Shared*>(memory);
   const Window window(memory);
 
   const Problem& x = p.problem;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int block_rows = blockDim.x / 2, groups = ceil_div(x.M, block_rows);
-  const int m0 = (blockIdx.x % groups) * block_rows, split = blockIdx.x / groups % p.splits, bh = blockIdx.x / groups / p.splits;
-  const int b = bh / x.H, h = bh % x.H, m = m0 + 16 * warp + lane / 4;
+  const int rows = rows_of_block<C>(blockDim.x), groups = ceil_div(x.M, rows);
+  const int m0 = (blockIdx.x % groups) * rows, split = blockIdx.x / groups % p.splits, bh = blockIdx.x / groups / p.splits;
+  const int b = bh / x.H, h = bh % x.H, m = m0 + row_of_warp<C>(warp) + lane / 4;
   const Span keys = span(x.keys, b);
   const Part part(keys.length, kRows, p.splits, split);
 
   const auto load_stage = [&](int tile) {
-    auto& stage = shared.stage[tile & 1];
+    auto& stage = shared.stage[tile & (L::kStages - 1)];
     const int head = h / (x.H / x.Hkv), key0 = tile * kRows;
     const auto key_of = [key0, length = keys.length](int row) {  // a ragged tile lacks the last row and the last key
-      const int key = key0 + key_of_row<T>(row);
+      const int key = key0 + key_of_row<C>(row);
       return key < length ? key : -1;
     };
     load_rows<T, DP>(kRows, x.D, key0 + kRows <= keys.length ? kRows : kRows - 1, key_of,
                      Copy<T, DP>(stage.k.in(window), p.k, b, head, keys.start), Copy<T, DP>(stage.v.in(window), p.v, b, head, keys.start));
   };
 
-  load_rows<T, DP>(block_rows, x.D, x.M - m0, [m0](int i) { return m0 + i; }, Copy<T, DP>(shared.landmarks.in(window), p.landmarks, b, h, 0));
-  if (part.first < part.last) load_stage(part.first);
+  load_rows<T, DP>(rows, x.D, x.M - m0, [m0](int i) { return m0 + i; }, Copy<T, DP>(shared.landmarks.in(window), p.landmarks, b, h, 0));
+  constexpr int kAhead = L::kStages - 1;
+  if (kAhead > 0 && part.first < part.last) load_stage(part.first);
   commit_loads();
   wait_loads<0>();
   __syncthreads();
@@ -143,11 +145,11 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::kGroups && C::DP ==
   Compression<C> compression;
   clear(compression.values);
   for (int tile = part.first; tile < part.last; ++tile) {
-    if (tile + 1 < part.last) load_stage(tile + 1);
+    if (tile + kAhead < part.last) load_stage(tile + kAhead);
     commit_loads();
-    wait_loads<1>();
+    wait_loads<kAhead>();
     __syncthreads();
-    auto& stage = shared.stage[tile & 1];
+    auto& stage = shared.stage[tile & (L::kStages - 1)];
     float s[kRows / 8][4];
     product<C>(s, landmarks, stage.k.in(window), lane);
     wait_products<C, 0>(s);
@@ -164,7 +166,7 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::kGroups && C::DP ==
 template <class C> struct Specialists : C {
   static constexpr int kGroups = C::DP == 64 ? 4 : 2, kThreads = 128 * (kGroups + 1), kStages = C::DP == 64 ? 10 : 5;
   struct Shared {
-    UnitStage<typename C::T, C::DP, kKeys<typename C::T>> stages[kStages];
+    UnitStage<typename C::T, C::DP, kKeys<C>> stages[kStages];
     TileStorage<typename C::T, C::DP, 64 * kGroups> landmarks;
     std::uint64_t of_stages[kStages][2], of_landmarks[1][2];
   };
@@ -176,7 +178,7 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using L = Specialists<C>;
   using T = typename C::T;
-  constexpr int DP = C::DP, kRows = kKeys<T>;
+  constexpr int DP = C::DP, kRows = kKeys<C>;
   extern __shared__ __align__(kPanel) unsigned char memory[];
   const Window window(memory);
   auto& shared = *reinterpret_cast<typename L::Shared*>(memory);
@@ -221,7 +223,7 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
             const auto& to = shared.stages[stage.at()];
             const int key0 = tile * kRows;
             const auto key_of = [key0, first = 16 * warp, length = piece.keys.length](int row) {
-              const int key = key0 + key_of_row<T>(first + row);
+              const int key = key0 + key_of_row<C>(first + row);
               return key < length ? key : -1;
             };
             load_rows_by_warp<16, T, DP>(key_of, key0 + kRows <= piece.keys.length, x.D,
@@ -271,7 +273,7 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
 
 constexpr int kCombineWarps = 4;
 
-template <class T> __global__ void __launch_bounds__(32 * kCombineWarps) combine_kernel(const LandmarkParams p) {
+template <class T, int DP> __global__ void __launch_bounds__(32 * kCombineWarps) combine_kernel(const LandmarkParams p) {
   const Problem& x = p.problem;
   const std::int64_t row = std::int64_t(blockIdx.x) * kCombineWarps + threadIdx.x / 32;
   if (row >= std::int64_t(x.B) * x.H * x.M) return;
@@ -283,18 +285,18 @@ template <class T> __global__ void __launch_bounds__(32 * kCombineWarps) combine
 #pragma unroll 8
   for (int i = 0; i < p.splits; ++i) maximum = fmaxf(maximum, p.partial_state[2 * part(i)]);
   const float base = maximum == -kInfinity ? 0.0f : maximum;
-  float sum = 0.0f, value[kMaxCudaHeadDim / 32] = {};
-#pragma unroll 8
+  float sum = 0.0f, value[DP / 32] = {};
+#pragma unroll(DP <= 128 ? 8 : 2)  // 4 times 256 columns spill on sm_80
   for (int i = 0; i < p.splits; ++i) {
     const float weight = exponential<T>(p.partial_state[2 * part(i)] - base);
     sum += weight * p.partial_state[2 * part(i) + 1];
 #pragma unroll
-    for (int j = 0; j < kMaxCudaHeadDim / 32; ++j)
+    for (int j = 0; j < DP / 32; ++j)
       if (lane + 32 * j < x.D) value[j] += weight * p.partial_values[part(i) * x.D + lane + 32 * j];
   }
   const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
 #pragma unroll
-  for (int j = 0; j < kMaxCudaHeadDim / 32; ++j)
+  for (int j = 0; j < DP / 32; ++j)
     if (lane + 32 * j < x.D) static_cast<T*>(p.compressed)[row * x.D + lane + 32 * j] = from_float<T>(value[j] * factor);
   if (lane == 0) p.lse[row] = log_sum<T>(maximum, sum);
 }
@@ -308,8 +310,8 @@ cudaError_t launch_landmark_scores(const LandmarkParams& p, cudaStream_t stream)
     using T = typename C::T;
     const auto by_blocks = [&] {
       using L = Layout<C>;
-      const int warps = std::min(L::kWarps, C::kGroups ? ceil_div(x.M, 64) * 4 : ceil_div(x.M, 16)), groups = ceil_div(x.M, 16 * warps);
-      const std::size_t bytes = sizeof(typename L::Shared) - (L::kWarps - warps) * 16 * C::DP * sizeof(T);
+      const int warps = std::min(L::kWarps, C::kGroups ? ceil_div(x.M, 64) * 4 : ceil_div(x.M, 16) * C::kSharers), groups = ceil_div(x.M, rows_of_block<C>(32 * warps));
+      const std::size_t bytes = sizeof(typename L::Shared) - rows_of_block<C>(32 * (L::kWarps - warps)) * C::DP * sizeof(T);
       if (cudaError_t status = allow_shared_memory(score_compress_kernel<C>, sizeof(typename L::Shared))) return status;
       score_compress_kernel<C><<<static_cast<unsigned>(x.B) * x.H * p.splits * groups, 32 * warps, bytes, stream>>>(p);
       return cudaGetLastError();
@@ -325,7 +327,7 @@ cudaError_t launch_landmark_scores(const LandmarkParams& p, cudaStream_t stream)
     }
     if (status != cudaSuccess) return status;
     const std::int64_t rows = std::int64_t(x.B) * x.H * x.M;
-    combine_kernel<T><<<static_cast<unsigned>((rows + kCombineWarps - 1) / kCombineWarps), 32 * kCombineWarps, 0, stream>>>(p);
+    combine_kernel<T, C::DP><<<static_cast<unsigned>((rows + kCombineWarps - 1) / kCombineWarps), 32 * kCombineWarps, 0, stream>>>(p);
     return cudaGetLastError();
   });
 }

@@ -285,7 +285,7 @@ template <class C> __device__ void choose_keys(Selection& s, u32* chosen, const 
   choose(s, chosen, count, k, [&](int i) { return candidate(scores[i], keys[i]); });
 }
 
-template <class C> __global__ void __launch_bounds__(kThreads, C::DP == 64 ? 7 : 6) topk_long_kernel(const LandmarkParams p, const Sampling plan) {
+template <class C> __global__ void __launch_bounds__(kThreads, C::DP == 64 ? 7 : C::DP == 128 ? 6 : 3) topk_long_kernel(const LandmarkParams p, const Sampling plan) {
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ Selection selection;
   const Problem& x = p.problem;

@@ -1,6 +1,7 @@
 // Landmark queries by average pooling, and its gradient.
 //
-// pool: a window is summed by one warp or by several of a block; fp32 sums, combined in a fixed order, divided and rounded once.
+// pool: a window, or 512 bytes of its rows, is summed by one warp or by several of a block; fp32 sums, combined in a fixed order,
+// divided and rounded once.
 // pool_backward: four threads per row of dq; they read the few windows that hold its token, and may add to what is there.
 #include "device.cuh"
 #include "launch.h"
@@ -15,7 +16,7 @@ template <class T> __global__ void __launch_bounds__(32 * kPoolShares) pool_kern
   const std::int64_t landmark = std::int64_t(blockIdx.x) * (kPoolShares / shares) + warp / shares;
   const bool exists = landmark < std::int64_t(x.B) * x.H * x.M;
   int own_shares = 1;  // as many as its sequence would have alone: the same sums
-  const int lanes = row_lanes<T>(x.D), c = lane % lanes;
+  const int lanes = min(row_lanes<T>(x.D), 32), own = lane % lanes, c = own + 32 * blockIdx.y;
   const bool inside = c * kChunk<T> < x.D;
   int area = 0;
   float sum[kChunk<T>];
@@ -38,7 +39,7 @@ template <class T> __global__ void __launch_bounds__(32 * kPoolShares) pool_kern
     if (share > 0) return;
     for (int i = 1; i < own_shares; ++i)
 #pragma unroll
-      for (int e = 0; e < kChunk<T>; ++e) sum[e] += partial[warp + i][c][e];
+      for (int e = 0; e < kChunk<T>; ++e) sum[e] += partial[warp + i][own][e];
   }
   if (!exists || lane >= lanes || !inside) return;
   *reinterpret_cast<uint4*>(static_cast<T*>(p.landmarks) + landmark * x.D + c * kChunk<T>) = mean_of<T>(sum, area).bits;
@@ -46,7 +47,8 @@ template <class T> __global__ void __launch_bounds__(32 * kPoolShares) pool_kern
 
 constexpr int kThreads = 128, kRowThreads = 4;  // of a block of pool_backward, of one row of dq
 
-template <class T> __global__ void __launch_bounds__(kThreads) pool_backward_kernel(const PoolBackwardParams p) {
+template <class C> __global__ void __launch_bounds__(kThreads) pool_backward_kernel(const PoolBackwardParams p) {
+  using T = typename C::T;
   const Problem& x = p.problem;
   const int chunks = x.D / kChunk<T>, N = x.queries.max_length;
   const std::int64_t row = (std::int64_t(blockIdx.x) * kThreads + threadIdx.x) / kRowThreads;
@@ -58,7 +60,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) pool_backward_ker
   const T* dlandmarks = head_rows<T>(p.dlandmarks, b, bh % x.H, 0);
   T* dq = head_rows<T>(p.dq, b, bh % x.H, queries.start + n);
 
-  constexpr int kMost = kMaxCudaHeadDim / kChunk<T> / kRowThreads;  // chunks of one thread, all in flight at once
+  constexpr int kMost = C::DP / kChunk<T> / kRowThreads;  // chunks of one thread, all in flight at once
   const int first = threadIdx.x % kRowThreads;
   float sum[kMost][kChunk<T>] = {};
   const auto each_chunk = [&](auto&& f) {
@@ -95,17 +97,17 @@ cudaError_t launch_pool(const PoolParams& p, cudaStream_t stream) {
     const Problem& x = p.problem;
     const std::int64_t landmarks = std::int64_t(x.B) * x.H * x.M;
     const int shares = pool_shares<T>(x, p.windows);
-    pool_kernel<T><<<static_cast<unsigned>((landmarks * shares + kPoolShares - 1) / kPoolShares), 32 * kPoolShares, 0, stream>>>(p, shares);
+    const dim3 blocks(static_cast<unsigned>((landmarks * shares + kPoolShares - 1) / kPoolShares), ceil_div(x.D, 32 * kChunk<T>));
+    pool_kernel<T><<<blocks, 32 * kPoolShares, 0, stream>>>(p, shares);
     return cudaGetLastError();
   });
 }
 
 cudaError_t launch_pool_backward(const PoolBackwardParams& p, cudaStream_t stream) {
-  return dispatch_dtype(p.problem.dtype, [&](auto element) {
-    using T = decltype(element);
+  return dispatch(p.problem.dtype, p.problem.D, [&](auto config) {
     const Problem& x = p.problem;
     const std::int64_t threads = std::int64_t(x.B) * x.H * x.queries.max_length * kRowThreads;
-    pool_backward_kernel<T><<<static_cast<unsigned>((threads + kThreads - 1) / kThreads), kThreads, 0, stream>>>(p);
+    pool_backward_kernel<decltype(config)><<<static_cast<unsigned>((threads + kThreads - 1) / kThreads), kThreads, 0, stream>>>(p);
     return cudaGetLastError();
   });
 }

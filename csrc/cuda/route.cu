@@ -13,8 +13,8 @@ namespace {
 
 template <class C> struct Layout : C {
   static constexpr bool kHalf = sizeof(typename C::T) == 2;
-  static constexpr int kWarps = kHalf ? 8 : 4;
-  static constexpr int kLandmarks = kHalf ? 64 : 32;  // of one tile
+  static constexpr int kWarps = (kHalf ? 8 : 4) / (C::DP <= 128 ? 1 : 2);
+  static constexpr int kLandmarks = 8 * kWarps;  // of one tile
   struct Shared {
     TileStorage<typename C::T, C::DP, kLandmarks> stage[2];
     TileStorage<typename C::T, C::DP, 16 * kWarps> queries[2];  // of this pass and the next

@@ -2,7 +2,8 @@
 //   attention: rows = a tile of queries of one expert, taken in passes, units = [landmarks | its gathered keys]; whole rows are scattered
 //   landmark:  rows = landmarks, units = all keys, cut into parts
 //
-// One warp owns 16 rows and keeps their sums in registers; unit tiles pass by, two stages deep:
+// One warp owns 16 rows and keeps their sums in registers (two warps above 128 columns, half of the sums each); unit tiles pass by,
+// two stages deep:
 //   P = exp(scale * q k^T - lse)    dS = P * (dout v^T - delta)    dq += scale * dS k    kappa += scale * P k
 //
 // Where keys are nearly the same, dq is what is left when dS cancels, and roundings do not cancel with it: that of the saved output
@@ -18,13 +19,13 @@ namespace {
 
 template <class C> struct Layout : C {
   static constexpr bool kHalf = sizeof(typename C::T) == 2;
-  static constexpr int kWarps = kRowGradientRows<sizeof(typename C::T), C::DP> / 16;  // at most
-  static constexpr int kUnits = C::kGroups ? 64 : kHalf || C::DP == 64 ? 32 : 16;     // of one tile
+  static constexpr int kRows = kRowGradientRows<sizeof(typename C::T), C::DP>, kWarps = kRows / 16 * C::kSharers;  // at most
+  static constexpr int kUnits = C::kGroups ? 64 : C::DP > 128 ? kRows / 2 : kHalf || C::DP == 64 ? 32 : 16;        // of one tile
   static constexpr int kBlocks = !kHalf ? 1 : C::kGroups && C::DP == 64 ? 3 : 2;      // of a multiprocessor, by registers
   struct Shared {
     UnitStage<typename C::T, C::DP, kUnits> stage[2];
     std::int32_t entries[kMaxRowGradientTile];
-    TileStorage<typename C::T, C::DP, 16 * kWarps> q, dout;
+    TileStorage<typename C::T, C::DP, kRows> q, dout;
     std::int32_t indices[kMaxTopk];  // of the expert's keys; last: only K are allocated
   };
   static_assert(offsetof(Shared, indices) <= 100 * 1024);
@@ -69,7 +70,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   const Window window(memory);
 
   const Problem& x = p.problem;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3, rows = blockDim.x / 2;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3, rows = rows_of_block<C>(blockDim.x);
   const bool landmark = p.role == RowRole::landmark;
   const int N = x.queries.max_length;
 
@@ -95,7 +96,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   const auto is_last = [&](int pass) { return (pass + 1) * rows >= work.entries; };
 #pragma unroll 1
   for (int pass = 0; pass * rows < work.entries; ++pass) {
-    const auto own = [&](int i) { return pass * rows + 16 * warp + g + 8 * i; };  // entries of the lane's two rows
+    const auto own = [&](int i) { return pass * rows + row_of_warp<C>(warp) + g + 8 * i; };  // entries of the lane's two rows
     const int batch = opaque(b), head = opaque(h);
     const std::int64_t start = landmark ? 0 : span(x.queries, batch).start;
     load_rows<T, DP>(rows, x.D, work.entries - pass * rows,
@@ -116,7 +117,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
       if (lse[i] == -kInfinity) lse[i] = kInfinity;  // attended to nothing
       delta[i] = present ? p.delta[statistics(i)] : 0.0f;
     }
-    float dq[DP / 8][4], kappa[DP / 8][4];
+    float dq[C::kColumns / 8][4], kappa[C::kColumns / 8][4];
     clear(dq);
     clear(kappa);
     RowSums sums;
@@ -128,7 +129,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
       wait_loads<1>();
       __syncthreads();
       auto& stage = shared.stage[buffer];
-      if (C::kGroups || pass * rows + 16 * warp < work.entries) {
+      if (C::kGroups || pass * rows + row_of_warp<C>(warp) < work.entries) {
         const bool dense = units.is_shared(tile);
         const float scale = dense ? p.landmark_scale : p.scale;
         float s[kTiles][4], gradient[kTiles][4];
@@ -173,16 +174,16 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
     }
     sums.finish();
 
-    const auto entry = [&](int i) { return pass * rows + 16 * warp + i < work.entries ? shared.entries[pass * rows + 16 * warp + i] : -1; };
+    const auto entry = [&](int i) { return pass * rows + row_of_warp<C>(warp) + i < work.entries ? shared.entries[pass * rows + row_of_warp<C>(warp) + i] : -1; };
     float unshifted[2] = {power_of_2(-kGradientShift<T>), power_of_2(-kGradientShift<T>)};
     if (landmark || x.s > 1) {
       const std::int64_t row0 = landmark ? (std::int64_t(opaque(bh)) * parts + part) * x.M : std::int64_t(opaque(bh)) * N * slots_of_query();
       const auto row_in = [&](int which) { return [=](int i) { return entry(i) < 0 ? nullptr : p.partial + (2 * (row0 + entry(i)) + which) * x.D; }; };
-      store_partial_rows<DP>(dq, unshifted, x.D, lane, row_in(0));
-      store_partial_rows<DP>(kappa, unshifted, x.D, lane, row_in(1));
+      store_partial_rows<C>(dq, unshifted, x.D, lane, row_in(0));
+      store_partial_rows<C>(kappa, unshifted, x.D, lane, row_in(1));
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        if (t == 0 && own(i) < work.entries) {
+        if (t == 0 && column_of_warp<C>() == 0 && own(i) < work.entries) {
           float* to = p.partial_sums + 3 * (row0 + shared.entries[own(i)]);
           to[0] = sums.rounded[i], to[1] = sums.exact[i], to[2] = sums.probability[i];
         }
@@ -191,14 +192,14 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
       for (int i = 0; i < 2; ++i) {
         const bool present = own(i) < work.entries;
         const Correction correct(sums.rounded[i], sums.exact[i], L::kHalf ? 1.0f : sums.probability[i], present ? given(p, statistics(i)) : 0.0f);
-        if (t == 0 && present) correct.write(p, statistics(i), delta[i]);
+        if (t == 0 && column_of_warp<C>() == 0 && present) correct.write(p, statistics(i), delta[i]);
 #pragma unroll
-        for (int d = 0; d < DP / 8; ++d)
+        for (int d = 0; d < C::kColumns / 8; ++d)
 #pragma unroll
           for (int j = 2 * i; j < 2 * i + 2; ++j) dq[d][j] -= correct.excess * kappa[d][j];
         unshifted[i] *= correct.normalizer;
       }
-      store_rows<T, DP>(shared.q.in(window).from_row(16 * warp), dq, unshifted, x.D, lane, head_rows<T>(p.dq, batch, head, span(x.queries, batch).start), p.dq.row, entry);
+      store_rows<C>(shared.q.in(window).from_row(row_of_warp<C>(warp)), dq, unshifted, x.D, lane, head_rows<T>(p.dq, batch, head, span(x.queries, batch).start), p.dq.row, entry);
     }
     __syncthreads();  // the next queries take the place of these
   }
@@ -246,12 +247,12 @@ cudaError_t launch_row_gradient(const RowGradientParams& p, cudaStream_t stream)
   return dispatch(x.dtype, x.D, most_rows > 48, [&](auto config) {
     using C = decltype(config);
     using L = Layout<C>;
-    const int warps = std::min(L::kWarps, C::kGroups ? 4 : ceil_div(most_rows, 16));
+    const int warps = std::min(L::kWarps, C::kGroups ? 4 : ceil_div(most_rows, 16) * C::kSharers);
     if (warps < 1 || p.groups.tile_rows > kMaxRowGradientTile) return cudaErrorInvalidValue;
     const std::size_t bytes = offsetof(typename L::Shared, indices) + (landmark ? 0 : x.K * sizeof(std::int32_t));
     if (cudaError_t status = allow_shared_memory(row_gradient_kernel<C>, sizeof(typename L::Shared))) return status;
     const unsigned heads = static_cast<unsigned>(x.B) * x.H;
-    const unsigned blocks = landmark ? heads * p.splits * ceil_div(x.M, 16 * warps) : heads * max_tiles(x, p.groups.tile_rows);
+    const unsigned blocks = landmark ? heads * p.splits * ceil_div(x.M, rows_of_block<C>(32 * warps)) : heads * max_tiles(x, p.groups.tile_rows);
     row_gradient_kernel<C><<<blocks, 32 * warps, bytes, stream>>>(p);
     if (cudaError_t status = cudaGetLastError()) return status;
     if (!landmark && x.s <= 1) return cudaSuccess;

@@ -3,7 +3,8 @@
 //   routed:   units = the gathered keys and values of an expert, rows = one segment of its queries
 //   compress: units = keys and values, rows = the landmarks; the epilogue adds what the routed sums left for each key
 //
-// One warp owns 16 units and keeps their dk and dv in registers; row tiles (q, dout, lse, delta) pass by, two stages deep:
+// One warp owns 16 units and keeps their dk and dv in registers (two warps above 128 columns, half of them each); row tiles (q, dout,
+// lse, delta) pass by, two stages deep:
 //   P^T = exp(scale * k q^T - lse)      dv += P^T dout
 //   dS^T = P^T * (v dout^T - delta)     dk += dS^T q
 // Every sum has one owner and a fixed order: no atomics. Partial sums are fp32.
@@ -15,8 +16,9 @@ namespace {
 
 template <class C> struct Layout : C {
   static constexpr bool kHalf = sizeof(typename C::T) == 2;
-  static constexpr int kWarps = kHalf || C::DP == 64 ? 4 : 2;     // at most; 16 units each
-  static constexpr int kRows = C::kGroups || (kHalf && C::DP == 64) ? 64 : 32;  // of one tile. Evidence: by warps, 64 rows of 128 columns spill
+  static constexpr int kUnits = kRowGradientRows<sizeof(typename C::T), C::DP>, kWarps = kUnits / 16 * C::kSharers;  // at most
+  // Of one tile. Evidence: by warps, 64 rows of 128 columns spill.
+  static constexpr int kRows = C::DP > 128 ? kUnits / 2 : C::kGroups || (kHalf && C::DP == 64) ? 64 : 32;
   static constexpr int kBlocks = kHalf ? 2 : 1;                   // of a multiprocessor, by registers
   static constexpr int kListedRows = 512;  // a multiple of kRows
   struct Shared {
@@ -24,7 +26,7 @@ template <class C> struct Layout : C {
       TileStorage<typename C::T, C::DP, kRows> q, dout;
       float lse[kRows], delta[kRows], normalizer[kHalf ? 1 : kRows];
     } stage[2];
-    TileStorage<typename C::T, C::DP, 16 * kWarps> k, v;
+    TileStorage<typename C::T, C::DP, kUnits> k, v;
     std::int32_t rows[kListedRows];  // routed: the queries that come next
   };
   static_assert(sizeof(Shared) <= 102 * 1024);
@@ -47,7 +49,7 @@ __global__ void __launch_bounds__(128) key_starts_kernel(const UnitGradientParam
 // What the routed sums left for the keys of one block, gathered in shared memory: landmark after landmark, slot after slot,
 // segment after segment. An entry is one slot of one landmark whose key is in the block.
 template <class C> struct RoutedSums {
-  static constexpr int kEntries = 2048, kUnits = 16 * Layout<C>::kWarps;
+  static constexpr int kEntries = 2048, kUnits = Layout<C>::kUnits;
   float dk[kUnits][C::DP], dv[kUnits][C::DP];
   int offset[kMaxLandmarks + 1];  // of each landmark's entries
   int entry[kEntries];            // unit << 21 | landmark << 11 | slot, or -1; the entries that fit at a time
@@ -95,7 +97,7 @@ template <class C> struct RoutedSums {
       const int count = min(kEntries, offset[x.M] - first);
       for (int i = lane; i - lane < count; i += 32) {
         const int mine = i < count ? entry[i] : -1;
-        unsigned left = __ballot_sync(kAllLanes, mine >= 0 && mine >> 25 == warp);
+        unsigned left = __ballot_sync(kAllLanes, mine >= 0 && mine >> 25 == warp / C::kSharers);
         while (left) left = add_few(p, bh, segments, mine, left, lane);
       }
       __syncthreads();
@@ -104,10 +106,10 @@ template <class C> struct RoutedSums {
 
   // The first few entries of a warp's `left` lanes: all their rows are on their way before the first one is added.
   __device__ unsigned add_few(const UnitGradientParams& p, int bh, const std::int32_t* segments, int mine, unsigned left, int lane) {
-    using Columns = std::conditional_t<C::DP == 64, float2, float4>;  // of one lane
-    constexpr int kColumns = C::DP / 32, kFew = 8 / kColumns;  // beside 128 registers of gradients
+    using Columns = std::conditional_t<C::kColumns == 64, float2, float4>;  // of one lane
+    constexpr int kColumns = C::kColumns / 32, kFew = 8 / kColumns;  // beside 128 registers of gradients
     const Problem& x = p.problem;
-    const int column = kColumns * lane;
+    const int column = column_of_warp<C>() + kColumns * lane;
     const auto add = [](float* sum, const Columns& more) {
       const float* m = reinterpret_cast<const float*>(&more);
 #pragma unroll
@@ -152,7 +154,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
 
   const Problem& x = p.problem;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2;
-  const int block_units = blockDim.x / 2, group = x.H / x.Hkv;
+  const int block_units = rows_of_block<C>(blockDim.x), group = x.H / x.Hkv;
   const bool compress = p.role == UnitRole::compress, routed = p.role == UnitRole::routed;
 
   // What this block works on: units [u0, u0 + block_units) of one head, and the rows that come by in `steps` tiles.
@@ -207,7 +209,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   StoredRows<C> k, v;
   k.load(shared.k.in(window).from_row(own_rows<C>(warp)), lane);
   v.load(shared.v.in(window).from_row(own_rows<C>(warp)), lane);
-  float dk[DP / 8][4], dv[DP / 8][4];
+  float dk[C::kColumns / 8][4], dv[C::kColumns / 8][4];
   clear(dk);
   clear(dv);
   const float scale = p.scale * kLogit<T>;
@@ -254,33 +256,33 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   wait_loads<0>();
 
 #pragma unroll
-  for (int d = 0; d < DP / 8; ++d)
+  for (int d = 0; d < C::kColumns / 8; ++d)
 #pragma unroll
     for (int i = 0; i < 4; ++i) dk[d][i] *= p.scale * power_of_2(-kGradientShift<T>), dv[d][i] *= power_of_2(-kProbabilityShift<T>);
   const float one[2] = {1.0f, 1.0f};
-  const int own = u0 + 16 * warp;
+  const int own = u0 + row_of_warp<C>(warp);
   if (!compress) {
     const std::int64_t row0 = (std::int64_t(bh) * parts + part) * units;
     const auto row_in = [&](float* partial) { return [=](int i) { return own + i < units ? partial + (row0 + own + i) * x.D : nullptr; }; };
-    store_partial_rows<DP>(dk, one, x.D, lane, row_in(p.partial_dk));
-    store_partial_rows<DP>(dv, one, x.D, lane, row_in(p.partial_dv));
+    store_partial_rows<C>(dk, one, x.D, lane, row_in(p.partial_dk));
+    store_partial_rows<C>(dv, one, x.D, lane, row_in(p.partial_dv));
     return;
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i)
-    if (16 * warp + g + 8 * i >= present)  // keys beyond a short sequence
+    if (row_of_warp<C>(warp) + g + 8 * i >= present)  // keys beyond a short sequence
 #pragma unroll
-      for (int d = 0; d < DP / 8; ++d) dk[d][2 * i] = dk[d][2 * i + 1] = dv[d][2 * i] = dv[d][2 * i + 1] = 0.0f;
+      for (int d = 0; d < C::kColumns / 8; ++d) dk[d][2 * i] = dk[d][2 * i + 1] = dv[d][2 * i] = dv[d][2 * i + 1] = 0.0f;
   if (p.indices != nullptr) {
     RoutedSums<C>& sums = *reinterpret_cast<RoutedSums<C>*>(memory);  // all tiles are free by now
     __syncthreads();
     sums.clear();
     for (int i = 0; i < group; ++i) sums.add(p, b * x.H + h * group + i, u0, block_units);
 #pragma unroll
-    for (int d = 0; d < DP / 8; ++d)
+    for (int d = 0; d < C::kColumns / 8; ++d)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int unit = 16 * warp + g + 8 * (i / 2), column = 8 * d + 2 * (lane & 3) + (i & 1);
+        const int unit = row_of_warp<C>(warp) + g + 8 * (i / 2), column = column_of_warp<C>() + 8 * d + 2 * (lane & 3) + (i & 1);
         dk[d][i] += sums.dk[unit][column], dv[d][i] += sums.dv[unit][column];
       }
   }
@@ -288,8 +290,8 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   const Span stored_keys = span(x.keys, opaque(b));
   const int stored = x.keys.starts ? stored_keys.length : units;
   const auto index = [&](int i) { return own + i < stored ? own + i : -1; };
-  store_rows<T, DP>(shared.k.in(window).from_row(16 * warp), dk, one, x.D, lane, head_rows<T>(p.dk, b, h, stored_keys.start), p.dk.row, index);
-  store_rows<T, DP>(shared.v.in(window).from_row(16 * warp), dv, one, x.D, lane, head_rows<T>(p.dv, b, h, stored_keys.start), p.dv.row, index);
+  store_rows<C>(shared.k.in(window).from_row(row_of_warp<C>(warp)), dk, one, x.D, lane, head_rows<T>(p.dk, b, h, stored_keys.start), p.dk.row, index);
+  store_rows<C>(shared.v.in(window).from_row(row_of_warp<C>(warp)), dv, one, x.D, lane, head_rows<T>(p.dv, b, h, stored_keys.start), p.dv.row, index);
 }
 
 }  // namespace
@@ -302,7 +304,7 @@ cudaError_t launch_unit_gradient(const UnitGradientParams& p, cudaStream_t strea
     using C = decltype(config);
     using L = Layout<C>;
     const int parts = compress ? 1 : p.role == UnitRole::routed ? max_tiles(x, p.groups.segment_rows) : p.splits;
-    const int warps = C::kGroups ? 4 : std::min(L::kWarps, ceil_div(units, 16));
+    const int warps = C::kGroups ? 4 : std::min(L::kWarps, ceil_div(units, 16) * C::kSharers);
     const bool collects = compress && p.indices != nullptr;
     const std::size_t bytes = collects ? std::max(sizeof(typename L::Shared), sizeof(RoutedSums<C>)) : sizeof(typename L::Shared);
     if (cudaError_t status = allow_shared_memory(unit_gradient_kernel<C>, bytes)) return status;
@@ -310,7 +312,7 @@ cudaError_t launch_unit_gradient(const UnitGradientParams& p, cudaStream_t strea
       key_starts_kernel<<<static_cast<unsigned>(x.B) * x.H * x.M, 128, 0, stream>>>(p);
       if (cudaError_t status = cudaGetLastError()) return status;
     }
-    const unsigned blocks = static_cast<unsigned>(x.B) * (compress ? x.Hkv : x.H) * parts * ceil_div(units, 16 * warps);
+    const unsigned blocks = static_cast<unsigned>(x.B) * (compress ? x.Hkv : x.H) * parts * ceil_div(units, rows_of_block<C>(32 * warps));
     unit_gradient_kernel<C><<<blocks, 32 * warps, bytes, stream>>>(p);
     return cudaGetLastError();
   });

@@ -264,6 +264,23 @@ const Case kCases[] = {
     {"many_landmarks", Dtype::fp16, 1, 2, 1, 300, 400, 100, 64, 1, 128},
     {"many_queries_two_routes", Dtype::bf16, 3, 2, 1, 500, 150, 6, 60, 2, 72, true, Batch::padded},
     {"many_queries_compress_only", Dtype::bf16, 1, 2, 2, 200, 100, 64, 8, 0, 128},
+    // two warps for the same rows
+    {"wider_heads", Dtype::bf16, 2, 2, 1, 150, 150, 20, 24, 1, 136},
+    {"wider_heads_fp16", Dtype::fp16, 1, 2, 2, 133, 140, 17, 40, 1, 200},
+    {"wider_heads_fp32", Dtype::fp32, 1, 2, 1, 70, 75, 18, 33, 1, 256},
+    {"wider_heads_fp32_padded", Dtype::fp32, 3, 2, 2, 90, 60, 9, 16, 1, 136, true, Batch::padded},
+    {"wider_heads_two_routes", Dtype::bf16, 3, 2, 1, 120, 110, 14, 20, 2, 256, true, Batch::packed},
+    {"wider_heads_two_routes_fp32", Dtype::fp32, 1, 1, 1, 60, 60, 7, 9, 2, 200},
+    {"wider_heads_compress_only", Dtype::bf16, 1, 2, 2, 100, 80, 64, 8, 0, 256},
+    {"wider_heads_route_only", Dtype::fp16, 1, 2, 2, 90, 90, 11, 30, 1, 192, false},
+    {"wider_heads_many_queries", Dtype::bf16, 1, 2, 1, 900, 300, 5, 100, 1, 256},
+    {"wider_heads_many_queries_fp32", Dtype::fp32, 1, 1, 1, 300, 150, 3, 70, 1, 256},
+    {"wider_heads_many_landmarks", Dtype::fp16, 1, 2, 1, 200, 300, 130, 40, 1, 256},
+    {"wider_heads_many_keys", Dtype::bf16, 2, 2, 1, 40, 4200, 70, 33, 1, 256, true, Batch::full},
+    {"wider_heads_many_keys_fp32", Dtype::fp32, 1, 1, 1, 40, 4800, 33, 15, 1, 136},
+    {"wider_heads_passing_units", Dtype::fp16, 1, 1, 1, 100, 500, 5, 300, 1, 144},
+    {"wider_heads_one_of_each", Dtype::fp32, 1, 1, 1, 1, 1, 1, 1, 1, 256},
+    {"wider_heads_ties", Dtype::bf16, 1, 1, 1, 90, 140, 16, 24, 2, 160, true, Batch::full, true},
     // experts in the registers of a warp
     {"many_small_experts", Dtype::fp16, 2, 2, 1, 700, 300, 30, 49, 1, 64, true, Batch::padded},
     {"small_experts_many_landmarks", Dtype::bf16, 1, 2, 2, 300, 200, 200, 20, 2, 48},
@@ -292,6 +309,7 @@ const Case kCases[] = {
     {"nearly_equal_keys_many_queries", Dtype::bf16, 1, 1, 1, 700, 300, 5, 64, 1, 128, true, Batch::full, false, {}, 0.1},
     {"nearly_equal_keys_two_routes", Dtype::fp16, 1, 1, 1, 200, 300, 7, 40, 2, 64, true, Batch::full, false, {}, 0.1},
     {"nearly_equal_keys_fp32", Dtype::fp32, 1, 1, 1, 80, 90, 5, 40, 1, 64, true, Batch::full, false, {}, 0.1},
+    {"nearly_equal_keys_wider_heads", Dtype::bf16, 1, 1, 1, 150, 150, 9, 40, 1, 256, true, Batch::full, false, {}, 0.1},
 };
 
 // ---- the definition, in double -------------------------------------------------------------------------------------
