@@ -35,8 +35,8 @@ def with_probes(source: Path) -> str:
         if not re.search(rf"struct {layout} : C {{(?:(?!\n}};).)*struct Shared {{", code, re.DOTALL):
             continue
         text += f"namespace mita {{ template <class C, int bytes> __global__ void {layout}_probe() {{}}\n"
-        for dtype, width, groups in product(("__nv_bfloat16", "__half", "float"), widths, ("false", "true")):
-            if groups == "true" and (dtype == "float" or int(width) > 128) or (layout, groups) == ("Specialists", "false"):
+        for dtype, width, groups in product(("__nv_bfloat16", "__half", "float", "Tf32"), widths, ("false", "true")):
+            if groups == "true" and ("_" not in dtype or int(width) > 128) or (layout, groups) == ("Specialists", "false"):
                 continue
             config = f"Config<{dtype}, {width}, {groups}>"
             text += f"template __global__ void {layout}_probe<{config}, sizeof({layout}<{config}>::Shared)>();\n"

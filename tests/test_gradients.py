@@ -1,5 +1,7 @@
 """Are the gradients right? Against finite differences in float64, and against the honest rival in every dtype."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from cases import BY_NAME, assert_rivals, assert_same, case_of, given_selection, make_inputs
@@ -132,6 +134,89 @@ def test_lse_alone_and_out_alone(name, backend):
     exact = [grads_given_selection(case, aux, tensors, at, 0 * dout, dlse) for at in (torch.float64, dtype)]
     for name, got, *others in zip(NAMES, lse_only, *exact, strict=False):
         assert_rivals(name, got, *others)
+
+
+# ---- TF32: only as torch's own products, and never in a decision
+
+
+@pytest.fixture(params=[("allow_tf32", True), ("fp32_precision", "tf32")], ids=["allow_tf32", "fp32_precision"])
+def tf32(request, monkeypatch):
+    """A context in which torch's float32 products are rounded, in the older and the newer way of saying so."""
+    if not hasattr(torch.backends.cuda.matmul, request.param[0]):
+        pytest.skip("torch is older than this setting")
+
+    @contextmanager
+    def context():
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.backends.cuda.matmul, *request.param)
+            yield
+
+    return context
+
+
+def attend_and_differentiate(case, tensors):
+    out, aux = mita_ext.attention(*tensors[:3], **case.options(tensors[3]), return_aux=True)
+    dout, dlse = grad_outputs(case, "cuda", torch.float32)
+    grads = torch.autograd.grad((out, aux.lse), inputs_of(case, tensors), (dout, dlse), allow_unused=True)
+    return aux, (out, aux.lse, *(torch.zeros_like(x) if g is None else g for x, g in zip(tensors, grads)))
+
+
+SELECTED = [
+    "deit",
+    "clustered_pooled",
+    "grouped_query",
+    "routes_3",
+    "keys_5000",
+    "long",
+    "wide_keys_9000",
+    "wide_landmarks_300",
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SELECTED)
+def test_tf32_selects_the_same(name, tf32):
+    case = BY_NAME[name]
+    tensors = make_inputs(case, "cuda", torch.float32, requires_grad=True)
+    exact_aux, exact = attend_and_differentiate(case, tensors)
+    with tf32():
+        aux, results = attend_and_differentiate(case, tensors)
+    for field in ("landmarks", "topk_indices", "experts"):
+        assert torch.equal(getattr(aux, field), getattr(exact_aux, field))
+    for got, expected in zip((*results, aux.compressed), (*exact, exact_aux.compressed), strict=True):
+        assert not torch.equal(got, expected)
+        assert (got - expected).norm() <= 1e-2 * expected.norm()
+    _, again = attend_and_differentiate(case, tensors)
+    for got, expected in zip(again, exact, strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D", [24, 64, 128, 256])
+@pytest.mark.parametrize("routes", [0, 1])
+def test_tf32_given_the_selection(routes, D, tf32):
+    """Where the definition is dense attention, and its products are of a kind that torch rounds as well."""
+    case = case_of("basic", N=256, L=128, D=D, M=64, K=128, routes=routes, shared_expert=routes == 0)
+    tensors = make_inputs(case, "cuda", torch.float32, requires_grad=True)
+    dout, dlse = grad_outputs(case, "cuda", torch.float32)
+
+    def attend(q, k, v, scale):
+        logits = scale * (q @ k.mT)
+        return logits.softmax(-1) @ v, logits.logsumexp(-1)
+
+    def dense(dtype):
+        q, k, v, z = leaves = [x.detach().to(dtype, copy=True).requires_grad_() for x in tensors]
+        out, lse = attend(q, k, v, D**-0.5) if routes else attend(q, z, attend(z, k, v, D**-0.5)[0], 1 / D)
+        grads = torch.autograd.grad((out, lse), leaves, (dout.to(dtype), dlse.to(dtype)), allow_unused=True)
+        return out, lse, *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads))
+
+    exact, (_, full) = dense(torch.float64), attend_and_differentiate(case, tensors)
+    with tf32():
+        (_, results), rivals = attend_and_differentiate(case, tensors), dense(torch.float32)
+    for name, got, precise, *others in zip(("out", "lse", *NAMES), results, full, exact, rivals, strict=True):
+        assert_rivals(name, got, *others)
+        if name != "lse" and others[0].any():  # its rounding may vanish beside that of a sum
+            assert (got - others[0]).norm() > 20 * (precise - others[0]).norm(), f"{name}: nothing was rounded to TF32"
 
 
 # ---- gradcheck: float64 on the CPU

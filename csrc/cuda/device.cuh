@@ -5,8 +5,9 @@
 //   acc[n][0..1] = row g,     columns 8n + 2t, 8n + 2t + 1
 //   acc[n][2..3] = row g + 8, the same columns
 // which is the fragment layout of mma.m16n8k16 and of its first operand, so that probabilities go from the first product
-// into the second without leaving the registers. fp32 uses the same layout with fused multiply-adds: exact fp32. wgmma, the
-// product of four warps at once on sm_90a, has it too: such a kernel differs from the others in its products alone.
+// into the second without leaving the registers. fp32 uses the same layout with fused multiply-adds: exact fp32. So do mma.m16n8k8,
+// where fp32 may be rounded to TF32, and wgmma, the product of four warps at once on sm_90a: such kernels differ from the others in
+// their products alone.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -34,6 +35,7 @@ __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 template <class T> __device__ inline T from_float(float x);
 template <> __device__ inline float from_float<float>(float x) { return x; }
+template <> __device__ inline Tf32 from_float<Tf32>(float x) { return {x}; }
 template <> __device__ inline __half from_float<__half>(float x) { return __float2half_rn(x); }
 template <> __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
@@ -319,8 +321,18 @@ template <> __device__ inline void mma<__half>(float (&c)[4], const std::uint32_
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// TF32 is rounded to before the product: tensor cores would cut the rest off.
+template <> __device__ inline void mma<Tf32>(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <class T> __device__ inline std::uint32_t rounded(std::uint32_t x) {
+  if constexpr (std::is_same_v<T, Tf32>) asm("cvt.rna.tf32.f32 %0, %0;" : "+r"(x));
+  return x;
+}
+
 // Chunk 2k + b of a row lies at (address of chunk b) ^ 32k within a panel: at most one instruction, and no register per k.
-__device__ inline std::uint32_t at_step(std::uint32_t address, int k) { return (address ^ (32 * (k & 3))) + kPanel * (k >> 2); }
+template <class T> __device__ inline std::uint32_t at_step(std::uint32_t address, int k) { return (address ^ (32 * (k & 3))) + (sizeof(T) == 2 ? kPanel : 128) * (k >> 2); }
 
 template <int N> __device__ inline void clear(float (&acc)[N][4]) {
 #pragma unroll
@@ -417,7 +429,7 @@ template <class C, int PENDING, class... Registers> __device__ inline void wait_
 // a lane's chunk of columns 16k and up, of the n-th sixteen rows.
 template <class T, int DP> struct TileOperand {
   std::uint32_t address;
-  __device__ std::uint32_t operator()(int k, int n) const { return at_step(address, k) + n * 16 * DP * static_cast<int>(sizeof(T)); }
+  __device__ std::uint32_t operator()(int k, int n) const { return at_step<T>(address, k) + n * 16 * DP * static_cast<int>(sizeof(T)); }
 };
 template <class T, int DP> __device__ inline TileOperand<T, DP> operand(const Tile<T, DP>& tile, int row, int c) { return {tile.chunk(row, c)}; }
 
@@ -426,12 +438,12 @@ template <class T, int DP, int ROWS> struct ListedRows {
   std::uint32_t list;  // shared address of 16-bit numbers
   int count;           // of them, at least 1; behind them the last one again
 };
-template <int ROWS> struct ListedOperand {
+template <class T, int ROWS> struct ListedOperand {
   std::uint32_t address[ROWS / 16];
-  __device__ std::uint32_t operator()(int k, int n) const { return at_step(address[n], k); }
+  __device__ std::uint32_t operator()(int k, int n) const { return at_step<T>(address[n], k); }
 };
-template <class T, int DP, int ROWS> __device__ inline ListedOperand<ROWS> operand(const ListedRows<T, DP, ROWS>& rows, int row, int c) {
-  ListedOperand<ROWS> result;
+template <class T, int DP, int ROWS> __device__ inline ListedOperand<T, ROWS> operand(const ListedRows<T, DP, ROWS>& rows, int row, int c) {
+  ListedOperand<T, ROWS> result;
 #pragma unroll
   for (int n = 0; n < ROWS / 16; ++n) result.address[n] = rows.tile.chunk(load_shared_short(rows.list + 2 * min(16 * n + row, rows.count - 1)), c);
   return result;
@@ -446,7 +458,7 @@ template <class T, int DP> struct SharedRows {
     address = rows.chunk(lane & 15, lane >> 4);
   }
   __device__ void load(const ListedRows<T, DP, 16>& rows, int lane) { address = operand(rows, lane & 15, lane >> 4).address[0]; }
-  __device__ void fragment(std::uint32_t (&a)[4], int k) const { ldmatrix(a, at_step(address, k)); }
+  __device__ void fragment(std::uint32_t (&a)[4], int k) const { ldmatrix(a, at_step<T>(address, k)); }
 };
 
 // the same, kept in registers (fp32 has no use for that: its rows stay in shared memory):
@@ -458,9 +470,10 @@ template <class T, int DP> struct HeldRows {
     const std::uint32_t address = rows.chunk(lane & 15, lane >> 4);
     if constexpr (sizeof(T) == 2)
 #pragma unroll
-      for (int k = 0; k < DP / 16; ++k) ldmatrix(held[k], at_step(address, k));
+      for (int k = 0; k < DP / 16; ++k) ldmatrix(held[k], at_step<T>(address, k));
   }
   __device__ void fragment(std::uint32_t (&a)[4], int k) const {
+    static_assert(sizeof(T) == 2);
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[i] = held[k][i];
   }
@@ -475,7 +488,7 @@ template <class T, int DP> struct GroupRows {
 template <class C> using StoredRows = std::conditional_t<C::kGroups, GroupRows<typename C::T, C::DP>, SharedRows<typename C::T, C::DP>>;
 // What the forward kernels use. Evidence: with 64 columns, held rows spill at 128 registers, which four blocks of a multiprocessor
 // leave to each thread; with 256 they alone are 64 registers.
-template <class C> using OwnRows = std::conditional_t<C::kGroups || C::DP != 128, StoredRows<C>, HeldRows<typename C::T, C::DP>>;
+template <class C> using OwnRows = std::conditional_t<C::kGroups || C::DP != 128 || sizeof(typename C::T) == 4, StoredRows<C>, HeldRows<typename C::T, C::DP>>;
 
 // Rows of a block of so many threads; where those of a warp begin, and those of its first operand: of its warpgroup, or its own.
 template <class C> __host__ __device__ constexpr int rows_of_block(unsigned threads) { return threads / (2 * C::kSharers); }
@@ -506,7 +519,7 @@ template <class T, int KT> struct Weights {
 #pragma unroll
       for (int i = 0; i < (kHalf ? 2 : 4); ++i)
         if constexpr (kHalf) packed[n][i] = pack<T>(w[n][2 * i], w[n][2 * i + 1]);
-        else packed[n][i] = w[n][i];
+        else packed[n][i] = __uint_as_float(rounded<T>(__float_as_uint(w[n][i])));
   }
   // The sum of the lane's share of its upper or lower row, as rounded.
   __device__ float sum(int i) const {
@@ -534,18 +547,20 @@ __device__ inline void product(float (&acc)[NT][4], const A& a_rows, const B& b_
 #pragma unroll
     for (int k = 0; k < DP / 16; ++k) wgmma<T>(acc, a.at(32 * (k & 3) + kPanel * (k >> 2)), b.at(32 * (k & 3) + kPanel * (k >> 2)), k > 0);
     commit_products();
-  } else if constexpr (sizeof(T) == 2) {
-    static_assert(NT % 2 == 0);
-    const auto address = operand(b_rows, (lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
-#pragma unroll
-    for (int k = 0; k < DP / 16; ++k) {
+  } else if constexpr (!std::is_same_v<T, float>) {
+    const auto address = operand(b_rows, (lane & 7) + (NT > 1 ? (lane >> 4) << 3 : 0), (lane >> 3) & 1);
+    constexpr int kSteps = DP * sizeof(T) / 32;
+#pragma unroll(sizeof(T) == 2 ? kSteps : 4)  // TF32: loaded further ahead, it spills
+    for (int k = 0; k < kSteps; ++k) {
       std::uint32_t a[4], b[4];
       a_rows.fragment(a, k);
 #pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = rounded<T>(a[i]);
+#pragma unroll
       for (int n = 0; n < NT; n += 2) {
         ldmatrix(b, address(k, n / 2));
-        mma<T>(acc[n], a, b[0], b[1]);
-        mma<T>(acc[n + 1], a, b[2], b[3]);
+        mma<T>(acc[n], a, rounded<T>(b[0]), rounded<T>(b[1]));
+        if (n + 1 < NT) mma<T>(acc[n + 1], a, rounded<T>(b[2]), rounded<T>(b[3]));
       }
     }
   } else {
@@ -592,6 +607,21 @@ __device__ inline void add_weighted_rows(float (&acc)[C::kColumns / 8][4], Weigh
         ldmatrix_transposed(b, address(d, k));
         mma<T>(acc[2 * d], a, b[0], b[1]);
         mma<T>(acc[2 * d + 1], a, b[2], b[3]);
+      }
+    }
+  } else if constexpr (std::is_same_v<T, Tf32>) {
+    // Eight units of a step in an order that leaves the weights where they are: 0, 2, 4, 6, 1, 3, 5, 7.
+    const int g = lane >> 2, t = lane & 3;
+    const std::uint32_t even = v_rows.chunk(2 * t, g >> 2) + 4 * (g & 3), odd = v_rows.chunk(2 * t + 1, g >> 2) + 4 * (g & 3);
+#pragma unroll
+    for (int n = 0; n < KT; ++n) {
+      std::uint32_t a[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = __float_as_uint(p.packed[n][i % 2 * 2 + i / 2]);
+#pragma unroll
+      for (int d = 0; d < C::kColumns / 8; ++d) {
+        const auto value = [&](std::uint32_t address) { return rounded<T>(load_shared_int(at_step<T>(address, d) + n * (8 * 4 * DP))); };
+        mma<T>(acc[d], a, value(even), value(odd));
       }
     }
   } else {

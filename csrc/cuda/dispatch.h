@@ -74,6 +74,11 @@ __host__ __device__ inline std::int64_t score_pitch(int L, int group) { return (
 // with all queries is still the work of many blocks.
 inline int segment_rows(int entries_per_expert) { return (2 * entries_per_expert + 127) / 64 * 64; }
 
+// An fp32 element that products round to TF32: 8 bits of exponent and 10 of mantissa, as tensor cores take them.
+struct Tf32 {
+  float x;
+};
+
 template <class T_, int DP_, bool GROUPS = false>
 struct Config {
   using T = T_;                           // element type
@@ -130,6 +135,21 @@ cudaError_t dispatch(Dtype dtype, int D, bool whole_groups, F&& f) {
     if constexpr (sizeof(typename C::T) == 2 && C::DP <= 128) return f(Config<typename C::T, C::DP, true>{});
     else return cudaErrorInvalidValue;
   });
+}
+
+// The same for kernels whose products may be rounded to TF32, if the problem says so.
+template <class F>
+cudaError_t dispatch(const Problem& x, F&& f) {
+  if (x.dtype != Dtype::fp32 || !x.tf32) return dispatch(x.dtype, x.D, f);
+  return dispatch(x.dtype, x.D, [&](auto config) {
+    using C = decltype(config);
+    if constexpr (sizeof(typename C::T) == 4) return f(Config<Tf32, C::DP>{});
+    else return cudaErrorInvalidValue;
+  });
+}
+template <class F>
+cudaError_t dispatch(const Problem& x, bool whole_groups, F&& f) {
+  return x.dtype == Dtype::fp32 ? dispatch(x, f) : dispatch(x.dtype, x.D, whole_groups, f);
 }
 
 }  // namespace mita

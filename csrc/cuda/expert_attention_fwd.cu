@@ -459,7 +459,7 @@ cudaError_t launch_expert_attention(const AttentionParams& p, cudaStream_t strea
   };
   const cudaError_t status = small_experts(x)                 ? dispatch_dtype(x.dtype, small)
                              : has_warpgroups(x.dtype, x.D) ? launch_specialist_attention(p, stream)
-                                                            : dispatch(x.dtype, x.D, blocks);
+                                                            : dispatch(x, blocks);
   if (status != cudaSuccess || x.s <= 1) return status;
   return dispatch(x.dtype, x.D, [&](auto config) {
     const std::int64_t rows = std::int64_t(x.B) * x.H * x.queries.max_length;

@@ -4,6 +4,7 @@
 // 128 columns, half of the values each) and walks over key tiles that the block brings in with cp.async, two stages deep where they fit:
 //   S = Z k^T  -> the largest of every eight, or all of them, unscaled in fp32: the selection never sees a rounded score
 //   online softmax over scale * S, O += P v  -> partial values, maximum and sum of this part
+// Where fp32 may be rounded to TF32, the values are, and S is not.
 // The keys of a tile are permuted, so that the columns of one lane are consecutive keys.
 // On sm_90a, where 16-bit sequences are long, specialists do the same: four warps bring keys and values, a share of the rows each, whole
 // warpgroups own 64 landmarks, or share them, each with a part of the key range of its own.
@@ -105,6 +106,8 @@ template <class C> struct Layout : C {
   static_assert(sizeof(Shared) <= 96 * 1024);
 };
 
+template <class C> using Exact = std::conditional_t<std::is_same_v<typename C::T, Tf32>, Config<float, C::DP>, C>;
+
 template <class C>
 __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::kGroups && C::DP == 64 ? 2 : 1) score_compress_kernel(const LandmarkParams p) {
   using L = Layout<C>;
@@ -151,7 +154,7 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::kGroups && C::DP ==
     __syncthreads();
     auto& stage = shared.stage[tile & (L::kStages - 1)];
     float s[kRows / 8][4];
-    product<C>(s, landmarks, stage.k.in(window), lane);
+    product<Exact<C>>(s, landmarks, stage.k.in(window), lane);
     wait_products<C, 0>(s);
     auto weights = compression.add(p, s, bh, m, tile, keys.length);
     add_weighted_rows<C>(compression.values, weights, stage.v.in(window), lane);
@@ -305,7 +308,7 @@ template <class T, int DP> __global__ void __launch_bounds__(32 * kCombineWarps)
 
 cudaError_t launch_landmark_scores(const LandmarkParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
-  return dispatch(x.dtype, x.D, x.M > 48, [&](auto config) {
+  return dispatch(x, x.M > 48, [&](auto config) {
     using C = decltype(config);
     using T = typename C::T;
     const auto by_blocks = [&] {

@@ -7,6 +7,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <nvtx3/nvToolsExt.h>
 #include <torch/library.h>
+#include <torch/version.h>
 
 #include <algorithm>
 #include <limits>
@@ -114,6 +115,15 @@ Dtype dtype_of(const Tensor& x) {
   return x.scalar_type() == at::kBFloat16 ? Dtype::bf16 : x.scalar_type() == at::kHalf ? Dtype::fp16 : Dtype::fp32;
 }
 
+// Does torch round the operands of its own fp32 products? The older question throws where a newer setting was used.
+bool allow_tf32() {
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 10
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) == at::Float32Precision::TF32;
+#else
+  return at::globalContext().allowTF32CuBLAS();
+#endif
+}
+
 // The sequences whose rows `x` holds.
 Sequences sequences(int64_t longest, const Tensor& x, const OptionalTensor& seqlens) {
   Sequences s{static_cast<int>(longest)};
@@ -127,7 +137,8 @@ Problem problem_of(const char* fn, const Shape& p, const Tensor& like) {
   constexpr int64_t most = std::numeric_limits<int>::max() / 2;
   TORCH_CHECK_VALUE(p.N * std::max<int64_t>(p.s, 1) <= most && p.L <= most, fn, ": the sequences must be shorter than 2^30 entries on CUDA, got N = ",
                     p.N, ", L = ", p.L, ", routes = ", p.s);
-  return {dtype_of(like), int(p.B), int(p.H), int(p.Hkv), int(p.M), int(p.K), int(p.s), int(p.D), sequences(p.N, like, {}), sequences(p.L, like, {})};
+  return {dtype_of(like), int(p.B), int(p.H), int(p.Hkv), int(p.M), int(p.K), int(p.s), int(p.D), sequences(p.N, like, {}), sequences(p.L, like, {}),
+          like.scalar_type() == at::kFloat && allow_tf32()};
 }
 Problem problem_of(const Shape& p, const Tensor& query, const Tensor& key, const Lengths& lengths, bool backward) {
   Problem x = problem_of(attention_name(query, backward), p, query);

@@ -28,6 +28,7 @@ struct Problem {
   Dtype dtype;
   int B, H, Hkv, M, K, s, D;
   Sequences queries, keys;     // N = queries.max_length, L = keys.max_length
+  bool tf32 = false;           // may fp32 operands be rounded to TF32, except for scores that decide on a selection?
 };
 
 // Average pooling of the grid [gh, gw] of queries after `prefix` tokens into [mh, mw] windows; 1-D is gh = mh = 1.

@@ -244,7 +244,7 @@ cudaError_t launch_row_gradient(const RowGradientParams& p, cudaStream_t stream)
   const Problem& x = p.problem;
   const bool landmark = p.role == RowRole::landmark;
   const int most_rows = landmark ? x.M : p.groups.tile_rows;  // of one pass
-  return dispatch(x.dtype, x.D, most_rows > 48, [&](auto config) {
+  return dispatch(x, most_rows > 48, [&](auto config) {
     using C = decltype(config);
     using L = Layout<C>;
     const int warps = std::min(L::kWarps, C::kGroups ? 4 : ceil_div(most_rows, 16) * C::kSharers);

@@ -300,7 +300,7 @@ cudaError_t launch_unit_gradient(const UnitGradientParams& p, cudaStream_t strea
   const Problem& x = p.problem;
   const bool compress = p.role == UnitRole::compress;
   const int units = compress ? x.keys.max_length : p.role == UnitRole::routed ? x.K : x.M;
-  return dispatch(x.dtype, x.D, units > 48, [&](auto config) {
+  return dispatch(x, units > 48, [&](auto config) {
     using C = decltype(config);
     using L = Layout<C>;
     const int parts = compress ? 1 : p.role == UnitRole::routed ? max_tiles(x, p.groups.segment_rows) : p.splits;

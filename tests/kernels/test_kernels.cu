@@ -231,6 +231,7 @@ struct Case {
   bool integers = false;      // small integers: every score is exact, ties abound, selections have one right answer
   Windows windows = {0, 0, 0, 0, 0};  // zeros: one dimension
   double noise = 1;                   // of the keys around 1: nearly equal keys leave of dq what other sums round away
+  bool tf32 = false;
 };
 
 const Case kCases[] = {
@@ -309,6 +310,13 @@ const Case kCases[] = {
     {"nearly_equal_keys_many_queries", Dtype::bf16, 1, 1, 1, 700, 300, 5, 64, 1, 128, true, Batch::full, false, {}, 0.1},
     {"nearly_equal_keys_two_routes", Dtype::fp16, 1, 1, 1, 200, 300, 7, 40, 2, 64, true, Batch::full, false, {}, 0.1},
     {"nearly_equal_keys_fp32", Dtype::fp32, 1, 1, 1, 80, 90, 5, 40, 1, 64, true, Batch::full, false, {}, 0.1},
+    {"tf32", Dtype::fp32, 2, 2, 1, 101, 120, 20, 24, 1, 64, true, Batch::full, false, {}, 1, true},
+    {"tf32_narrow_heads", Dtype::fp32, 1, 2, 2, 45, 60, 8, 12, 1, 24, true, Batch::full, false, {}, 1, true},
+    {"tf32_wide_heads", Dtype::fp32, 1, 1, 1, 70, 75, 18, 33, 1, 104, true, Batch::full, false, {}, 1, true},
+    {"tf32_wider_heads", Dtype::fp32, 1, 2, 1, 70, 75, 18, 33, 1, 200, true, Batch::full, false, {}, 1, true},
+    {"tf32_two_routes", Dtype::fp32, 3, 2, 1, 70, 80, 6, 10, 2, 128, true, Batch::packed, false, {}, 1, true},
+    {"tf32_many_queries", Dtype::fp32, 1, 1, 1, 400, 150, 3, 70, 1, 256, true, Batch::full, false, {}, 1, true},
+    {"tf32_many_keys", Dtype::fp32, 1, 1, 1, 40, 4800, 70, 15, 1, 64, true, Batch::full, false, {}, 1, true},
     {"nearly_equal_keys_wider_heads", Dtype::bf16, 1, 1, 1, 150, 150, 9, 40, 1, 256, true, Batch::full, false, {}, 0.1},
 };
 
@@ -400,14 +408,15 @@ std::vector<std::int32_t> lengths_of(Batch batch, int B, int longest, bool longe
   return lengths;
 }
 
-double tolerance_of(Dtype dtype) { return dtype == Dtype::bf16 ? 5e-3 : dtype == Dtype::fp16 ? 8e-4 : 1e-5; }
+double tolerance_of(Dtype dtype, bool tf32) { return dtype == Dtype::bf16 ? 5e-3 : dtype == Dtype::fp16 || tf32 ? 8e-4 : 1e-5; }
 
 void run(const Case& c) {
   if (!begin(c.name)) return;
   const Dtype dtype = c.dtype;
   const int B = c.B, H = c.H, Hkv = c.Hkv, N = c.N, L = c.L, M = c.M, K = std::min(c.K, L), s = c.s, D = c.D, BH = B * H;
   const float scale = 1 / std::sqrt(float(D)), landmark_scale = 0.5f * scale;
-  const double tolerance = tolerance_of(dtype), gradient_tolerance = 2 * tolerance;
+  const double rounding = tolerance_of(dtype, false), tolerance = tolerance_of(dtype, c.tf32), gradient_tolerance = 2 * tolerance;
+  const double statistics_tolerance = c.tf32 ? tolerance : 1e-5;
 
   const Lengths queries(c.batch, N, lengths_of(c.batch, B, N, true)), keys(c.batch, L, lengths_of(c.batch, B, L, false));
   const Lengths all_landmarks(Batch::full, M, std::vector<std::int32_t>(B, M));
@@ -428,7 +437,7 @@ void run(const Case& c) {
   if (c.noise != 1)
     for (double& x : key_values.x) x = 1 + c.noise * x;
   const Input k(dtype, key_values, keys), v(dtype, random(Hkv, L, D), keys);
-  const Problem problem{dtype, B, H, Hkv, M, K, s, D, queries.view(), keys.view()};
+  const Problem problem{dtype, B, H, Hkv, M, K, s, D, queries.view(), keys.view(), c.tf32};
   const Windows windows = c.windows.mh ? c.windows : Windows{1, M, 1, N, 0};
   const auto windows_of_batch = [&](int b) {
     Windows w = windows;
@@ -458,7 +467,7 @@ void run(const Case& c) {
     for_each_pooled(w, [&](int m, int) { ++tokens[m]; });
     for_each_pooled(w, [&](int m, int n) { add(want_pooled.row(b, h, m), 1.0 / tokens[m], q.host.row(b, h, n), D); });
   });
-  expect_close("pool", pooled.get().x, want_pooled.x, tolerance);
+  expect_close("pool", pooled.get().x, want_pooled.x, rounding);
 
   // Integer problems get integer landmarks, so that all their scores are exact.
   const Input given(dtype, random(H, M, D), all_landmarks);
@@ -608,7 +617,7 @@ void run(const Case& c) {
   });
   expect_close("out", valid(out.get(), queries), want_out.x, tolerance);
   const Host got_lse(B, H, N, 1, widen(lse.get()));
-  expect_close("lse", valid(got_lse, queries), want_lse.x, 1e-5);
+  expect_close("lse", valid(got_lse, queries), want_lse.x, statistics_tolerance);
 
   // all of that in one kernel
   if (fits_short_attention(problem)) {
@@ -660,7 +669,7 @@ void run(const Case& c) {
     p.groups = backward_grouping.view(), p.partial = partial.data, p.partial_sums = partial_sums.data, p.dq = dq.view();
     RUN(launch_row_gradient(p, 0));
     expect_close("dq", valid(dq.get(), queries), want_dq.x, gradient_tolerance);
-    expect_close("delta, exact", valid(Host(B, H, N, 1, widen(delta.get())), queries), want_delta.x, 1e-5);
+    expect_close("delta, exact", valid(Host(B, H, N, 1, widen(delta.get())), queries), want_delta.x, statistics_tolerance);
   }
 
   // gradients of the shared units, summed over the parts of the query range
@@ -709,7 +718,7 @@ void run(const Case& c) {
     p.splits = kSplits, p.partial = partial.data, p.partial_sums = partial_sums.data, p.base = dlandmarks_shared.data, p.dq = dlandmarks.view();
     RUN(launch_row_gradient(p, 0));
     expect_close("dlandmarks", dlandmarks.get().x, want_dz.x, gradient_tolerance);
-    expect_close("delta of the landmarks, exact", widen(landmark_delta.get()), want_landmark_delta.x, 1e-5);
+    expect_close("delta of the landmarks, exact", widen(landmark_delta.get()), want_landmark_delta.x, statistics_tolerance);
   }
   const std::size_t routed_rows = std::size_t(BH) * backward_grouping.most_segments * K * D;
   Buffer<float> routed_dk(s ? routed_rows : 0), routed_dv(s ? routed_rows : 0);
@@ -745,7 +754,7 @@ void run(const Case& c) {
       for_each_pooled(w, [&](int m, int n) { ::add(want_pooled_dq.row(b, h, n), 1.0 / tokens[m], from.row(b, h, m), D); });
     });
     RUN(launch_pool_backward({problem, windows, dlandmarks.view(), add, target.view()}, 0));
-    expect_close(add ? "pool backward, added" : "pool backward", valid(target.get(), queries), valid(want_pooled_dq, queries), tolerance);
+    expect_close(add ? "pool backward, added" : "pool backward", valid(target.get(), queries), valid(want_pooled_dq, queries), rounding);
   }
 }
 
