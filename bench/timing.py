@@ -103,13 +103,22 @@ def floor_ms(work: tuple[int, int], ceiling: dict) -> float:
     return max(moved / ceiling["copy_TB_s"], flops / ceiling["matmul_bf16_TFLOP_s"]) / 1e9
 
 
-def environment(commit: str | None) -> dict:
+def environment(commit: str | None, device: torch.device | str = "cuda") -> dict:
     """What a result must carry to be worth anything later."""
+    if torch.device(device).type != "cuda":
+        where = {"gpu": "none", "cpu_threads": torch.get_num_threads()}
+        return where | _versions(commit)
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
-    return {
+    where = {
         "gpu": torch.cuda.get_device_name(),
         "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count,
         "driver": driver,
+    }
+    return where | _versions(commit)
+
+
+def _versions(commit: str | None) -> dict:
+    return {
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
