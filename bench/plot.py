@@ -160,6 +160,8 @@ def steps(report: dict):
     for attention in ("dense", "mita"):
         for compiled, style in ((False, "-"), (True, "--")):
             points = [p for p in result["points"] if (p["attention"], p["compiled"]) == (attention, compiled)]
+            if not points:
+                continue
             label = f"{attention}, {'compiled' if compiled else 'eager'}"
             options = {"color": COLORS[attention], "marker": "o", "label": label}
             for ax, key in zip(axes, ("median_ms", "peak_MiB"), strict=True):

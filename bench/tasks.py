@@ -16,7 +16,7 @@ TRAINING_IMAGES = 1200  # of 1797
 
 @dataclass(frozen=True)
 class Digits:
-    images: Tensor  # [1797, 1, 8, 8], 0 to 1
+    images: Tensor  # [1797, 1, 8, 8], of mean 0 and deviation 1
     labels: Tensor  # [1797]
 
     @staticmethod
@@ -34,7 +34,8 @@ class Digits:
         else:
             table = np.loadtxt(path, delimiter=",")
             pixels, labels = table[:, :-1], table[:, -1]
-        images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+        images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8)
+        images = (images - images.mean()) / images.std()
         return Digits(images.to(device), torch.tensor(labels, dtype=torch.int64).to(device))
 
     def split(self, seed: int) -> tuple[Digits, Digits]:
@@ -50,7 +51,7 @@ def enlarged(images: Tensor, generator: torch.Generator | None = None) -> Tensor
         noise = torch.rand(theta.shape, generator=generator, device=images.device)
         theta = theta + (2 * noise - 1) * torch.tensor([0.2, 0.2, 0.15], device=images.device)
     grid = F.affine_grid(theta, [len(images), 1, PIXELS, PIXELS], align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 @dataclass(frozen=True)

@@ -90,60 +90,11 @@ def draw(path: Path, image: np.ndarray, grid: tuple[int, int], aux) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from . import viz
 
-    mh, mw = LANDMARKS
-    M, (height, width) = mh * mw, image.shape[:2]
-    colours = np.delete(plt.get_cmap("tab20").colors, (14, 15), axis=0)[:M]  # without the greys
-    experts = aux.experts[0, 0, :, 0].cpu().numpy().reshape(grid)
-    load = np.bincount(experts.ravel(), minlength=M)
-    chosen = torch.bincount(aux.topk_indices[0].flatten().cpu(), minlength=grid[0] * grid[1]).numpy().reshape(grid)
-    grey = image.mean(axis=2) / 255
-    enlarge = np.ones((PATCH, PATCH))
-
-    figure, axes = plt.subplots(2, 2, figsize=(13, 13.4), layout="constrained")
-    figure.suptitle(f"Mixture-of-top-k attention on {experts.size:,} patches of a photograph (random weights)", fontsize=17)
-    for axis in (axes[0, 0], axes[0, 1], axes[1, 0]):
-        axis.set_xticks([])
-        axis.set_yticks([])
-
-    axis = axes[0, 0]
-    axis.imshow(image)
-    axis.set_title(
-        f"1. The photograph, cut into {PATCH}x{PATCH}-pixel patches.\n"
-        "The patches of each window are averaged: one landmark query."
-    )
-    for m in range(M):
-        corner, size = (m % mw * width / mw + 2, m // mw * height / mh + 2), (width / mw - 4, height / mh - 4)
-        axis.add_patch(plt.Rectangle(corner, *size, fill=False, color=colours[m], lw=2.5))
-        label = {"facecolor": colours[m], "linewidth": 0}
-        axis.text(corner[0] + 6, corner[1] + 6, str(m), va="top", color="white", weight="bold", bbox=label)
-
-    axis = axes[0, 1]
-    expert_colours = np.stack([np.kron(channel, enlarge) for channel in np.moveaxis(colours[experts], 2, 0)], axis=2)
-    axis.imshow(0.35 * grey[..., None] + 0.65 * expert_colours)
-    axis.set_title(
-        "2. Expert map: which landmark each patch is routed to (first head).\nPatches that look alike go to the same expert."
-    )
-
-    axis = axes[1, 0]
-    axis.imshow(0.45 + 0.55 * grey, cmap="gray", vmin=0, vmax=1)
-    heat = np.ma.masked_equal(np.kron(chosen, enlarge), 0)
-    shown = axis.imshow(heat, cmap="YlOrRd", vmin=0, alpha=0.9, interpolation="nearest")
-    axis.set_title(
-        f"3. Keys that the landmarks chose: {M} experts x {TOPK} keys, {HEADS} heads.\n"
-        f"Grey: never chosen ({(chosen == 0).mean():.0%} of the patches)."
-    )
-    figure.colorbar(shown, ax=axis, location="bottom", shrink=0.7, aspect=40, label="times chosen")
-
-    axis = axes[1, 1]
-    axis.bar(range(M), load, color=colours)
-    axis.axhline(load.mean(), color="black", ls="--", lw=1, label=f"an even share: {load.mean():.0f}")
-    axis.set_xticks(range(M))
-    axis.set_xlabel("expert (numbers and colours as in 1 and 2)")
-    axis.set_ylabel("patches")
-    axis.set_title("4. Load: how many patches each expert serves (first head).")
-    axis.legend()
+    figure = viz.overview(viz.Look(aux, LANDMARKS, grid), image)
+    tokens = f"{grid[0] * grid[1]:,} patches of {PATCH}x{PATCH} pixels"
+    figure.suptitle(f"Mixture-of-top-k attention on a photograph, {tokens} (random weights)", fontsize=17)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 

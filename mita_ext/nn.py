@@ -5,7 +5,7 @@ constructor, the same forward, the same keys of the state dict.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import _REFUSED, _refuse, attention
+from .functional import _REFUSED, MiTAAux, _refuse, attention
 
 _NAME = "mita_ext.nn.MiTAAttention"
 _REFUSED_HERE = _REFUSED | {"attn_drop": f"{_REFUSED['dropout_p']}; set it to 0 for training"}
@@ -100,17 +100,31 @@ class MiTAAttention(nn.Module):
         if x.dim() != 3:
             raise ValueError(f"{_NAME}: x must have 3 dimensions, got {x.dim()} (shape {list(x.shape)})")
         B, N, _ = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
-        pooling = pooling_of(_NAME, N, self.num_landmarks, self.num_prefix_tokens, self.grid_size)
-        options = {"topk": self.topk, "routes": self.routes, "shared_expert": self.shared_expert, "scale": self.scale}
-        out = attention(q, k, v, **pooling, **options).transpose(1, 2).reshape(B, N, self.attn_dim)
+        q, k, v = self._heads(x)
+        out = attention(q, k, v, **self.pooling(N), **self._options()).transpose(1, 2).reshape(B, N, self.attn_dim)
         if self.dwc is not None:
             out = out + self._convolved(v.transpose(1, 2).reshape(B, N, self.attn_dim))
         out = self.norm(out)
         if self.gate is not None:
             out = out * self.gate_activation(self.gate(x))
         return self.proj_drop(self.proj(out))
+
+    def look(self, x: Tensor) -> MiTAAux:
+        """What attention decides for x [B, N, dim]: experts, keys, landmarks, for `mita_ext.viz` or for counting."""
+        return attention(*self._heads(x), **self.pooling(x.shape[1]), **self._options(), return_aux=True)[1]
+
+    def pooling(self, N: int) -> dict:
+        """The options of `mita_ext.attention` that pool N tokens: num_landmarks and, for an image, grid, num_prefix_tokens."""
+        return pooling_of(_NAME, N, self.num_landmarks, self.num_prefix_tokens, self.grid_size)
+
+    def _options(self):
+        return {"topk": self.topk, "routes": self.routes, "shared_expert": self.shared_expert, "scale": self.scale}
+
+    def _heads(self, x):
+        """Query, key, value [B, H, N, D]."""
+        B, N, _ = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.q_norm(q), self.k_norm(k), v
 
     def _convolved(self, v):
         """dwc of values [B, N, attn_dim] on the image, zero at all other tokens."""
