@@ -17,7 +17,7 @@ OBJECTS = $(patsubst %.cu,build/temp.$(shell $(PY) -c 'import sys, sysconfig as 
 SANITIZED = (test_attention_given or test_gradients_given) and (basic or ragged_tile or grouped_query or routes_3 or deit) \
   or test_attention_given and (keys_5000 or topk_2048- or landmarks_1024) or non_finite or clamps or strides and 40-unaligned
 
-.PHONY: demo test lint bench kernels sanitize build clean
+.PHONY: demo test lint bench kernels sanitize newcomer build clean
 
 demo: build
 	$(PY) -m mita_ext.demo
@@ -46,6 +46,15 @@ sanitize:
 	for tool in memcheck racecheck synccheck initcheck; do $(SANITIZER) --tool $$tool --error-exitcode 1 build/test_kernels || exit 1; done
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --report-api-errors no --error-exitcode 1 \
 	  $(PY) -m pytest -q -m gpu -k "$(SANITIZED)" tests/test_attention.py tests/test_gradients.py tests/test_errors.py
+
+# What the README tells to type, in a fresh clone and with environments of its own: the last commit, not the working tree.
+newcomer:
+	rm -rf build/newcomer
+	git clone -q . build/newcomer
+	cd build/newcomer && make demo && make test
+	cd build/newcomer && $(PYTHON) -m venv build/isolated && . build/isolated/bin/activate && pip install . && \
+	  pip install ".[timm,transformers,viz]" && cd build && python -m mita_ext
+	cd build/newcomer && . .venv/bin/activate && pip install . --no-build-isolation && cd build && python -m mita_ext
 
 build: $(VENV)/.ready
 	$(PY) setup.py -q build_ext --inplace

@@ -74,6 +74,40 @@ def examples():
 
 
 @pytest.mark.parametrize("example", list(examples()))
-def test_examples_run(example):
+def test_examples_run(example, tmp_path, monkeypatch):
     needs(*re.findall(r"^(?:from|import) (timm|transformers)\b", example, re.MULTILINE))
+    if "viz" in example:
+        needs("matplotlib")
+    monkeypatch.chdir(tmp_path)
     exec(compile(example, "example", "exec"), {})
+
+
+def test_every_drawing_is_told():
+    needs("matplotlib")
+    viz = importlib.import_module("mita_ext.viz")
+    rows = dict(re.findall(r"^\| `(\w+)\((.*?)\)` \|", SECTIONS["viz"], re.MULTILINE))
+    functions = {name for name, x in vars(viz).items() if inspect.isfunction(x) and x.__module__ == viz.__name__}
+    drawings = {name for name in functions if not name.startswith("_")}
+    assert set(rows) == drawings - {"look"}
+    for name, arguments in rows.items():
+        plain = [p.replace(annotation=p.empty) for p in inspect.signature(getattr(viz, name)).parameters.values()]
+        assert str(inspect.Signature(plain)) == f"({arguments})"
+
+
+def test_every_command_of_the_readme_is_run():
+    """By `make newcomer`, or by a test: those of bench.train; bench.bench_attention by `make bench`, on a GPU."""
+    readme = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^(make \w+) ", readme, re.MULTILINE) + re.findall(r"`((?:make|pip|python3?) [^`]*)`", readme)
+    newcomer = re.search(r"^newcomer:\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1)
+    for command in commands:
+        if extra := re.fullmatch(r'pip install "\.\[(\w+)\]"', command):
+            assert extra[1] in re.search(r'"\.\[([\w,]+)\]"', newcomer)[1].split(","), command
+        elif module := re.fullmatch(r"python3 -m bench\.(\w+)(?: \w+)?", command):
+            assert module[1] in ("bench_attention", "train"), command
+        else:
+            assert command in newcomer, command
+
+
+def test_profiling_tells_every_range():
+    ranges = set(re.findall(r'"(mita_ext::\w+)"', (ROOT / "csrc/cuda/mita_cuda.cpp").read_text()))
+    assert set(re.findall(r"^\| `(mita_ext::\w+)`", (ROOT / "docs/profiling.md").read_text(), re.MULTILINE)) == ranges
