@@ -72,7 +72,7 @@ def sweep(report: dict):
 
 
 def digits(report: dict):
-    """Loss of every run against steps, and test accuracies with their mean."""
+    """Losses against steps; the test accuracy of every run, with mean and standard deviation."""
     result = report["digits"]
     about = f"A ViT on handwritten digits, N={result['tokens']}, {result['test_images']} test images"
     figure, (left, right) = panels(2, report, about)
@@ -82,7 +82,7 @@ def digits(report: dict):
         right.plot([at] * len(runs), [100 * run["accuracy"] for run in runs], "o", color=COLORS[variant], alpha=0.5)
         right.errorbar(at, row["mean"], row["spread"], fmt="_", color="black", markersize=24, capsize=4)
     right.set_xticks(range(len(result["summary"])), result["summary"])
-    right.set_ylabel("test accuracy, %: each seed, mean, standard deviation")
+    right.set_ylabel("test accuracy, %")
     return figure
 
 
@@ -113,11 +113,11 @@ def swap(report: dict):
             options = {"color": color, "marker": "o", "markersize": 4, "label": label}
             axes[0].plot(K, [np.mean(p["agreement"]) for p in points], style, **options)
             axes[1].plot(K, [100 * p["accuracy"] for p in points], style, **options)
-    axes[0].set_ylabel("explained variance of the attention output, mean of layers")
+    axes[0].set_ylabel("explained variance of the output, mean of layers")
     axes[0].set_ylim(max(axes[0].get_ylim()[0], -1), 1.05)
     axes[1].axhline(100 * result["dense_accuracy"], color="black", lw=1, ls=":", label="dense")
     axes[1].set_ylabel("test accuracy of the model, %")
-    axes[1].legend(fontsize=7)
+    axes[1].legend(fontsize=7, handlelength=3.5)
     for ax in axes:
         ax.set_xscale("log", base=2)
         ax.set_xlabel("keys of an expert K")
@@ -149,7 +149,7 @@ def recall(report: dict):
         ax.set_ylim(0, 103)
         ax.set_xlabel("tokens N")
         ax.set_ylabel("right answers, %")
-    others[0].legend(fontsize=7)
+    others[0].legend(fontsize=7, handlelength=3.5)
     return figure
 
 

@@ -265,7 +265,7 @@ RECALL_TOPK = 128  # a run and its topic are 96 tokens
 ASKED_TOKENS = 2**18  # for each accuracy, in 16 sequences at most
 
 
-def recaller(variant: str, task: Recall, dim: int = 128, heads: int = 2) -> nn.Sequential:
+def recaller(variant: str, task: Recall, dim: int = 128, heads: int = 4) -> nn.Sequential:
     """One block without positions. Queries and keys start with one projection, so that like attends to like: without it no
     variant, dense attention included, finds within a few hundred steps that keys are to be compared.
     """
