@@ -280,7 +280,7 @@ const Case kCases[] = {
     {"wider_heads_many_keys", Dtype::bf16, 2, 2, 1, 40, 4200, 70, 33, 1, 256, true, Batch::full},
     {"wider_heads_many_keys_fp32", Dtype::fp32, 1, 1, 1, 40, 4800, 33, 15, 1, 136},
     {"wider_heads_passing_units", Dtype::fp16, 1, 1, 1, 100, 500, 5, 300, 1, 144},
-    {"wider_heads_one_of_each", Dtype::fp32, 1, 1, 1, 1, 1, 1, 1, 1, 256},
+    {"wider_heads_one_of_each", Dtype::fp32, 2, 2, 2, 1, 1, 1, 1, 1, 256},
     {"wider_heads_ties", Dtype::bf16, 1, 1, 1, 90, 140, 16, 24, 2, 160, true, Batch::full, true},
     // experts in the registers of a warp
     {"many_small_experts", Dtype::fp16, 2, 2, 1, 700, 300, 30, 49, 1, 64, true, Batch::padded},
