@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <tuple>
 #include <type_traits>
@@ -225,46 +226,60 @@ bool any_may_pass(const T* x, int64_t n, T worst) {
 
 constexpr int64_t kScan = 16;  // scores that are looked at together before any is looked at alone
 
-// The K first of `scores` in that order, by ascending index. One pass keeps a pool of candidates that may still be
-// among the K first, and thins it to K whenever it is full: few scores get past `worst` after the first thinning.
+// highest[i] = the largest of x[i], x[i + kScan], ... of x[0 .. n), without branches; NaN is passed over.
 template <class T>
-void select_topk(const T* scores, int64_t L, int64_t K, int32_t* chosen) {
-  std::vector<Candidate<T>> pool;
-  const size_t full = 2 * K + 64;
-  pool.reserve(full);
-  Candidate<T> worst{};
-  bool thinned = false;
-  const auto thin = [&] {
-    std::nth_element(pool.begin(), pool.begin() + (K - 1), pool.end(), before<T>);
-    pool.resize(K);
-    worst = pool[K - 1];
-    thinned = true;
-  };
-  for (int64_t j0 = 0; j0 < L; j0 += kScan) {
-    const int64_t j1 = std::min(j0 + kScan, L);
-    if (thinned && !any_may_pass(scores + j0, j1 - j0, worst.score)) continue;
-    for (int64_t j = j0; j < j1; ++j) {
-      const Candidate<T> c{scores[j], static_cast<int32_t>(j)};
-      if (thinned && !before(c, worst)) continue;
-      pool.push_back(c);
-      if (pool.size() == full) thin();
-    }
-  }
-  thin();
-  for (int64_t j = 0; j < K; ++j) chosen[j] = pool[j].index;
-  std::sort(chosen, chosen + K);
+void scan_maxima(const T* x, int64_t n, T* highest) {
+  std::fill_n(highest, kScan, static_cast<T>(-kInf));
+  const int64_t whole = n / kScan * kScan;
+  for (int64_t j0 = 0; j0 < whole; j0 += kScan)
+    for (int64_t j = 0; j < kScan; ++j) highest[j] = x[j0 + j] > highest[j] ? x[j0 + j] : highest[j];
+  for (int64_t j = whole; j < n; ++j) highest[0] = x[j] > highest[0] ? x[j] : highest[0];
 }
 
-// The first of M scores: its value by kScan maxima side by side, which vectorise and pass over NaN, then its place. -1 where
-// every score is NaN or -inf.
+// The K-th largest of x, none of which is NaN.
+template <class T>
+T kth_largest(std::vector<T> x, int64_t K) {
+  std::nth_element(x.begin(), x.begin() + (K - 1), x.end(), std::greater<T>());
+  return x[K - 1];
+}
+
+// The K first of `scores` in that order, by ascending index. In long rows K groups have a maximum of at least `least`, so the
+// K first are among the few scores that do.
+template <class T>
+void select_topk(const T* scores, int64_t L, int64_t K, int32_t* chosen) {
+  constexpr int64_t kGroup = 16, kSpan = kGroup * kScan;  // keys of a group, and of groups that are looked at together
+  T least = static_cast<T>(-kInf);
+  if (L >= 4 * kGroup * K) {
+    std::vector<T> maxima(ceil_div(L, kSpan) * kScan);
+    for (int64_t i = 0; i * kSpan < L; ++i)
+      scan_maxima(scores + i * kSpan, std::min(kSpan, L - i * kSpan), maxima.data() + i * kScan);
+    least = kth_largest(std::move(maxima), K);
+  }
+  std::vector<T> values;
+  std::vector<int32_t> keys;
+  for (int64_t j0 = 0; j0 < L; j0 += kScan) {
+    const int64_t j1 = std::min(j0 + kScan, L);
+    if (!any_may_pass(scores + j0, j1 - j0, least)) continue;
+    for (int64_t j = j0; j < j1; ++j)
+      if (scores[j] >= least) values.push_back(scores[j]), keys.push_back(static_cast<int32_t>(j));
+  }
+  int64_t n = 0, absent = K - static_cast<int64_t>(values.size());
+  if (absent > 0) {  // all numbers, and the first NaN
+    for (int64_t j = 0; n < K; ++j)
+      if (!std::isnan(scores[j]) || absent-- > 0) chosen[n++] = static_cast<int32_t>(j);
+    return;
+  }
+  const T last = kth_largest(values, K);
+  int64_t ties = K - std::count_if(values.begin(), values.end(), [&](T x) { return x > last; });
+  for (size_t i = 0; n < K; ++i)
+    if (values[i] > last || (values[i] == last && ties-- > 0)) chosen[n++] = keys[i];
+}
+
+// The first of M scores; -1 where every score is NaN or -inf.
 template <class T>
 int32_t select_best(const T* scores, int64_t M) {
   T highest[kScan];
-  std::fill_n(highest, kScan, static_cast<T>(-kInf));
-  const int64_t whole = M / kScan * kScan;
-  for (int64_t m = 0; m < whole; m += kScan)
-    for (int64_t j = 0; j < kScan; ++j) highest[j] = scores[m + j] > highest[j] ? scores[m + j] : highest[j];
-  for (int64_t m = whole; m < M; ++m) highest[0] = scores[m] > highest[0] ? scores[m] : highest[0];
+  scan_maxima(scores, M, highest);
   const T best = *std::max_element(highest, highest + kScan);
   return best == static_cast<T>(-kInf) ? -1 : static_cast<int32_t>(std::find(scores, scores + M, best) - scores);
 }
@@ -531,6 +546,8 @@ Tensor route(const Tensor& query, const Tensor& landmarks, int64_t routes) {
 
 // ---- Attention over the shared expert and the routed experts ---------------------------------------------------------
 
+constexpr int64_t kFewKeys = 8;  // times K
+
 // One query head. The units of a query are the columns of a matrix: the M landmarks (if the expert is shared), then K
 // for each route.
 template <class scalar_t>
@@ -590,27 +607,79 @@ struct Head {
     }
   }
 
+  // Of few keys, one product with all of them costs less than one for each expert.
+  bool few_keys() const { return p.L <= kFewKeys * p.K; }
+
+  // Calls f(at, other) for every filled slot of queries n0 .. n0 + n: where it lies in a [n, width] matrix, and its key in
+  // a [n, L] matrix.
+  template <class F>
+  void each_slot(int64_t n0, int64_t n, const F& f) const {
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t t = 0; t < p.s; ++t) {
+        const int32_t* keys = indices + experts[(n0 + i) * p.s + t] * p.K;
+        for (int64_t j = 0; j < p.K; ++j)
+          if (keys[j] >= 0 && keys[j] < p.L) f(i * width() + shared_width() + t * p.K + j, i * p.L + keys[j]);
+      }
+  }
+
   // All logits of queries n0 .. n0 + n, given as q; -inf in empty slots.
   Tensor logits(const Tensor& q, int64_t n0) const {
-    const Tensor S = at::empty({q.size(0), width()}, q.options());
+    const int64_t n = q.size(0);
+    const Tensor S = few_keys() ? at::full({n, width()}, -kInf, q.options()) : at::empty({n, width()}, q.options());
     if (shared_expert) shared(S).addmm_(q, Z.t(), 0, landmark_scale);
-    each_expert(n0, q.size(0), [&](const Block& b, const int64_t* keys) {
-      const Tensor k_e = gather_rows<scalar_t>(k, keys, b.used);
-      put_block<T>(S, b, gather_rows<T>(q, b.rows, b.n).mm(k_e.t()), static_cast<T>(scale), static_cast<T>(-kInf));
-    });
+    if (few_keys()) {
+      const Tensor all = q.mm(to_acc(k).t()).mul_(scale);
+      const T* from = all.template const_data_ptr<T>();
+      T* to = S.template mutable_data_ptr<T>();
+      each_slot(n0, n, [&](int64_t at, int64_t key) { to[at] = from[key]; });
+    } else {
+      each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
+        const Tensor k_e = gather_rows<scalar_t>(k, keys, b.used);
+        put_block<T>(S, b, gather_rows<T>(q, b.rows, b.n).mm(k_e.t()), static_cast<T>(scale), static_cast<T>(-kInf));
+      });
+    }
     return S;
   }
 
   // -> out [n, D] and lse [n] of queries n0 .. n0 + n. A query without any unit gets 0 and -inf.
   std::pair<Tensor, Tensor> forward(int64_t n0, int64_t n) const {
+    if (p.s == 1 && !few_keys()) return forward_by_expert(n0, n);
     const Tensor P = logits(to_acc(q.narrow(0, n0, n)), n0);
     const Exponentials rows(P);
     const Tensor out = shared_expert ? shared(P).mm(C) : at::zeros({n, p.D}, P.options());
-    each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
-      add_rows<T>(out, b.rows, get_block<T>(P, b).mm(gather_rows<scalar_t>(v, keys, b.used)));
-    });
+    if (few_keys()) {
+      const Tensor weights = at::zeros({n, p.L}, P.options());
+      const T* from = P.template const_data_ptr<T>();
+      T* to = weights.template mutable_data_ptr<T>();
+      each_slot(n0, n, [&](int64_t at, int64_t key) { to[key] += from[at]; });
+      out.addmm_(weights, to_acc(v));
+    } else {
+      each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
+        add_rows<T>(out, b.rows, get_block<T>(P, b).mm(gather_rows<scalar_t>(v, keys, b.used)));
+      });
+    }
     out.mul_(rows.factor());
     return {out, rows.lse()};
+  }
+
+  // The same with one route: the softmax of an expert's queries while their logits are in the cache.
+  std::pair<Tensor, Tensor> forward_by_expert(int64_t n0, int64_t n) const {
+    const Tensor out = at::zeros({n, p.D}, Z.options()), lse = at::empty({n}, Z.options());
+    each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
+      const Tensor q_e = gather_rows<scalar_t>(q.narrow(0, n0, n), b.rows, b.n);
+      const Tensor S = at::full({b.n, std::max<int64_t>(shared_width() + b.used, 1)}, -kInf, Z.options());
+      const Tensor routed = S.narrow(1, shared_width(), b.used);
+      if (shared_expert) shared(S).addmm_(q_e, Z.t(), 0, landmark_scale);
+      routed.addmm_(q_e, gather_rows<scalar_t>(k, keys, b.used).t(), 0, scale);
+      const Exponentials rows(S);
+      const Tensor out_e = routed.mm(gather_rows<scalar_t>(v, keys, b.used));
+      if (shared_expert) out_e.addmm_(shared(S), C);
+      add_rows<T>(out, b.rows, out_e.mul_(rows.factor()));
+      const Tensor lse_e = rows.lse();
+      for (int64_t i = 0; i < b.n; ++i)
+        lse.template mutable_data_ptr<T>()[b.rows[i]] = lse_e.template const_data_ptr<T>()[i];
+    });
+    return {out, lse};
   }
 
   // Adds to dq [N, D], dZ, dC [M, D] and the kv gradients what queries n0 .. n0 + n contribute.
