@@ -45,18 +45,16 @@ template <class T> __global__ void __launch_bounds__(32 * kPoolShares) pool_kern
   *reinterpret_cast<uint4*>(static_cast<T*>(p.landmarks) + landmark * x.D + c * kChunk<T>) = mean_of<T>(sum, area).bits;
 }
 
-constexpr int kThreads = 128, kRowThreads = 4;  // of a block of pool_backward, of one row of dq
+constexpr int kThreads = 128, kRowThreads = 4, kBlockRows = kThreads / kRowThreads;  // of a block of pool_backward, of one row of dq
 
-template <class C> __global__ void __launch_bounds__(kThreads) pool_backward_kernel(const PoolBackwardParams p) {
+template <class C, class Product> __global__ void __launch_bounds__(kThreads) pool_backward_kernel(const PoolBackwardParams p) {
   using T = typename C::T;
   const Problem& x = p.problem;
-  const int chunks = x.D / kChunk<T>, N = x.queries.max_length;
-  const std::int64_t row = (std::int64_t(blockIdx.x) * kThreads + threadIdx.x) / kRowThreads;
-  if (row >= std::int64_t(x.B) * x.H * N) return;
-  const int n = static_cast<int>(row % N), bh = static_cast<int>(row / N), b = bh / x.H;
+  const int chunks = x.D / kChunk<T>, N = x.queries.max_length, blocks = ceil_div(N, kBlockRows);  // of one head
+  const int n = blockIdx.x % blocks * kBlockRows + threadIdx.x / kRowThreads, bh = blockIdx.x / blocks, b = bh / x.H;
   const Span queries = span(x.queries, b);
   const Windows w = windows_of(p.windows, x.queries, queries.length);
-  if ((x.queries.starts && n >= queries.length) || (p.add && !is_pooled(w, n))) return;
+  if (n >= (x.queries.starts ? queries.length : N) || (p.add && !is_pooled(w, n))) return;
   const T* dlandmarks = head_rows<T>(p.dlandmarks, b, bh % x.H, 0);
   T* dq = head_rows<T>(p.dq, b, bh % x.H, queries.start + n);
 
@@ -74,7 +72,7 @@ template <class C> __global__ void __launch_bounds__(kThreads) pool_backward_ker
 #pragma unroll
       for (int e = 0; e < kChunk<T>; ++e) sum[e] = to_float(before.element[e]);
     });
-  for_each_window(w, n, [&](int m, float weight) {
+  for_each_window<Product>(w, n, [&](int m, float weight) {
     each_chunk([&](float(&sum)[kChunk<T>], int d) {
       const Vector<T> v = load_vector(dlandmarks + m * p.dlandmarks.row + d);
 #pragma unroll
@@ -106,8 +104,12 @@ cudaError_t launch_pool(const PoolParams& p, cudaStream_t stream) {
 cudaError_t launch_pool_backward(const PoolBackwardParams& p, cudaStream_t stream) {
   return dispatch(p.problem.dtype, p.problem.D, [&](auto config) {
     const Problem& x = p.problem;
-    const std::int64_t threads = std::int64_t(x.B) * x.H * x.queries.max_length * kRowThreads;
-    pool_backward_kernel<decltype(config)><<<static_cast<unsigned>((threads + kThreads - 1) / kThreads), kThreads, 0, stream>>>(p);
+    const unsigned blocks = static_cast<unsigned>(x.B) * x.H * ceil_div(x.queries.max_length, kBlockRows);
+    // Products of 32 bits, where they suffice, are divided in half the instructions; one-dimensional windows may follow the length.
+    const Windows& w = p.windows;
+    const bool narrow = std::max(std::int64_t(w.gh + 1) * (w.mh + 1), std::int64_t(std::max(w.gw, x.queries.max_length) + 1) * (w.mw + 1)) < INT32_MAX;
+    if (narrow) pool_backward_kernel<decltype(config), int><<<blocks, kThreads, 0, stream>>>(p);
+    else pool_backward_kernel<decltype(config), std::int64_t><<<blocks, kThreads, 0, stream>>>(p);
     return cudaGetLastError();
   });
 }

@@ -21,12 +21,12 @@ template <class C> struct Layout : C {
   static constexpr bool kHalf = sizeof(typename C::T) == 2;
   static constexpr int kRows = kRowGradientRows<sizeof(typename C::T), C::DP>, kWarps = kRows / 16 * C::kSharers;  // at most
   static constexpr int kUnits = C::kGroups ? 64 : C::DP > 128 ? kRows / 2 : kHalf || C::DP == 64 ? 32 : 16;        // of one tile
-  static constexpr int kBlocks = !kHalf ? 1 : C::kGroups && C::DP == 64 ? 3 : 2;      // of a multiprocessor, by registers
+  static constexpr int kBlocks = !kHalf ? 1 : C::DP == 64 ? 3 : 2;                                                 // of a multiprocessor, by registers
   struct Shared {
     UnitStage<typename C::T, C::DP, kUnits> stage[2];
     std::int32_t entries[kMaxRowGradientTile];
-    TileStorage<typename C::T, C::DP, kRows> q, dout;
-    std::int32_t indices[kMaxTopk];  // of the expert's keys; last: only K are allocated
+    TileStorage<typename C::T, C::DP, 2 * kRows> rows;  // queries, then their dout; only those of the block are allocated, and behind them
+    std::int32_t indices[kMaxTopk];                     // K of the expert's keys
   };
   static_assert(offsetof(Shared, indices) <= 100 * 1024);
 };
@@ -85,9 +85,10 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   for (int i = threadIdx.x; i < work.entries; i += blockDim.x) shared.entries[i] = entry_of(p.groups, x, experts, bh, work, i);
   const int length = span(x.keys, b).length;
   int gathered = landmark ? length : 0;
-  if (experts > 0) gathered = load_indices(shared.indices, p.units.indices + (std::int64_t(bh) * x.M + work.expert) * x.K, x.K, length);
+  std::int32_t* const indices = reinterpret_cast<std::int32_t*>(shared.rows.data + 2 * rows * DP);
+  if (experts > 0) gathered = load_indices(indices, p.units.indices + (std::int64_t(bh) * x.M + work.expert) * x.K, x.K, length);
   __shared__ UnitTiles<kUnits> units;  // there are no registers left for it
-  if (threadIdx.x == 0) units = UnitTiles<kUnits>::of(!landmark && p.units.shared ? x.M : 0, gathered, window.of(shared.indices), !landmark);
+  if (threadIdx.x == 0) units = UnitTiles<kUnits>::of(!landmark && p.units.shared ? x.M : 0, gathered, window.of(*indices), !landmark);
   __syncthreads();
   const int tiles_per_part = ceil_div(units.tiles, parts), first_tile = part * tiles_per_part, last_tile = min(units.tiles, first_tile + tiles_per_part);
   int buffer = 0;  // the stage of the tile at hand
@@ -98,14 +99,15 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   for (int pass = 0; pass * rows < work.entries; ++pass) {
     const auto own = [&](int i) { return pass * rows + row_of_warp<C>(warp) + g + 8 * i; };  // entries of the lane's two rows
     const int batch = opaque(b), head = opaque(h);
+    const Tile<T, DP> q_rows = shared.rows.in(window), dout_rows = q_rows.from_row(rows);
     const std::int64_t start = landmark ? 0 : span(x.queries, batch).start;
     load_rows<T, DP>(rows, x.D, work.entries - pass * rows,
                      [list = window.of(shared.entries) + 4 * pass * rows, slots = slots_of_query()](int i) { return query_of(load_shared_int(list + 4 * i), slots); },
-                     Copy<T, DP>(shared.q.in(window), p.q, batch, head, start), Copy<T, DP>(shared.dout.in(window), p.dout, batch, head, start));
+                     Copy<T, DP>(q_rows, p.q, batch, head, start), Copy<T, DP>(dout_rows, p.dout, batch, head, start));
     commit_loads();
     StoredRows<C> q, dout;
-    q.load(shared.q.in(window).from_row(own_rows<C>(warp)), lane);
-    dout.load(shared.dout.in(window).from_row(own_rows<C>(warp)), lane);
+    q.load(q_rows.from_row(own_rows<C>(warp)), lane);
+    dout.load(dout_rows.from_row(own_rows<C>(warp)), lane);
     // Only the first slot of a query has the shared units.
     const auto first_slot = [&](int i) { return slots_of_query() == 1 || (own(i) < work.entries && shared.entries[own(i)] % slots_of_query() == 0); };
     float lse[2], delta[2];
@@ -199,7 +201,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
           for (int j = 2 * i; j < 2 * i + 2; ++j) dq[d][j] -= correct.excess * kappa[d][j];
         unshifted[i] *= correct.normalizer;
       }
-      store_rows<C>(shared.q.in(window).from_row(row_of_warp<C>(warp)), dq, unshifted, x.D, lane, head_rows<T>(p.dq, batch, head, span(x.queries, batch).start), p.dq.row, entry);
+      store_rows<C>(q_rows.from_row(row_of_warp<C>(warp)), dq, unshifted, x.D, lane, head_rows<T>(p.dq, batch, head, span(x.queries, batch).start), p.dq.row, entry);
     }
     __syncthreads();  // the next queries take the place of these
   }
@@ -249,7 +251,8 @@ cudaError_t launch_row_gradient(const RowGradientParams& p, cudaStream_t stream)
     using L = Layout<C>;
     const int warps = std::min(L::kWarps, C::kGroups ? 4 : ceil_div(most_rows, 16) * C::kSharers);
     if (warps < 1 || p.groups.tile_rows > kMaxRowGradientTile) return cudaErrorInvalidValue;
-    const std::size_t bytes = offsetof(typename L::Shared, indices) + (landmark ? 0 : x.K * sizeof(std::int32_t));
+    const std::size_t bytes =
+        offsetof(typename L::Shared, rows) + 2 * rows_of_block<C>(32 * warps) * C::DP * sizeof(typename C::T) + (landmark ? 0 : x.K * sizeof(std::int32_t));
     if (cudaError_t status = allow_shared_memory(row_gradient_kernel<C>, sizeof(typename L::Shared))) return status;
     const unsigned heads = static_cast<unsigned>(x.B) * x.H;
     const unsigned blocks = landmark ? heads * p.splits * ceil_div(x.M, rows_of_block<C>(32 * warps)) : heads * max_tiles(x, p.groups.tile_rows);

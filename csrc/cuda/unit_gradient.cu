@@ -18,16 +18,16 @@ template <class C> struct Layout : C {
   static constexpr bool kHalf = sizeof(typename C::T) == 2;
   static constexpr int kUnits = kRowGradientRows<sizeof(typename C::T), C::DP>, kWarps = kUnits / 16 * C::kSharers;  // at most
   // Of one tile. Evidence: by warps, 64 rows of 128 columns spill.
-  static constexpr int kRows = C::DP > 128 ? kUnits / 2 : C::kGroups || (kHalf && C::DP == 64) ? 64 : 32;
-  static constexpr int kBlocks = kHalf ? 2 : 1;                   // of a multiprocessor, by registers
+  static constexpr int kRows = C::DP > 128 ? kUnits / 2 : C::kGroups ? 64 : 32;
+  static constexpr int kBlocks = !kHalf ? 1 : C::DP == 64 ? 3 : 2;  // of a multiprocessor, by registers
   static constexpr int kListedRows = 512;  // a multiple of kRows
   struct Shared {
     struct {
       TileStorage<typename C::T, C::DP, kRows> q, dout;
       float lse[kRows], delta[kRows], normalizer[kHalf ? 1 : kRows];
     } stage[2];
-    TileStorage<typename C::T, C::DP, kUnits> k, v;
-    std::int32_t rows[kListedRows];  // routed: the queries that come next
+    std::int32_t rows[kListedRows];                  // routed: the queries that come next
+    TileStorage<typename C::T, C::DP, kUnits> k, v;  // last: only the units of the block are allocated
   };
   static_assert(sizeof(Shared) <= 102 * 1024);
 };
@@ -46,17 +46,26 @@ __global__ void __launch_bounds__(128) key_starts_kernel(const UnitGradientParam
   }
 }
 
-// What the routed sums left for the keys of one block, gathered in shared memory: landmark after landmark, slot after slot,
-// segment after segment. An entry is one slot of one landmark whose key is in the block.
+// What the routed sums left for the keys of one block, added in shared memory to their gradients: landmark after landmark, slot
+// after slot, segment after segment. An entry is one slot of one landmark whose key is in the block.
 template <class C> struct RoutedSums {
   static constexpr int kEntries = 2048, kUnits = Layout<C>::kUnits;
-  float dk[kUnits][C::DP], dv[kUnits][C::DP];
-  int offset[kMaxLandmarks + 1];  // of each landmark's entries
-  int entry[kEntries];            // unit << 21 | landmark << 11 | slot, or -1; the entries that fit at a time
+  float dk[kUnits][C::DP + 8], dv[kUnits][C::DP + 8];  // free of bank conflicts for rows and for accumulators
+  int offset[kMaxLandmarks + 1];                       // of each landmark's entries
+  int slot0[kMaxLandmarks], segment[kMaxLandmarks + 1];  // its slot of entry 0; its first segment
+  int entry[kEntries];                                 // unit << 21 | landmark << 11 | slot, or -1; the entries that fit at a time
   static_assert(kUnits <= 64 && kMaxLandmarks <= 1 << 10 && kMaxTopk <= 1 << 11);
 
-  __device__ void clear() {
-    for (int i = threadIdx.x; i < 2 * kUnits * C::DP; i += blockDim.x) dk[0][i] = 0.0f;  // dv lies right behind dk
+  // The gradients of this warp's units, from accumulators or into them.
+  template <class F> __device__ void each_pair(F&& f) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int d = 0; d < C::kColumns / 8; ++d)
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        const int unit = row_of_warp<C>(warp) + lane / 4 + 4 * i, column = column_of_warp<C>() + 8 * d + 2 * (lane & 3);
+        f(d, i, *reinterpret_cast<float2*>(&dk[unit][column]), *reinterpret_cast<float2*>(&dv[unit][column]));
+      }
   }
 
   __device__ void add(const UnitGradientParams& p, int bh, int key0, int block_units) {
@@ -68,7 +77,9 @@ template <class C> struct RoutedSums {
     for (int m = threadIdx.x; m < x.M; m += blockDim.x) {  // an expert without queries has left no sums
       const std::int32_t* start = starts + std::int64_t(m) * (blocks + 1);
       offset[m] = segments[m] < segments[m + 1] ? start[1] - start[0] : 0;
+      slot0[m] = start[0], segment[m] = segments[m];
     }
+    if (threadIdx.x == 0) segment[x.M] = segments[x.M];
     __syncthreads();
     if (warp == 0) {
       int total = 0;
@@ -79,35 +90,35 @@ template <class C> struct RoutedSums {
           const int other = __shfl_up_sync(kAllLanes, through, d);
           if (lane >= d) through += other;
         }
-        if (m < x.M) offset[m] = total + through - count;
+        if (m < x.M) offset[m] = total + through - count, slot0[m] -= offset[m];
         total += __shfl_sync(kAllLanes, through, 31);
       }
       if (lane == 0) offset[x.M] = total;
     }
     __syncthreads();
     for (int first = 0; first < offset[x.M]; first += kEntries) {
-      for (int m = threadIdx.x; m < x.M; m += blockDim.x) {
-        const int slot0 = starts[std::int64_t(m) * (blocks + 1)] - offset[m];
-        for (int i = max(first, offset[m]); i < min(first + kEntries, offset[m + 1]); ++i) {
-          const int slot = slot0 + i, unit = p.indices[(std::int64_t(bh) * x.M + m) * x.K + slot] - key0;
-          entry[i - first] = unit >= 0 && unit < block_units ? unit << 21 | m << 11 | slot : -1;
-        }
+      const int count = min(kEntries, offset[x.M] - first);
+      for (int i = threadIdx.x; i < count; i += blockDim.x) {
+        int m = 0;  // the last landmark that does not begin behind this entry
+        for (int step = 1 << (31 - __clz(x.M)); step > 0; step >>= 1)
+          if (m + step < x.M && offset[m + step] <= first + i) m += step;
+        const int slot = slot0[m] + first + i, unit = p.indices[(std::int64_t(bh) * x.M + m) * x.K + slot] - key0;
+        entry[i] = unit >= 0 && unit < block_units ? unit << 21 | m << 11 | slot : -1;
       }
       __syncthreads();
-      const int count = min(kEntries, offset[x.M] - first);
       for (int i = lane; i - lane < count; i += 32) {
         const int mine = i < count ? entry[i] : -1;
         unsigned left = __ballot_sync(kAllLanes, mine >= 0 && mine >> 25 == warp / C::kSharers);
-        while (left) left = add_few(p, bh, segments, mine, left, lane);
+        while (left) left = add_few(p, bh, mine, left, lane);
       }
       __syncthreads();
     }
   }
 
   // The first few entries of a warp's `left` lanes: all their rows are on their way before the first one is added.
-  __device__ unsigned add_few(const UnitGradientParams& p, int bh, const std::int32_t* segments, int mine, unsigned left, int lane) {
+  __device__ unsigned add_few(const UnitGradientParams& p, int bh, int mine, unsigned left, int lane) {
     using Columns = std::conditional_t<C::kColumns == 64, float2, float4>;  // of one lane
-    constexpr int kColumns = C::kColumns / 32, kFew = 8 / kColumns;  // beside 128 registers of gradients
+    constexpr int kColumns = C::kColumns / 32, kFew = 16 / kColumns;
     const Problem& x = p.problem;
     const int column = column_of_warp<C>() + kColumns * lane;
     const auto add = [](float* sum, const Columns& more) {
@@ -115,29 +126,28 @@ template <class C> struct RoutedSums {
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) sum[i] += m[i];
     };
-    int unit[kFew], segment[kFew], last[kFew];
-    std::int64_t row[kFew];
+    const std::int64_t head = std::int64_t(bh) * max_tiles(x, p.groups.segment_rows) * x.K;
+    int unit[kFew], rows[kFew], more[kFew];  // rows: between the first one and that of segment 0, slot 0
     Columns k[kFew], v[kFew];
 #pragma unroll
     for (int i = 0; i < kFew; ++i) {
       const int from = __ffs(left) - 1, one = from < 0 ? -1 : __shfl_sync(kAllLanes, mine, from), m = one >> 11 & 1023;
       unit[i] = one >> 21;
-      segment[i] = from < 0 ? 0 : segments[m], last[i] = from < 0 ? 0 : segments[m + 1];
-      row[i] = (std::int64_t(bh) * max_tiles(x, p.groups.segment_rows) * x.K + (one & 2047)) * x.D + column;
-      if (segment[i] < last[i] && column < x.D) {
-        k[i] = *reinterpret_cast<const Columns*>(p.partial_dk + row[i] + std::int64_t(segment[i]) * x.K * x.D);
-        v[i] = *reinterpret_cast<const Columns*>(p.partial_dv + row[i] + std::int64_t(segment[i]) * x.K * x.D);
+      rows[i] = from < 0 ? 0 : segment[m] * x.K + (one & 2047), more[i] = from < 0 ? -1 : segment[m + 1] - segment[m] - 1;
+      if (from >= 0 && column < x.D) {
+        k[i] = *reinterpret_cast<const Columns*>(p.partial_dk + (head + rows[i]) * x.D + column);
+        v[i] = *reinterpret_cast<const Columns*>(p.partial_dv + (head + rows[i]) * x.D + column);
       }
       left &= left - 1;
     }
     if (column < x.D)
 #pragma unroll
       for (int i = 0; i < kFew; ++i) {
-        if (segment[i] >= last[i]) continue;
+        if (unit[i] < 0) continue;
         add(&dk[unit[i]][column], k[i]), add(&dv[unit[i]][column], v[i]);
-        for (int s = segment[i] + 1; s < last[i]; ++s) {
-          add(&dk[unit[i]][column], *reinterpret_cast<const Columns*>(p.partial_dk + row[i] + std::int64_t(s) * x.K * x.D));
-          add(&dv[unit[i]][column], *reinterpret_cast<const Columns*>(p.partial_dv + row[i] + std::int64_t(s) * x.K * x.D));
+        for (int s = 1; s <= more[i]; ++s) {
+          add(&dk[unit[i]][column], *reinterpret_cast<const Columns*>(p.partial_dk + (head + rows[i] + s * x.K) * x.D + column));
+          add(&dv[unit[i]][column], *reinterpret_cast<const Columns*>(p.partial_dv + (head + rows[i] + s * x.K) * x.D + column));
         }
       }
     return left;
@@ -223,8 +233,8 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
     auto& stage = shared.stage[step & 1];
     float probability[kTiles][4], gradient[kTiles][4];
     product<C>(probability, k, stage.q.in(window), lane);
-    if constexpr (C::kGroups) product<C>(gradient, v, stage.dout.in(window), lane);  // under way meanwhile
-    wait_products<C, 1>(probability);
+    if constexpr (C::kGroups && C::DP > 64) product<C>(gradient, v, stage.dout.in(window), lane);  // under way meanwhile
+    wait_products<C, (C::kGroups && C::DP != 64)>(probability);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const int column = 8 * n + 2 * (lane & 3);
@@ -240,7 +250,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
     }
     Weights<T, kTiles> weights(probability);
     add_weighted_rows<C>(dv, weights, stage.dout.in(window), lane);
-    if constexpr (!C::kGroups) product<C>(gradient, v, stage.dout.in(window), lane);  // not before: registers
+    if constexpr (!C::kGroups || C::DP == 64) product<C>(gradient, v, stage.dout.in(window), lane);  // not before: registers
     wait_products<C, 1>(gradient);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
@@ -276,15 +286,9 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   if (p.indices != nullptr) {
     RoutedSums<C>& sums = *reinterpret_cast<RoutedSums<C>*>(memory);  // all tiles are free by now
     __syncthreads();
-    sums.clear();
+    sums.each_pair([&](int d, int i, float2& k, float2& v) { k = make_float2(dk[d][i], dk[d][i + 1]), v = make_float2(dv[d][i], dv[d][i + 1]); });
     for (int i = 0; i < group; ++i) sums.add(p, b * x.H + h * group + i, u0, block_units);
-#pragma unroll
-    for (int d = 0; d < C::kColumns / 8; ++d)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int unit = row_of_warp<C>(warp) + g + 8 * (i / 2), column = column_of_warp<C>() + 8 * d + 2 * (lane & 3) + (i & 1);
-        dk[d][i] += sums.dk[unit][column], dv[d][i] += sums.dv[unit][column];
-      }
+    sums.each_pair([&](int d, int i, float2& k, float2& v) { dk[d][i] = k.x, dk[d][i + 1] = k.y, dv[d][i] = v.x, dv[d][i + 1] = v.y; });
   }
   __syncthreads();
   const Span stored_keys = span(x.keys, opaque(b));
@@ -306,7 +310,8 @@ cudaError_t launch_unit_gradient(const UnitGradientParams& p, cudaStream_t strea
     const int parts = compress ? 1 : p.role == UnitRole::routed ? max_tiles(x, p.groups.segment_rows) : p.splits;
     const int warps = C::kGroups ? 4 : std::min(L::kWarps, ceil_div(units, 16) * C::kSharers);
     const bool collects = compress && p.indices != nullptr;
-    const std::size_t bytes = collects ? std::max(sizeof(typename L::Shared), sizeof(RoutedSums<C>)) : sizeof(typename L::Shared);
+    const std::size_t tiles = offsetof(typename L::Shared, v) + rows_of_block<C>(32 * warps) * C::DP * sizeof(typename C::T);
+    const std::size_t bytes = collects ? std::max(tiles, sizeof(RoutedSums<C>)) : tiles;
     if (cudaError_t status = allow_shared_memory(unit_gradient_kernel<C>, bytes)) return status;
     if (collects) {
       key_starts_kernel<<<static_cast<unsigned>(x.B) * x.H * x.M, 128, 0, stream>>>(p);
