@@ -395,6 +395,18 @@ Tensor pool_backward(const Tensor& dlandmarks, int64_t N, IntArrayRef num_landma
 
 // ---- Landmarks: scores, top-k, compressed values ---------------------------------------------------------------------
 
+// Logits, times `scale`, relative to the largest of their row -> exponentials, in place. A row of -inf becomes zeros: its sum and
+// its factor are 0, its lse is -inf.
+struct Exponentials {
+  Tensor top, sum;  // [n, 1]
+  explicit Exponentials(const Tensor& logits, double scale = 1) : top(scale == 1 ? logits.amax(1, true) : logits.mul_(scale).amax(1, true)) {
+    logits.sub_(top.masked_fill(top == -kInf, 0)).exp_();
+    sum = logits.sum(1, true);
+  }
+  Tensor factor() const { return sum.reciprocal().masked_fill_(sum == 0, 0); }
+  Tensor lse() const { return sum.log().add_(top).squeeze(1); }
+};
+
 // Rows of landmark scores that are held at once: 2^20 scores or one row. A function of the keys alone, never of the batch
 // or the threads, because the shape of a product can decide its last bits.
 int64_t landmark_block(int64_t M, int64_t L) {
@@ -423,12 +435,9 @@ Landmarked landmark_stage(const Problem& x, const Tensor& landmarks, const Tenso
       int32_t* chosen = head(result.indices, b, h).mutable_data_ptr<int32_t>() + m0 * x.K;
       for (int64_t m = 0; m < rows; ++m) select_topk(scores + m * L, L, K, chosen + m * x.K);
 
-      S.mul_(scale);
-      const Tensor top = S.amax(1, true);
-      S.sub_(top).exp_();
-      const Tensor sum = S.sum(1, true);
-      head(result.compressed, b, h).narrow(0, m0, rows).copy_(S.mm(to_acc(keys.head(value, b, hk))).div_(sum));
-      head(result.lse, b, h).narrow(0, m0, rows).copy_(sum.log_().add_(top).squeeze(1));
+      const Exponentials weights(S, scale);
+      head(result.compressed, b, h).narrow(0, m0, rows).copy_(S.mm(to_acc(keys.head(value, b, hk))).div_(weights.sum));
+      head(result.lse, b, h).narrow(0, m0, rows).copy_(weights.lse());
     });
   });
   return result;
@@ -441,18 +450,6 @@ std::tuple<Tensor, Tensor, Tensor> landmark_topk(const Tensor& landmarks, const 
   const auto [indices, compressed, lse] = landmark_stage(x, landmarks, key, value, scale);
   return {indices, compressed, lse};
 }
-
-// Logits relative to the largest of their row -> exponentials, in place. A row of -inf becomes zeros: its sum and its factor
-// are 0, its lse is -inf.
-struct Exponentials {
-  Tensor top, sum;  // [n, 1]
-  explicit Exponentials(const Tensor& logits) : top(logits.amax(1, true)) {
-    logits.sub_(top.masked_fill_(top == -kInf, 0)).exp_();
-    sum = logits.sum(1, true);
-  }
-  Tensor factor() const { return sum.reciprocal().masked_fill_(sum == 0, 0); }
-  Tensor lse() const { return sum.log().add_(top).squeeze(1); }
-};
 
 // Softmax of each row of logits, in place. The backward passes start from the logits again and not from the saved lse and
 // outputs: those are rounded, which shows where logits are large or keys nearly the same.
@@ -643,7 +640,6 @@ struct Head {
 
   // -> out [n, D] and lse [n] of queries n0 .. n0 + n. A query without any unit gets 0 and -inf.
   std::pair<Tensor, Tensor> forward(int64_t n0, int64_t n) const {
-    if (p.s == 1 && !few_keys()) return forward_by_expert(n0, n);
     const Tensor P = logits(to_acc(q.narrow(0, n0, n)), n0);
     const Exponentials rows(P);
     const Tensor out = shared_expert ? shared(P).mm(C) : at::zeros({n, p.D}, P.options());
@@ -660,26 +656,6 @@ struct Head {
     }
     out.mul_(rows.factor());
     return {out, rows.lse()};
-  }
-
-  // The same with one route: the softmax of an expert's queries while their logits are in the cache.
-  std::pair<Tensor, Tensor> forward_by_expert(int64_t n0, int64_t n) const {
-    const Tensor out = at::zeros({n, p.D}, Z.options()), lse = at::empty({n}, Z.options());
-    each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
-      const Tensor q_e = gather_rows<scalar_t>(q.narrow(0, n0, n), b.rows, b.n);
-      const Tensor S = at::full({b.n, std::max<int64_t>(shared_width() + b.used, 1)}, -kInf, Z.options());
-      const Tensor routed = S.narrow(1, shared_width(), b.used);
-      if (shared_expert) shared(S).addmm_(q_e, Z.t(), 0, landmark_scale);
-      routed.addmm_(q_e, gather_rows<scalar_t>(k, keys, b.used).t(), 0, scale);
-      const Exponentials rows(S);
-      const Tensor out_e = routed.mm(gather_rows<scalar_t>(v, keys, b.used));
-      if (shared_expert) out_e.addmm_(shared(S), C);
-      add_rows<T>(out, b.rows, out_e.mul_(rows.factor()));
-      const Tensor lse_e = rows.lse();
-      for (int64_t i = 0; i < b.n; ++i)
-        lse.template mutable_data_ptr<T>()[b.rows[i]] = lse_e.template const_data_ptr<T>()[i];
-    });
-    return {out, lse};
   }
 
   // Adds to dq [N, D], dZ, dC [M, D] and the kv gradients what queries n0 .. n0 + n contribute.
