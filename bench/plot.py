@@ -17,7 +17,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 HERE = Path(__file__).parent
-COLORS = {"dense": "tab:blue", "mita": "tab:red", "compress_only": "tab:green", "route_only": "tab:orange"}
+COLORS = {
+    "dense": "tab:blue",
+    "mita": "tab:red",
+    "mita_2_routes": "tab:purple",
+    "compress_only": "tab:green",
+    "route_only": "tab:orange",
+}
 CURVES = (
     ("mita", "forward", "MiTA, forward", "tab:red", "-"),
     ("mita", "forward_backward", "MiTA, forward + backward", "tab:red", "--"),

@@ -37,6 +37,7 @@ from .timing import environment, summary
 VARIANTS = {  # options of MiTAAttention; None is dense attention
     "dense": None,
     "mita": {},
+    "mita_2_routes": {"routes": 2},
     "compress_only": {"routes": 0},
     "route_only": {"shared_expert": False},
 }
@@ -259,13 +260,13 @@ def bench_swap(args) -> dict:
 # ---- recall: which value belongs to this key? Every pair is one token; only the sequence itself can answer
 
 
-RECALL = Recipe(steps=600, batch=16, lr=2e-3, weight_decay=0.01)
+RECALL = Recipe(steps=800, batch=16, lr=2e-3, weight_decay=0.01)
 WINDOW = 64  # tokens that a landmark pools: M = N / WINDOW
 RECALL_TOPK = 128  # a run and its topic are 96 tokens
 ASKED_TOKENS = 2**18  # for each accuracy, in 16 sequences at most
 
 
-def recaller(variant: str, task: Recall, dim: int = 128, heads: int = 4) -> nn.Sequential:
+def recaller(variant: str, task: Recall, dim: int = 256, heads: int = 8) -> nn.Sequential:
     """One block without positions. Queries and keys start with one projection, so that like attends to like: without it no
     variant, dense attention included, finds within a few hundred steps that keys are to be compared.
     """

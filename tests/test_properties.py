@@ -70,7 +70,7 @@ def cases(draw, device):
         pooled=grid is not None or draw(st.booleans()),
         grid=grid,
         prefix=prefix,
-        # Not "large": hardly one such softmax in a hundred is more than the choice of one unit, so errors of a few cannot be compared.
+        # Not "large": hardly one such softmax in a hundred is more than the choice of one unit; errors of a few are luck.
         values=draw(st.sampled_from(["normal", "clustered", "duplicate_keys", "duplicate_landmarks", "one_expert"])),
         layout=layout,
     )

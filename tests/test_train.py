@@ -247,4 +247,4 @@ def test_steps_needs_a_gpu(monkeypatch):
 def test_an_unknown_variant_is_named(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, "digits", "--variants", "dense,sparse")
-    assert "must be some of dense,mita,compress_only,route_only, got sparse" in capsys.readouterr().err
+    assert "must be some of dense,mita,mita_2_routes,compress_only,route_only, got sparse" in capsys.readouterr().err
