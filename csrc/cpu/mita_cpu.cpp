@@ -604,20 +604,9 @@ struct Head {
     }
   }
 
-  // Of few keys, one product with all of them costs less than one for each expert.
+  // Of few keys, one product with all of them costs less than one for each expert. Not so for values: what is not finite in
+  // one of them must not reach those who do not attend to it.
   bool few_keys() const { return p.L <= kFewKeys * p.K; }
-
-  // Calls f(at, other) for every filled slot of queries n0 .. n0 + n: where it lies in a [n, width] matrix, and its key in
-  // a [n, L] matrix.
-  template <class F>
-  void each_slot(int64_t n0, int64_t n, const F& f) const {
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t t = 0; t < p.s; ++t) {
-        const int32_t* keys = indices + experts[(n0 + i) * p.s + t] * p.K;
-        for (int64_t j = 0; j < p.K; ++j)
-          if (keys[j] >= 0 && keys[j] < p.L) f(i * width() + shared_width() + t * p.K + j, i * p.L + keys[j]);
-      }
-  }
 
   // All logits of queries n0 .. n0 + n, given as q; -inf in empty slots.
   Tensor logits(const Tensor& q, int64_t n0) const {
@@ -628,7 +617,12 @@ struct Head {
       const Tensor all = q.mm(to_acc(k).t()).mul_(scale);
       const T* from = all.template const_data_ptr<T>();
       T* to = S.template mutable_data_ptr<T>();
-      each_slot(n0, n, [&](int64_t at, int64_t key) { to[at] = from[key]; });
+      for (int64_t i = 0; i < n; ++i, from += p.L, to += width())
+        for (int64_t t = 0; t < p.s; ++t) {
+          const int32_t* keys = indices + experts[(n0 + i) * p.s + t] * p.K;
+          for (int64_t j = 0; j < p.K; ++j)
+            if (keys[j] >= 0 && keys[j] < p.L) to[shared_width() + t * p.K + j] = from[keys[j]];
+        }
     } else {
       each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
         const Tensor k_e = gather_rows<scalar_t>(k, keys, b.used);
@@ -643,17 +637,9 @@ struct Head {
     const Tensor P = logits(to_acc(q.narrow(0, n0, n)), n0);
     const Exponentials rows(P);
     const Tensor out = shared_expert ? shared(P).mm(C) : at::zeros({n, p.D}, P.options());
-    if (few_keys()) {
-      const Tensor weights = at::zeros({n, p.L}, P.options());
-      const T* from = P.template const_data_ptr<T>();
-      T* to = weights.template mutable_data_ptr<T>();
-      each_slot(n0, n, [&](int64_t at, int64_t key) { to[key] += from[at]; });
-      out.addmm_(weights, to_acc(v));
-    } else {
-      each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
-        add_rows<T>(out, b.rows, get_block<T>(P, b).mm(gather_rows<scalar_t>(v, keys, b.used)));
-      });
-    }
+    each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
+      add_rows<T>(out, b.rows, get_block<T>(P, b).mm(gather_rows<scalar_t>(v, keys, b.used)));
+    });
     out.mul_(rows.factor());
     return {out, rows.lse()};
   }
