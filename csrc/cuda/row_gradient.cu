@@ -29,6 +29,7 @@ template <class C> struct Layout : C {
     std::int32_t indices[kMaxTopk];                     // K of the expert's keys
   };
   static_assert(offsetof(Shared, indices) <= 100 * 1024);
+  __host__ __device__ static constexpr int allocated_rows(int rows) { return C::DP == 128 && std::is_same_v<typename C::T, Tf32> ? kRows : rows; }  // or it spills
 };
 
 // Sums over the units of a lane's two rows: of dS as rounded, of dS, of P. The lane's share until `finish`.
@@ -85,7 +86,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   for (int i = threadIdx.x; i < work.entries; i += blockDim.x) shared.entries[i] = entry_of(p.groups, x, experts, bh, work, i);
   const int length = span(x.keys, b).length;
   int gathered = landmark ? length : 0;
-  std::int32_t* const indices = reinterpret_cast<std::int32_t*>(shared.rows.data + 2 * rows * DP);
+  std::int32_t* const indices = reinterpret_cast<std::int32_t*>(shared.rows.data + 2 * L::allocated_rows(rows) * DP);
   if (experts > 0) gathered = load_indices(indices, p.units.indices + (std::int64_t(bh) * x.M + work.expert) * x.K, x.K, length);
   __shared__ UnitTiles<kUnits> units;  // there are no registers left for it
   if (threadIdx.x == 0) units = UnitTiles<kUnits>::of(!landmark && p.units.shared ? x.M : 0, gathered, window.of(*indices), !landmark);
@@ -99,7 +100,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   for (int pass = 0; pass * rows < work.entries; ++pass) {
     const auto own = [&](int i) { return pass * rows + row_of_warp<C>(warp) + g + 8 * i; };  // entries of the lane's two rows
     const int batch = opaque(b), head = opaque(h);
-    const Tile<T, DP> q_rows = shared.rows.in(window), dout_rows = q_rows.from_row(rows);
+    const Tile<T, DP> q_rows = shared.rows.in(window), dout_rows = q_rows.from_row(L::allocated_rows(rows));
     const std::int64_t start = landmark ? 0 : span(x.queries, batch).start;
     load_rows<T, DP>(rows, x.D, work.entries - pass * rows,
                      [list = window.of(shared.entries) + 4 * pass * rows, slots = slots_of_query()](int i) { return query_of(load_shared_int(list + 4 * i), slots); },
@@ -252,7 +253,7 @@ cudaError_t launch_row_gradient(const RowGradientParams& p, cudaStream_t stream)
     const int warps = std::min(L::kWarps, C::kGroups ? 4 : ceil_div(most_rows, 16) * C::kSharers);
     if (warps < 1 || p.groups.tile_rows > kMaxRowGradientTile) return cudaErrorInvalidValue;
     const std::size_t bytes =
-        offsetof(typename L::Shared, rows) + 2 * rows_of_block<C>(32 * warps) * C::DP * sizeof(typename C::T) + (landmark ? 0 : x.K * sizeof(std::int32_t));
+        offsetof(typename L::Shared, rows) + 2 * L::allocated_rows(rows_of_block<C>(32 * warps)) * C::DP * sizeof(typename C::T) + (landmark ? 0 : x.K * sizeof(std::int32_t));
     if (cudaError_t status = allow_shared_memory(row_gradient_kernel<C>, sizeof(typename L::Shared))) return status;
     const unsigned heads = static_cast<unsigned>(x.B) * x.H;
     const unsigned blocks = landmark ? heads * p.splits * ceil_div(x.M, rows_of_block<C>(32 * warps)) : heads * max_tiles(x, p.groups.tile_rows);

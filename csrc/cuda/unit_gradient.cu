@@ -17,8 +17,8 @@ namespace {
 template <class C> struct Layout : C {
   static constexpr bool kHalf = sizeof(typename C::T) == 2;
   static constexpr int kUnits = kRowGradientRows<sizeof(typename C::T), C::DP>, kWarps = kUnits / 16 * C::kSharers;  // at most
-  // Of one tile. Evidence: by warps, 64 rows of 128 columns spill.
-  static constexpr int kRows = C::DP > 128 ? kUnits / 2 : C::kGroups ? 64 : 32;
+  // Of one tile. Evidence: by warps, 64 rows of 128 columns spill, in TF32 32.
+  static constexpr int kRows = C::DP > 128 || (C::DP == 128 && std::is_same_v<typename C::T, Tf32>) ? kUnits / 2 : C::kGroups ? 64 : 32;
   static constexpr int kBlocks = !kHalf ? 1 : C::DP == 64 ? 3 : 2;  // of a multiprocessor, by registers
   static constexpr int kListedRows = 512;  // a multiple of kRows
   struct Shared {
