@@ -79,8 +79,6 @@ CASES = [
     Case("duplicate_landmarks", routes=2, values="duplicate_landmarks"),
     Case("large_logits", values="large"),
     Case("large_logits_no_shared_expert", values="large", shared_expert=False),
-    Case("large_logits_wide_heads", B=1, N=900, L=500, D=128, M=9, K=60, values="large", scale=0.01),
-    Case("large_logits_many_keys", B=1, N=700, L=4200, D=64, M=50, K=64, values="large", scale=0.01),
     Case("clustered", N=150, M=9, K=16, values="clustered"),
     Case("clustered_pooled", N=150, M=9, K=16, values="clustered", pooled=True),
     Case("clustered_image", B=1, N=1025, D=64, M=(7, 7), K=49, grid=(32, 32), prefix=1, values="clustered", pooled=True),
