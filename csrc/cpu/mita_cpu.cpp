@@ -395,11 +395,11 @@ Tensor pool_backward(const Tensor& dlandmarks, int64_t N, IntArrayRef num_landma
 
 // ---- Landmarks: scores, top-k, compressed values ---------------------------------------------------------------------
 
-// Logits, times `scale`, relative to the largest of their row -> exponentials, in place. A row of -inf becomes zeros: its sum and
-// its factor are 0, its lse is -inf.
+// Logits relative to the largest of their row -> exponentials, in place. A row of -inf becomes zeros: its sum and its factor are 0,
+// its lse is -inf.
 struct Exponentials {
   Tensor top, sum;  // [n, 1]
-  explicit Exponentials(const Tensor& logits, double scale = 1) : top(scale == 1 ? logits.amax(1, true) : logits.mul_(scale).amax(1, true)) {
+  explicit Exponentials(const Tensor& logits) : top(logits.amax(1, true)) {
     logits.sub_(top.masked_fill(top == -kInf, 0)).exp_();
     sum = logits.sum(1, true);
   }
@@ -435,7 +435,7 @@ Landmarked landmark_stage(const Problem& x, const Tensor& landmarks, const Tenso
       int32_t* chosen = head(result.indices, b, h).mutable_data_ptr<int32_t>() + m0 * x.K;
       for (int64_t m = 0; m < rows; ++m) select_topk(scores + m * L, L, K, chosen + m * x.K);
 
-      const Exponentials weights(S, scale);
+      const Exponentials weights(S.mul_(scale));
       head(result.compressed, b, h).narrow(0, m0, rows).copy_(S.mm(to_acc(keys.head(value, b, hk))).div_(weights.sum));
       head(result.lse, b, h).narrow(0, m0, rows).copy_(weights.lse());
     });
