@@ -21,6 +21,7 @@ template <class C> struct Layout : C {
   static constexpr int kRows = C::DP > 128 || (C::DP == 128 && std::is_same_v<typename C::T, Tf32>) ? kUnits / 2 : C::kGroups ? 64 : 32;
   static constexpr int kBlocks = !kHalf ? 1 : C::DP == 64 ? 3 : 2;  // of a multiprocessor, by registers
   static constexpr int kListedRows = 512;  // a multiple of kRows
+  static constexpr bool kBothProducts = C::kGroups && C::DP > 64;  // under way at once: there are registers for it
   struct Shared {
     struct {
       TileStorage<typename C::T, C::DP, kRows> q, dout;
@@ -233,8 +234,8 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
     auto& stage = shared.stage[step & 1];
     float probability[kTiles][4], gradient[kTiles][4];
     product<C>(probability, k, stage.q.in(window), lane);
-    if constexpr (C::kGroups && C::DP > 64) product<C>(gradient, v, stage.dout.in(window), lane);  // under way meanwhile
-    wait_products<C, (C::kGroups && C::DP != 64)>(probability);
+    if constexpr (L::kBothProducts) product<C>(gradient, v, stage.dout.in(window), lane);
+    wait_products<C, L::kBothProducts>(probability);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const int column = 8 * n + 2 * (lane & 3);
@@ -250,7 +251,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
     }
     Weights<T, kTiles> weights(probability);
     add_weighted_rows<C>(dv, weights, stage.dout.in(window), lane);
-    if constexpr (!C::kGroups || C::DP == 64) product<C>(gradient, v, stage.dout.in(window), lane);  // not before: registers
+    if constexpr (!L::kBothProducts) product<C>(gradient, v, stage.dout.in(window), lane);
     wait_products<C, 1>(gradient);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
