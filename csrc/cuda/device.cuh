@@ -197,6 +197,11 @@ __device__ inline int load_shared_short(std::uint32_t address) {
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(address) : "memory");
   return x;
 }
+__device__ inline int load_shared_byte(std::uint32_t address) {
+  std::uint32_t x;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
 __device__ inline void store_shared4(std::uint32_t address, uint4 x) {
   asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }

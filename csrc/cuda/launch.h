@@ -1,5 +1,5 @@
-// One launcher per stage, and one for all stages of short sequences. None allocates, synchronises, prints or throws; the status is that
-// of the launch.
+// One launcher per stage, and one each for the whole forward and backward pass of short sequences. None allocates, synchronises, prints or
+// throws; the status is that of the launch.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -17,6 +17,8 @@ cudaError_t launch_expert_attention(const AttentionParams&, cudaStream_t);
 cudaError_t launch_specialist_attention(const AttentionParams&, cudaStream_t);  // its part for sm_90a
 bool fits_short_attention(const Problem&);  // by its shape, and what the current device has
 cudaError_t launch_short_attention(const ShortParams&, cudaStream_t);
+bool fits_short_gradient(const Problem&, bool shared, float scale, float landmark_scale);
+cudaError_t launch_short_gradient(const ShortGradientParams&, cudaStream_t);
 cudaError_t launch_delta(const DeltaParams&, cudaStream_t);
 cudaError_t launch_unit_gradient(const UnitGradientParams&, cudaStream_t);
 cudaError_t launch_row_gradient(const RowGradientParams&, cudaStream_t);

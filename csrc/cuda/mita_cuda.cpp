@@ -284,7 +284,7 @@ Attended short_attention_stage(const Context& context, const Problem& x, const W
                   ints(query, {x.B, x.H, N, 1}), per_landmark(),   floats(query, {x.B, x.H, x.M})};
   context.run("mita_ext::short_attention", launch_short_attention,
               {x, pooling ? *pooling : Windows{}, pooling != nullptr, shared, scale, landmark_scale, rows(query), rows(key), rows(value), rows(result.landmarks),
-               result.compressed.data_ptr(), result.landmark_lse.data_ptr<float>(), result.indices.data_ptr<int>(), result.experts.data_ptr<int>(), rows(result.out),
+               rows(result.compressed), result.landmark_lse.data_ptr<float>(), result.indices.data_ptr<int>(), result.experts.data_ptr<int>(), rows(result.out),
                result.lse.data_ptr<float>()});
   return result;
 }
@@ -335,6 +335,7 @@ SharedGradient shared_gradient_stage(const Context& context, const Problem& x, c
   p.unit_k = rows(landmarks), p.unit_v = rows(compressed);
   p.row_q = rows(softmax.query), p.row_dout = rows(softmax.dout);
   softmax.describe(p);
+  p.heads = static_cast<int>(heads(x));
   p.splits = parts(heads(x) * ceil_div(x.M, 64), x.queries.max_length);
   const Tensor partial_dk = floats(landmarks, {heads(x), p.splits, x.M, x.D}), partial_dv = at::empty_like(partial_dk);
   p.partial_dk = partial_dk.data_ptr<float>(), p.partial_dv = partial_dv.data_ptr<float>();
@@ -344,52 +345,45 @@ SharedGradient shared_gradient_stage(const Context& context, const Problem& x, c
   return result;
 }
 
-struct RoutedGradient {
-  Tensor partial_dk, partial_dv;  // [BH, max_tiles(segment_rows), K, D]; only existing segments are written
-};
-
-RoutedGradient routed_gradient_stage(const Context& context, const Problem& x, const Softmax& softmax, const Tensor& key, const Tensor& value, const Tensor& indices,
-                                     const Groups& groups, float scale) {
-  UnitGradientParams p{};
-  p.problem = x;
-  p.role = UnitRole::routed;
-  p.scale = scale;
-  p.unit_k = rows(key), p.unit_v = rows(value);
-  p.row_q = rows(softmax.query), p.row_dout = rows(softmax.dout);
-  softmax.describe(p);
-  p.indices = indices.const_data_ptr<int>();
-  p.groups = groups;
-  const int64_t segments = max_tiles(x, groups.segment_rows);
-  RoutedGradient result{floats(key, {heads(x), segments, x.K, x.D}), floats(key, {heads(x), segments, x.K, x.D})};
-  p.partial_dk = result.partial_dk.data_ptr<float>(), p.partial_dv = result.partial_dv.data_ptr<float>();
-  context.run("mita_ext::routed_gradient", launch_unit_gradient, p);
-  return result;
+// Routed sums, 2 K rows of D floats for every segment of queries, are held for so many query heads at a time. H100: launches of fewer blocks cost
+// more than 3 %, and sums that fit in the L2 gain nothing.
+int heads_at_a_time(const Problem& x, int segments) {
+  constexpr int64_t kMostBytes = 128 << 20, kLeastBlocks = 3500;
+  const int64_t all = heads(x), group = x.H / x.Hkv, bytes = std::max<int64_t>(1, int64_t(segments) * x.K * x.D * 2 * sizeof(float));
+  const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(int64_t(x.M) * ceil_div(x.K, 64), ceil_div(x.keys.max_length, kKeyBlock) / group));  // of one head
+  const int64_t launches = ceil_div(all, std::max<int64_t>(kMostBytes / bytes, ceil_div(kLeastBlocks, blocks)));
+  return static_cast<int>(std::min(all, ceil_div(ceil_div(all, launches), group) * group));
 }
 
-// dkey and dvalue: through the compressed values where `landmarks` says how, plus the routed sums where there are any.
-std::tuple<Tensor, Tensor> key_gradient_stage(const Context& context, const Problem& x, const Softmax* landmarks, const RoutedGradient* routed, const Groups& groups,
-                                              const Tensor& key, const Tensor& value, const Tensor* indices, float scale) {
-  Tensor dkey = per_token(x.keys, key), dvalue = per_token(x.keys, value);
-  Tensor key_starts;
+// dkey and dvalue: through the compressed values where `landmarks` says how, plus what routed `queries` give to the keys of their experts, if any.
+std::tuple<Tensor, Tensor> key_gradient_stage(const Context& context, const Problem& x, const Softmax* landmarks, const Softmax* queries, const Groups& groups, const Tensor& key,
+                                              const Tensor& value, const Tensor* indices, float scale) {
+  Tensor dkey = per_token(x.keys, key), dvalue = per_token(x.keys, value), key_starts, partial_dk, partial_dv;
   UnitGradientParams p{};
   p.problem = x;
-  p.role = UnitRole::compress;
   p.scale = scale;
   p.unit_k = rows(key), p.unit_v = rows(value);
-  if (landmarks) {
-    p.landmark_rows = x.M;
-    p.row_q = rows(landmarks->query), p.row_dout = rows(landmarks->dout);
-    landmarks->describe(p);
-  }
-  if (routed) {
-    key_starts = ints(key, {heads(x), x.M, ceil_div(x.keys.max_length, kKeyBlock) + 1});
-    p.key_starts = key_starts.data_ptr<int>();
+  p.dk = rows(dkey), p.dv = rows(dvalue);
+  p.heads = static_cast<int>(heads(x));
+  if (queries) {
+    const int segments = max_tiles(x, groups.segment_rows);
+    p.heads = heads_at_a_time(x, segments);
+    partial_dk = floats(key, {p.heads, segments, x.K, x.D}), partial_dv = at::empty_like(partial_dk), key_starts = ints(key, {heads(x), x.M, ceil_div(x.keys.max_length, kKeyBlock) + 1});
+    p.partial_dk = partial_dk.data_ptr<float>(), p.partial_dv = partial_dv.data_ptr<float>(), p.key_starts = key_starts.data_ptr<int>();
     p.indices = indices->const_data_ptr<int>();
     p.groups = groups;
-    p.partial_dk = routed->partial_dk.data_ptr<float>(), p.partial_dv = routed->partial_dv.data_ptr<float>();
   }
-  p.dk = rows(dkey), p.dv = rows(dvalue);
-  context.run("mita_ext::key_gradient", launch_unit_gradient, p);
+  const auto run = [&](const char* stage, UnitRole role, const Softmax* rows_of) {
+    p.role = role;
+    if (rows_of) p.row_q = rows(rows_of->query), p.row_dout = rows(rows_of->dout), rows_of->describe(p);
+    context.run(stage, launch_unit_gradient, p);
+  };
+  if (landmarks) p.landmark_rows = x.M;
+  for (; p.first_head < heads(x); p.first_head += p.heads) {
+    p.heads = std::min(p.heads, static_cast<int>(heads(x)) - p.first_head);
+    if (queries) run("mita_ext::routed_gradient", UnitRole::routed, queries);
+    run("mita_ext::key_gradient", UnitRole::compress, landmarks);
+  }
   return {dkey, dvalue};
 }
 
@@ -434,6 +428,26 @@ Tensor query_gradient_stage(const Context& context, const Problem& x, const Soft
   }
   context.run("mita_ext::query_gradient", launch_row_gradient, p);
   return dquery;
+}
+
+// What comes back through attention. dlandmarks: as keys of the queries, and with the landmarks' own softmax as its queries too.
+struct AttentionGradient {
+  Tensor dquery, dkey, dvalue, dlandmarks, dcompressed;
+};
+
+// All of it, for short sequences: without dcompressed, and with dlandmarks only where these were given.
+AttentionGradient short_gradient_stage(const Context& context, const Problem& x, const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& key,
+                                       const Tensor& value, const Tensor& landmarks, const Tensor& compressed, const Tensor& indices, const Tensor& experts,
+                                       const Tensor& landmark_lse, const Tensor& lse, const Windows* pooling, float scale, float landmark_scale) {
+  AttentionGradient result{per_token(x.queries, query), per_token(x.keys, key), per_token(x.keys, value), at::empty({x.B, x.H, pooling ? 0 : x.M, x.D}, landmarks.options()), {}};
+  ShortGradientParams p{};
+  p.forward = {x, pooling ? *pooling : Windows{}, pooling != nullptr, true, scale, landmark_scale, rows(query), rows(key), rows(value), rows(landmarks), rows(compressed),
+               landmark_lse.data_ptr<float>(), indices.data_ptr<int>(), experts.data_ptr<int>(), {}, lse.data_ptr<float>()};
+  p.dout = rows(dout);
+  p.dlse = data(dlse);
+  p.dq = rows(result.dquery), p.dk = rows(result.dkey), p.dv = rows(result.dvalue), p.dlandmarks = rows(result.dlandmarks);
+  context.run("mita_ext::short_gradient", launch_short_gradient, p);
+  return result;
 }
 
 // ---- ops -----------------------------------------------------------------------------------------------------------
@@ -498,16 +512,14 @@ std::tuple<Tensor, Tensor> expert_attention(const Tensor& query, const Tensor& k
 
 // The backward of both attention ops. With `landmark_lse` the compressed values are differentiated on to landmarks and keys; with
 // `pooling` the landmarks' gradient on to the queries.
-struct AttentionGradient {
-  Tensor dquery, dkey, dvalue, dlandmarks, dcompressed;
-};
-
 AttentionGradient attention_gradient(const Problem& x, const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& key, const Tensor& value,
                                      const Tensor& landmarks, const Tensor& compressed, const Tensor& indices, const Tensor& experts, const Tensor& out, const Tensor& lse,
                                      const Tensor* landmark_lse, const Windows* pooling, bool shared_expert, float scale, float landmark_scale) {
   const Context context(query);
   const auto zeros = [](const Tensor& t) { return at::zeros(t.sizes(), t.options()); };
   if (lse.numel() == 0) return {zeros(query), zeros(key), zeros(value), zeros(landmarks), zeros(compressed)};
+  if (landmark_lse && fits_short_gradient(x, shared_expert, scale, landmark_scale))
+    return short_gradient_stage(context, x, dout, dlse, query, key, value, landmarks, compressed, indices, experts, *landmark_lse, lse, pooling, scale, landmark_scale);
   AttentionGradient result;
   const Softmax softmax(context, x, x.queries, query, dout, out, lse, dlse);
   const Grouped grouped = group_stage(context, x, experts, row_gradient_tile_rows(entries_per_expert(x)));
@@ -527,10 +539,8 @@ AttentionGradient attention_gradient(const Problem& x, const Tensor& dout, const
   } else {
     result.dlandmarks = zeros(landmarks), result.dcompressed = zeros(compressed);
   }
-  std::optional<RoutedGradient> routed;
-  if (x.s > 0) routed = routed_gradient_stage(context, x, softmax, key, value, indices, grouped.groups, scale);
-  std::tie(result.dkey, result.dvalue) = key_gradient_stage(context, x, landmark_softmax ? &*landmark_softmax : nullptr, routed ? &*routed : nullptr, grouped.groups,
-                                                            key, value, &indices, scale);
+  std::tie(result.dkey, result.dvalue) =
+      key_gradient_stage(context, x, landmark_softmax ? &*landmark_softmax : nullptr, x.s > 0 ? &softmax : nullptr, grouped.groups, key, value, &indices, scale);
   if (pooling && shared_expert) context.run("mita_ext::pool_backward", launch_pool_backward, {x, *pooling, rows(result.dlandmarks), true, rows(result.dquery)});
   return result;
 }

@@ -130,13 +130,21 @@ struct ShortParams {
   bool shared;                 // do the landmarks and the compressed values take part?
   float scale, landmark_scale;
   Rows q, k, v;                // [B, H, N, D], [B, Hkv, L, D] twice
-  Rows landmarks;              // [B, H, M, D]
-  void* compressed;            // [B, H, M, D], contiguous
+  Rows landmarks, compressed;  // [B, H, M, D] twice
   float* landmark_lse;         // [B, H, M]
   std::int32_t* indices;       // [B, H, M, K], as in LandmarkParams
   std::int32_t* experts;       // [B, H, N]
   Rows out;                    // [B, H, N, D]
   float* lse;                  // [B, H, N], natural logarithm
+};
+
+// Its whole backward pass, of those that are short enough: with H = Hkv, shared units, and few units.
+struct ShortGradientParams {
+  ShortParams forward;         // what it read and wrote, but for `out`
+  Rows dout;                   // [B, H, N, D]
+  const float* dlse;           // [B, H, N], contiguous, or null
+  Rows dq, dk, dv;             // [B, H, N, D], [B, H, L, D] twice
+  Rows dlandmarks;             // [B, H, M, D], unless the landmarks came from the queries
 };
 
 // delta[row] = sum_d dout * out - dlse, for the rows of `out` [B, H, rows, D]: exact but for the rounding of `out`.
@@ -165,12 +173,13 @@ struct UnitGradientParams {
   const float* lse;            // [B, H, rows]
   const float* delta;          // [B, H, rows]
   const float* normalizer;     // [B, H, rows], fp32 only: what the probabilities of a row are multiplied by
+  int first_head, heads;       // of this launch: some of the query heads [BH]; compress: all that share keys
   int splits;                  // shared: parts of the query range
   int landmark_rows;           // compress: M, or 0 to only collect the routed gradients
   const std::int32_t* indices; // routed, compress: [B, H, M, K] ascending (as unsigned), or null
   Groups groups;               // routed, compress
   std::int32_t* key_starts;    // compress with indices, scratch: [BH, M, ceil(L / kKeyBlock) + 1]
-  float* partial_dk;           // shared: [BH, splits, M, D]; routed (written) and compress (read): [BH, max_tiles(segment_rows), K, D]
+  float* partial_dk;           // shared: [BH, splits, M, D]; routed (written) and compress (read): [heads, max_tiles(segment_rows), K, D]
   float* partial_dv;           // likewise
   Rows dk, dv;                 // compress: [B, Hkv, L, D] twice
 };

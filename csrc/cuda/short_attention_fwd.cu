@@ -57,16 +57,8 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2) short_attentio
   const int bh = blockIdx.x, b = bh / x.H, h = bh % x.H, M = x.M;
   const Span queries = span(x.queries, b), keys = span(x.keys, b);
   const int N = queries.length, L = keys.length, chosen = min(x.K, L);
-  // Rows as they come, one after the other; zeros behind the last one, and behind the last column.
   const auto load = [&](const Tile<T, kDP>& to, const Rows& rows, int head, const Span& from, int count) {
-    const int chunk = threadIdx.x % kChunks, first = threadIdx.x / kChunks;
-    constexpr int kStep = kThreads / kChunks;
-    std::uint32_t target = to.chunk(first, chunk);
-    const T* source = head_rows<T>(rows, b, head, from.start + first) + chunk * kChunk<T>;
-    const int present = chunk * kChunk<T> < x.D ? from.length : 0;
-#pragma unroll 2
-    for (int row = first; row < count; row += kStep, target += kStep * kDP * sizeof(T), source += kStep * rows.row)
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(row < present ? 16 : 0) : "memory");
+    load_sequence<T, kDP, kThreads>(to, rows, b, head, from, x.D, count);
   };
   load(q, p.q, h, queries, round_up(N, 8));
   if (!p.pool) load(z, p.landmarks, h, {0, M}, round_up(M, 8));
@@ -172,30 +164,8 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2) short_attentio
         for (int n = 0; n < kDP / 8; ++n) store_shared(c.chunk(m + 8 * i, n) + 4 * t, pack<T>(values[n][2 * i] * factor, values[n][2 * i + 1] * factor));
       }
     } else {  // the queries in the order of their experts, and the tiles of all experts
-      int before = 0;  // entries, and tiles above them
-      for (int first = 0; first < M; first += 32) {
-        const int m = first + lane, entries_of = m < M ? counts[m] : 0, own = entries_of | ceil_div(entries_of, 16) << 16;
-        int through = own;
-#pragma unroll
-        for (int d = 1; d < 32; d *= 2) {
-          const int other = __shfl_up_sync(kAllLanes, through, d);
-          if (lane >= d) through += other;
-        }
-        const int start = before + through - own;
-        if (m < M) counts[m] = start & 0xffff;  // where its next query goes
-        for (int i = 0; i < own >> 16; ++i) tiles[(start >> 16) + i] = Work{m, (start & 0xffff) + 16 * i, min(16, entries_of - 16 * i), 0};
-        before += __shfl_sync(kAllLanes, through, 31);
-      }
-      if (lane == 0) tile_count = before >> 16;
-      __syncwarp();
-      for (int first = 0; first < N; first += 32) {
-        const int n = first + lane, expert = n < N ? experts[n] : -1;
-        const unsigned same = __match_any_sync(kAllLanes, expert);
-        if (expert >= 0) entries[counts[expert] + __popc(same & ((1u << lane) - 1))] = static_cast<std::uint16_t>(n);
-        __syncwarp();
-        if (expert >= 0 && lane == __ffs(same) - 1) counts[expert] += __popc(same);
-        __syncwarp();
-      }
+      const int tiles_made = order_by_expert(experts, N, counts, M, entries, tiles);
+      if (lane == 0) tile_count = tiles_made;
     }
   }
   __syncthreads();
@@ -207,7 +177,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2) short_attentio
     p.indices[std::int64_t(head) * M * x.K + i] = chosen == x.K || i % x.K < chosen ? indices[i] : -1;
   for (int i = threadIdx.x; i < M * kChunks; i += kThreads)
     if (const int m = i / kChunks, chunk = i % kChunks; chunk * kChunk<T> < x.D)
-      *reinterpret_cast<float4*>(static_cast<T*>(p.compressed) + (std::int64_t(head) * M + m) * x.D + chunk * kChunk<T>) = load_shared4(c.chunk(m, chunk));
+      *reinterpret_cast<float4*>(head_rows<T>(p.compressed, batch, head - batch * x.H, m) + chunk * kChunk<T>) = load_shared4(c.chunk(m, chunk));
   for (int item = warp; item < tile_count; item += kWarps) {
     const Work work = tiles[item];
     const std::uint16_t* const list = entries + work.first;

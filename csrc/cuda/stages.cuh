@@ -231,4 +231,51 @@ struct BestLandmark {
   __device__ int of_row(int h) const { return max(landmark[h], 0); }
 };
 
+// ---- whole short sequences -----------------------------------------------------------------------------------------
+
+// Starts copying `count` rows as they come, one after the other, with THREADS threads of the block; zeros behind the last one of `from`,
+// and behind the last column.
+template <class T, int DP, int THREADS>
+__device__ inline void load_sequence(const Tile<T, DP>& to, const Rows& rows, int b, int head, const Span& from, int D, int count) {
+  constexpr int kChunks = Tile<T, DP>::kChunks, kStep = THREADS / kChunks / 8 * 8;  // rows a multiple of eight apart: the same place of their panels
+  const int chunk = threadIdx.x % kChunks, first = threadIdx.x / kChunks;
+  if (first >= kStep) return;
+  std::uint32_t target = to.chunk(first, chunk);
+  const T* source = head_rows<T>(rows, b, head, from.start + first) + chunk * kChunk<T>;
+  const int present = chunk * kChunk<T> < D ? from.length : 0;
+#pragma unroll 2
+  for (int row = first; row < count; row += kStep, target += kStep * DP * sizeof(T), source += kStep * rows.row)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(row < present ? 16 : 0) : "memory");
+}
+
+// One warp puts N queries in the order of their experts, and cuts those of each expert into tiles of 16; returns how many. counts [M]: queries
+// of every expert, used up.
+__device__ inline int order_by_expert(const std::uint16_t* experts, int N, int* counts, int M, std::uint16_t* entries, Work* tiles) {
+  const int lane = threadIdx.x % 32;
+  int before = 0;  // entries, and tiles above them
+  for (int first = 0; first < M; first += 32) {
+    const int m = first + lane, entries_of = m < M ? counts[m] : 0, own = entries_of | ceil_div(entries_of, 16) << 16;
+    int through = own;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const int other = __shfl_up_sync(kAllLanes, through, d);
+      if (lane >= d) through += other;
+    }
+    const int start = before + through - own;
+    if (m < M) counts[m] = start & 0xffff;  // where its next query goes
+    for (int i = 0; i < own >> 16; ++i) tiles[(start >> 16) + i] = Work{m, (start & 0xffff) + 16 * i, min(16, entries_of - 16 * i), 0};
+    before += __shfl_sync(kAllLanes, through, 31);
+  }
+  __syncwarp();
+  for (int first = 0; first < N; first += 32) {
+    const int n = first + lane, expert = n < N ? experts[n] : -1;
+    const unsigned same = __match_any_sync(kAllLanes, expert);
+    if (expert >= 0) entries[counts[expert] + __popc(same & ((1u << lane) - 1))] = static_cast<std::uint16_t>(n);
+    __syncwarp();
+    if (expert >= 0 && lane == __ffs(same) - 1) counts[expert] += __popc(same);
+    __syncwarp();
+  }
+  return before >> 16;
+}
+
 }  // namespace mita

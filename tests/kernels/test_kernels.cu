@@ -291,6 +291,10 @@ const Case kCases[] = {
     {"short_padded", Dtype::fp16, 3, 4, 2, 256, 256, 12, 60, 1, 48, true, Batch::padded},
     {"short_many_landmarks", Dtype::bf16, 3, 2, 1, 90, 60, 70, 40, 1, 64, true, Batch::packed},
     {"short_ties", Dtype::bf16, 2, 1, 1, 130, 250, 12, 33, 1, 64, true, Batch::full, true},
+    {"short_most", Dtype::fp16, 2, 2, 2, 208, 208, 32, 32, 1, 64, true, Batch::full, false, {4, 8, 14, 14, 2}, 0.05},
+    {"short_few_queries", Dtype::bf16, 3, 2, 2, 30, 200, 12, 20, 1, 40, true, Batch::packed},
+    {"short_few_keys", Dtype::bf16, 3, 2, 2, 190, 30, 32, 32, 1, 64, true, Batch::padded},
+    {"short_given_landmarks", Dtype::fp16, 2, 2, 2, 150, 140, 20, 30, 1, 16, true, Batch::full, true},
     {"short_all_keys", Dtype::bf16, 2, 1, 1, 40, 70, 3, 70, 1, 64, false},
     // more units than shared memory holds
     {"passing_units", Dtype::bf16, 1, 1, 1, 1500, 600, 5, 300, 1, 128},
@@ -625,7 +629,7 @@ void run(const Case& c) {
     Buffer<std::int32_t> keys_too(indices.count), experts_too(experts.count);
     Buffer<float> landmark_lse_too(landmark_lse.count), lse_too(lse.count);
     RUN(launch_short_attention({problem, windows, !c.integers, c.shared, scale, landmark_scale, q.rows, k.rows, v.rows, c.integers ? given.rows : landmarks.view(),
-                                values.memory.data, landmark_lse_too.data, keys_too.data, experts_too.data, short_out.view(), lse_too.data}, 0));
+                                values.view(), landmark_lse_too.data, keys_too.data, experts_too.data, short_out.view(), lse_too.data}, 0));
     if (!c.integers) expect(landmarks.memory.get() == pooled.memory.get(), "one kernel: landmarks, bit for bit");
     expect(keys_too.get() == chosen_keys, "one kernel: indices, exactly");
     expect(experts_too.get() == routed, "one kernel: experts, exactly");
@@ -656,6 +660,28 @@ void run(const Case& c) {
                                                  want_dq.row(b, h, n));
   });
 
+  // all of the backward pass in one kernel
+  if (fits_short_gradient(problem, c.shared, scale, landmark_scale)) {
+    Gradients whole = want;
+    Host whole_dq = want_dq;
+    each_head([&](int b, int h, int, int g) {
+      for (int m = 0; m < M; ++m)
+        attend_backward(z.row(b, h, m), landmark_units(b, g, &whole.routed_k, &whole.routed_v), D, want.shared_v.row(b, h, m), 0, whole.shared_k.row(b, h, m));
+      const Windows w = windows_of_batch(b);
+      if (c.integers || w.gw == 0) return;
+      std::vector<int> tokens(M, 0);
+      for_each_pooled(w, [&](int m, int) { ++tokens[m]; });
+      for_each_pooled(w, [&](int m, int n) { add(whole_dq.row(b, h, n), 1.0 / tokens[m], whole.shared_k.row(b, h, m), D); });
+    });
+    const Output dq(dtype, B, H, N, D, &queries), dk(dtype, B, Hkv, L, D, &keys), dv(dtype, B, Hkv, L, D, &keys), dlandmarks(dtype, B, H, M, D);
+    RUN(launch_short_gradient({{problem, windows, !c.integers, c.shared, scale, landmark_scale, q.rows, k.rows, v.rows, z_rows, compressed.view(), landmark_lse.data,
+                                indices.data, experts.data, {}, lse.data}, dout.rows, dlse.data, dq.view(), dk.view(), dv.view(), dlandmarks.view()}, 0));
+    expect_close("one kernel: dq", valid(dq.get(), queries), whole_dq.x, gradient_tolerance);
+    expect_close("one kernel: dk", valid(dk.get(), keys), whole.routed_k.x, gradient_tolerance);
+    expect_close("one kernel: dv", valid(dv.get(), keys), whole.routed_v.x, gradient_tolerance);
+    if (c.integers) expect_close("one kernel: dlandmarks", dlandmarks.get().x, whole.shared_k.x, gradient_tolerance);
+  }
+
   // gradient of the queries, which makes delta exact (and, in fp32, the rows sum to one)
   const Output dq(dtype, B, H, N, D, &queries);
   Buffer<float> normalizer(std::size_t(BH) * N), landmark_normalizer(std::size_t(BH) * M);
@@ -678,7 +704,7 @@ void run(const Case& c) {
   const Output dcompressed(dtype, B, H, M, D), dlandmarks(dtype, B, H, M, D);
   if (c.shared) {
     UnitGradientParams p{};
-    p.problem = problem, p.role = UnitRole::shared, p.scale = landmark_scale, p.splits = kSplits;
+    p.problem = problem, p.role = UnitRole::shared, p.scale = landmark_scale, p.heads = BH, p.splits = kSplits;
     p.unit_k = z_rows, p.unit_v = compressed.view(), p.row_q = q.rows, p.row_dout = dout.rows, p.lse = lse.data, p.delta = delta.data;
     p.normalizer = only_fp32(normalizer), p.partial_dk = shared_dk.data, p.partial_dv = shared_dv.data;
     RUN(launch_unit_gradient(p, 0));
@@ -720,7 +746,8 @@ void run(const Case& c) {
     expect_close("dlandmarks", dlandmarks.get().x, want_dz.x, gradient_tolerance);
     expect_close("delta of the landmarks, exact", widen(landmark_delta.get()), want_landmark_delta.x, statistics_tolerance);
   }
-  const std::size_t routed_rows = std::size_t(BH) * backward_grouping.most_segments * K * D;
+  const int all_keys = B * Hkv, heads_at_a_time = (all_keys + 1) / 2 * (H / Hkv);  // in two launches, where there is more than one head
+  const std::size_t routed_rows = std::size_t(heads_at_a_time) * backward_grouping.most_segments * K * D;
   Buffer<float> routed_dk(s ? routed_rows : 0), routed_dv(s ? routed_rows : 0);
   const Output dk(dtype, B, Hkv, L, D, &keys), dv(dtype, B, Hkv, L, D, &keys);
   Buffer<std::int32_t> key_starts(std::size_t(BH) * M * (parts_of(L, kKeyBlock) + 1));
@@ -729,14 +756,17 @@ void run(const Case& c) {
   units.problem = problem, units.scale = scale, units.unit_k = k.rows, units.unit_v = v.rows;
   units.indices = s ? indices.data : nullptr, units.groups = backward_grouping.view();
   units.partial_dk = routed_dk.data, units.partial_dv = routed_dv.data;
-  if (s) {
-    UnitGradientParams p = units;
-    p.role = UnitRole::routed, p.row_q = q.rows, p.row_dout = dout.rows, p.lse = lse.data, p.delta = delta.data, p.normalizer = only_fp32(normalizer);
-    RUN(launch_unit_gradient(p, 0));
+  for (units.first_head = 0; units.first_head < BH; units.first_head += heads_at_a_time) {
+    units.heads = std::min(heads_at_a_time, BH - units.first_head);
+    if (s) {
+      UnitGradientParams p = units;
+      p.role = UnitRole::routed, p.row_q = q.rows, p.row_dout = dout.rows, p.lse = lse.data, p.delta = delta.data, p.normalizer = only_fp32(normalizer);
+      RUN(launch_unit_gradient(p, 0));
+    }
+    units.role = UnitRole::compress, units.landmark_rows = c.shared ? M : 0, units.row_q = z_rows, units.row_dout = dcompressed.view();
+    units.lse = landmark_lse.data, units.delta = landmark_delta.data, units.normalizer = only_fp32(landmark_normalizer), units.dk = dk.view(), units.dv = dv.view();
+    RUN(launch_unit_gradient(units, 0));
   }
-  units.role = UnitRole::compress, units.landmark_rows = c.shared ? M : 0, units.row_q = z_rows, units.row_dout = dcompressed.view();
-  units.lse = landmark_lse.data, units.delta = landmark_delta.data, units.normalizer = only_fp32(landmark_normalizer), units.dk = dk.view(), units.dv = dv.view();
-  RUN(launch_unit_gradient(units, 0));
   expect_close("dk", valid(dk.get(), keys), want.routed_k.x, gradient_tolerance);
   expect_close("dv", valid(dv.get(), keys), want.routed_v.x, gradient_tolerance);
 

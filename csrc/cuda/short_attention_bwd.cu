@@ -1,0 +1,511 @@
+// Short sequences: the whole backward pass of one (batch, head) by one block, which holds its queries, keys, values and incoming gradients in
+// shared memory and fills a multiprocessor. The warps of a block take items of one phase after the other, and meet between phases:
+//   1. weigh: the units of up to 16 queries of one expert: probabilities P and logit gradients dS, and with them dq. All units of a query are
+//      at hand, so that delta is exact. P and dS stay in shared memory, rounded
+//   2. sum over the queries: the gradients of landmarks and compressed values as shared units; of 16 keys and values, as units of experts.
+//      Any query may give to any key: what an expert did not choose has the weight 0 in a dense product, whose order is fixed
+//   3. compress: 16 keys weigh all landmarks; their own gradients are complete then, and leave dS for those of the landmarks
+//   4. sum over the keys: the gradients of the landmarks as queries
+//   5. dq, with what queries receive as parts of pooled landmarks: a product with 0 and 1
+// Where keys are nearly the same, dq and the landmarks' gradients are what is left when dS cancels, and its rounding to 16 bits does not
+// cancel with it: in their sums dS has 32 bits, a rounded part and the rounded rest.
+#include <cmath>
+
+#include "device.cuh"
+#include "launch.h"
+#include "stages.cuh"
+
+namespace mita {
+namespace {
+
+constexpr int kWarps = 16, kThreads = 32 * kWarps, kDP = 64;
+constexpr int kMostRows = 16 * (kWarps - 2);     // queries, or keys: a warp keeps the gradients of 16 keys, and two at least have none
+constexpr int kUnits = 32, kTiles = kUnits / 8;  // landmarks, or keys of an expert: at most
+constexpr int kPitch = kUnits + 4;               // words of a query's routed weights; column kUnits is 0, for keys that are not chosen
+constexpr int kPerThread = kUnits * kUnits / kThreads;  // keys of experts
+constexpr int kSumPitch = kDP + 8;               // floats: free of bank conflicts
+
+// Shared memory of a block: where what begins, in bytes; queries at 0. `rows` of queries, keys, values and both kinds of weights.
+//   shared_weights [N, 2, 32]: P, then dS, of the landmarks; later [L, 2, 32]: dS of the keys' compression, and its rest
+//   routed_weights [N, kPitch]: P in the lower half of a word, dS in the upper one, of the keys of the query's expert
+//   slots [M, rows]: 4 times the place of a key among those of an expert, 4 * kUnits if it is none of them; slot_rows [N]: the expert's row there
+//   sums [32, kSumPitch]: the landmarks' gradients, fp32; deltas [kWarps, 32, 2]: what the landmarks' deltas are made of, each warp's share
+//   lse, dlse, members [N]: of the queries; the last one a bit for every pooling window that a query is in
+struct Memory {
+  int rows, k, v, dout, dq, landmarks, compressed, shared_weights, routed_weights, sums, deltas, landmark_lse, lse, dlse, members, slots, tiles, tile_count, lengths, counts,
+      indices, experts, slot_rows, entries, bytes;
+  explicit Memory(const Problem& x) {
+    constexpr int kRow = kDP * 2;
+    const int N = x.queries.max_length;
+    rows = round_up(std::max(N, x.keys.max_length), 16);
+    k = rows * kRow;
+    v = 2 * k;
+    dout = 3 * k;
+    dq = 4 * k;
+    landmarks = 5 * k;
+    compressed = landmarks + kUnits * kRow;
+    shared_weights = compressed + kUnits * kRow;
+    routed_weights = shared_weights + rows * kRow;
+    sums = routed_weights + rows * kPitch * 4;
+    deltas = sums + kUnits * kSumPitch * 4;
+    landmark_lse = deltas + kWarps * kUnits * 8;
+    lse = landmark_lse + kUnits * 4;
+    dlse = lse + rows * 4;
+    members = dlse + rows * 4;
+    slots = members + rows * 4;
+    tiles = slots + x.M * rows;
+    tile_count = tiles + (N / 16 + std::min(N, x.M)) * static_cast<int>(sizeof(Work));
+    lengths = tile_count + 4;
+    counts = lengths + 8;
+    indices = counts + x.M * 4;
+    experts = indices + round_up(x.M * x.K, 2) * 2;
+    slot_rows = experts + rows * 2;
+    entries = slot_rows + rows * 2;
+    bytes = entries + rows * 2;
+  }
+};
+
+// acc += weights^T rows: of the 16 columns of `weights` from chunk c on, and the columns of `rows` from `column` on; `count` rows of either. The
+// second of two KINDS of weights lies kTiles chunks behind the first.
+template <class T, int NT, int KINDS>
+__device__ inline void add_transposed(float (&acc)[KINDS][NT][4], const Tile<T, kDP>& weights, int c, const Tile<T, kDP>& rows, int column, int count) {
+  const int lane = threadIdx.x % 32;
+  const auto b = operand(rows, lane & 15, column / 8 + (lane >> 4));
+  const std::uint32_t place = (lane & 7) + (lane >> 4 << 3), chunk = c + (lane >> 3 & 1);
+  const TileOperand<T, kDP> a[2] = {operand(weights, place, chunk), operand(weights, place, kTiles + chunk)};
+#pragma unroll 2
+  for (int step = 0; step < ceil_div(count, 16); ++step) {
+    std::uint32_t w[KINDS][4], r[4];
+#pragma unroll
+    for (int i = 0; i < KINDS; ++i) ldmatrix_transposed(w[i], a[i](0, step));
+#pragma unroll
+    for (int n = 0; n < NT; n += 2) {
+      ldmatrix_transposed(r, b(n / 2, step));
+#pragma unroll
+      for (int i = 0; i < KINDS; ++i) {
+        mma<T>(acc[i][n], w[i], r[0], r[1]);
+        mma<T>(acc[i][n + 1], w[i], r[2], r[3]);
+      }
+    }
+  }
+}
+
+// A bit for every pooling window, of up to kUnits, that holds token n.
+__device__ inline std::uint32_t windows_with(const Windows& w, int n) {
+  if (!is_pooled(w, n)) return 0;
+  const int cell = n - w.prefix;
+  const Range rows = overlapping<int>(cell / w.gw, w.gh, w.mh), columns = overlapping<int>(cell % w.gw, w.gw, w.mw);
+  std::uint32_t windows = 0;
+  for (int i = rows.first; i < rows.last; ++i) windows |= ((2u << (columns.last - columns.first - 1)) - 1) << (i * w.mw + columns.first);
+  return windows;
+}
+
+// What makes the logit gradients of a row sum to dlse: (sum P dP - dlse) / sum P, as a large logsumexp is rounded and P does not sum to 1.
+__device__ inline float exact_delta(float sum, float total) { return total > 0.0f ? __fdividef(sum, total) : 0.0f; }
+
+// What rounding takes away from weights.
+template <class T> __device__ inline Weights<T, kTiles> rest_of(const float (&x)[kTiles][4]) {
+  float rest[kTiles][4];
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const float2 two = unpack<T>(pack<T>(x[n][i], x[n][i + 1]));
+      rest[n][i] = x[n][i] - two.x, rest[n][i + 1] = x[n][i + 1] - two.y;
+    }
+  return Weights<T, kTiles>(rest);
+}
+
+// acc += (weights + rest) rows.
+template <class T, class Rows>
+__device__ inline void add_split_rows(float (&acc)[kDP / 8][4], const Weights<T, kTiles>& weights, const Weights<T, kTiles>& rest, const Rows& rows) {
+  const int lane = threadIdx.x % 32;
+  const auto address = operand(rows, lane & 15, lane >> 4);
+#pragma unroll
+  for (int k = 0; k < kTiles / 2; ++k)
+#pragma unroll
+    for (int d = 0; d < kDP / 16; ++d) {
+      std::uint32_t b[4];
+      ldmatrix_transposed(b, address(d, k));
+      for (const auto* w : {&weights, &rest}) {
+        const std::uint32_t a[4] = {w->packed[2 * k][0], w->packed[2 * k][1], w->packed[2 * k + 1][0], w->packed[2 * k + 1][1]};
+        mma<T>(acc[2 * d], a, b[0], b[1]);
+        mma<T>(acc[2 * d + 1], a, b[2], b[3]);
+      }
+    }
+}
+
+template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient_kernel(const ShortGradientParams p, const Memory layout) {
+  using C = Config<T, kDP>;
+  constexpr int kChunks = kDP / kChunk<T>;
+  constexpr float kUnshifted = power_of_2(-kGradientShift<T>), kRescale = power_of_2(kGradientShift<T> - kProbabilityShift<T>);
+  extern __shared__ __align__(kPanel) unsigned char memory[];
+  const Window window(memory);
+  const auto tile = [&](int at) { return Tile<T, kDP>{window.address + at}; };
+  const auto q = tile(0), k = tile(layout.k), v = tile(layout.v), dout = tile(layout.dout), dq = tile(layout.dq), z = tile(layout.landmarks), c = tile(layout.compressed),
+             shared_weights = tile(layout.shared_weights);
+  const auto ints_at = [&](int at) { return reinterpret_cast<int*>(memory + at); };
+  const auto floats_at = [&](int at) { return reinterpret_cast<float*>(memory + at); };
+  const auto shorts_at = [&](int at) { return reinterpret_cast<std::uint16_t*>(memory + at); };
+  const ShortParams& f = p.forward;
+  const Problem& x = f.problem;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
+  // Head and batch are not kept: registers.
+  const auto head = [] { return opaque(blockIdx.x); };
+  const auto batch = [&] { return head() / x.H; };
+  const auto rows_of = [&](const Rows& rows, std::int64_t start) { return head_rows<T>(rows, batch(), head() % x.H, start); };
+  const int M = x.M;
+  int &N = ints_at(layout.lengths)[0], &L = ints_at(layout.lengths)[1];  // there are no registers left for them
+  {
+    // Lists are asked for first, of a thread one query and two keys of experts, then rows. What is out of range, no forward pass has left.
+    const int b = batch(), h = head() - b * x.H, n = threadIdx.x;
+    const Span queries = span(x.queries, b), keys = span(x.keys, b);
+    const std::int64_t at = std::int64_t(head()) * x.queries.max_length + n;
+    const bool present = n < queries.length;
+    const int expert = present ? min(max(f.experts[at], 0), M - 1) : 0;
+    const float lse = present ? f.lse[at] : -kInfinity, dlse = present && p.dlse ? p.dlse[at] : 0.0f;
+    const float of_landmark = n < M ? f.landmark_lse[std::int64_t(head()) * M + n] : -kInfinity;
+    int key[kPerThread];
+#pragma unroll
+    for (int j = 0; j < kPerThread; ++j) {
+      const int i = threadIdx.x + j * kThreads;
+      key[j] = i < M * x.K ? min(max(f.indices[std::int64_t(head()) * M * x.K + i], 0), keys.length - 1) : -1;
+    }
+    const auto load = [&](const Tile<T, kDP>& to, const Rows& rows, const Span& from, int count) {
+      load_sequence<T, kDP, kThreads>(to, rows, b, h, from, x.D, count);
+    };
+    load(q, f.q, queries, layout.rows);
+    load(dout, p.dout, queries, layout.rows);
+    load(z, f.landmarks, {0, M}, kUnits);
+    load(c, f.compressed, {0, M}, kUnits);
+    load(k, f.k, keys, layout.rows);
+    load(v, f.v, keys, layout.rows);
+    commit_loads();
+
+    const auto zero = [&](std::uint32_t address) { store_shared4(address, make_uint4(0, 0, 0, 0)); };
+    if (n == 0) N = queries.length, L = keys.length;
+    if (n < M) ints_at(layout.counts)[n] = 0;
+    for (int i = threadIdx.x; i < M * layout.rows / 16; i += kThreads) {
+      constexpr std::uint32_t kNone = 4u * kUnits * 0x01010101u;
+      store_shared4(window.address + layout.slots + 16 * i, make_uint4(kNone, kNone, kNone, kNone));
+    }
+    for (int i = threadIdx.x; i < layout.rows * kPitch / 4; i += kThreads) zero(window.address + layout.routed_weights + 16 * i);
+    for (int i = queries.length * kChunks + threadIdx.x; i < layout.rows * kChunks; i += kThreads) zero(shared_weights.chunk(i / kChunks, i % kChunks));
+    __syncthreads();
+    // Where a row attended to nothing, or is not there, infinity. Probabilities are shifted from the start.
+    const auto offset_of = [](float lse) { return lse == -kInfinity ? kInfinity : lse * kLogit<T> - kProbabilityShift<T>; };
+    if (n < kUnits) floats_at(layout.landmark_lse)[n] = offset_of(of_landmark);
+    if (n < layout.rows) {
+      shorts_at(layout.experts)[n] = static_cast<std::uint16_t>(expert), shorts_at(layout.slot_rows)[n] = static_cast<std::uint16_t>(expert * layout.rows);
+      floats_at(layout.lse)[n] = offset_of(lse), floats_at(layout.dlse)[n] = lse == -kInfinity ? 0.0f : dlse;
+      if (f.pool) ints_at(layout.members)[n] = present ? windows_with(windows_of(f.windows, x.queries, queries.length), n) : 0;
+      if (present) atomicAdd(ints_at(layout.counts) + expert, 1);
+    }
+#pragma unroll
+    for (int j = 0; j < kPerThread; ++j) {
+      const int i = threadIdx.x + j * kThreads, m = i / x.K, slot = i - m * x.K;
+      if (key[j] < 0 || slot >= keys.length) continue;
+      shorts_at(layout.indices)[i] = static_cast<std::uint16_t>(key[j]);
+      (memory + layout.slots)[m * layout.rows + key[j]] = static_cast<std::uint8_t>(4 * slot);
+    }
+  }
+  __syncthreads();
+  if (warp == 0) {
+    const int made = order_by_expert(shorts_at(layout.experts), N, ints_at(layout.counts), M, shorts_at(layout.entries), reinterpret_cast<Work*>(memory + layout.tiles));
+    if (lane == 0) *ints_at(layout.tile_count) = made;
+  }
+  wait_loads<0>();
+  __syncthreads();
+
+  // 1. weigh
+#pragma unroll 1
+  for (int item = warp; item < *ints_at(layout.tile_count); item += kWarps) {
+    const Work work = reinterpret_cast<const Work*>(memory + layout.tiles)[item];
+    const std::uint32_t list = window.address + layout.entries + 2 * work.first, of_expert = window.address + layout.indices + 2 * work.expert * x.K;
+    const auto query = [&](int i) { return load_shared_short(list + 2 * min(g + 8 * i, work.entries - 1)); };  // of the lane's two rows
+    SharedRows<T, kDP> own, given;
+    own.load(ListedRows<T, kDP, 16>{q, list, work.entries}, lane);
+    given.load(ListedRows<T, kDP, 16>{dout, list, work.entries}, lane);
+    const int chosen = min(x.K, L);
+    const ListedRows<T, kDP, kUnits> expert_keys{k, of_expert, chosen}, expert_values{v, of_expert, chosen};
+    const float lse[2] = {floats_at(layout.lse)[query(0)], floats_at(layout.lse)[query(1)]};
+    float delta[2] = {0.0f, 0.0f}, total[2] = {0.0f, 0.0f};
+    float weight[2][kTiles][4], gradient[2][kTiles][4];  // of the shared units, and of the expert's
+    const auto weigh = [&](int kind, const auto& unit_keys, const auto& unit_values, int count, float scale) {
+      auto &w = weight[kind], &d = gradient[kind];
+      product<C>(w, own, unit_keys, lane);
+      product<C>(d, given, unit_values, lane);
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) w[j][i] = fmaf(w[j][i], scale * kLogit<T>, -lse[i / 2]);
+      mask_logits(w, count, lane);
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          total[i / 2] += w[j][i] = exponential<T>(w[j][i]);
+          delta[i / 2] = fmaf(w[j][i], d[j][i], delta[i / 2]);
+        }
+    };
+    weigh(0, z, c, M, f.landmark_scale);
+    if (chosen > 0) weigh(1, expert_keys, expert_values, chosen, f.scale);
+    else clear(weight[1]), clear(gradient[1]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int d = 1; d < 4; d *= 2) delta[i] += __shfl_xor_sync(kAllLanes, delta[i], d), total[i] += __shfl_xor_sync(kAllLanes, total[i], d);
+      delta[i] = exact_delta(delta[i] - floats_at(layout.dlse)[query(i)] * power_of_2(kProbabilityShift<T>), total[i]);
+    }
+    float sum[kDP / 8][4];
+    clear(sum);
+    const auto differentiate = [&](int kind, const auto& unit_keys, auto&& store) {
+      auto &w = weight[kind], &d = gradient[kind];
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) d[j][i] = w[j][i] * kRescale * (d[j][i] - delta[i / 2]);
+      const Weights<T, kTiles> probabilities(w), dlogits(d), rest(rest_of<T>(d));
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        if (const int n = query(i); g + 8 * i < work.entries)
+#pragma unroll
+          for (int j = 0; j < kTiles; ++j) store(n, j, probabilities.packed[j][i], dlogits.packed[j][i]);
+      add_split_rows(sum, dlogits, rest, unit_keys);
+    };
+    differentiate(0, z, [&](int n, int j, std::uint32_t probability, std::uint32_t dlogit) {
+      store_shared(shared_weights.chunk(n, j) + 4 * t, probability);
+      store_shared(shared_weights.chunk(n, kTiles + j) + 4 * t, dlogit);
+    });
+    const float ratio = f.landmark_scale / f.scale, last = f.scale * kUnshifted;
+#pragma unroll
+    for (int d = 0; d < kDP / 8; ++d)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[d][i] *= ratio;
+    if (chosen > 0)
+      differentiate(1, expert_keys, [&](int n, int j, std::uint32_t probability, std::uint32_t dlogit) {
+        store_shared2(window.address + layout.routed_weights + 4 * (n * kPitch + 8 * j + 2 * t), __uint_as_float(__byte_perm(probability, dlogit, 0x5410)),
+                      __uint_as_float(__byte_perm(probability, dlogit, 0x7632)));
+      });
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (const int n = query(i); g + 8 * i < work.entries)
+#pragma unroll
+        for (int d = 0; d < kDP / 8; ++d) store_shared(dq.chunk(n, d) + 4 * t, pack<T>(sum[d][2 * i] * last, sum[d][2 * i + 1] * last));
+  }
+  __syncthreads();
+
+  // 2. sum over the queries. The compressed values are not needed any more: their gradients take their place.
+  const int without_keys = kWarps - ceil_div(L, 16);
+  for (int item = kWarps - 1 - warp; item < 8 && warp >= kWarps - without_keys; item += without_keys) {
+    const int m = 16 * (item & 1), column = 32 * (item >> 1 & 1), kind = item >> 2;
+    float sums[1][4][4], (&sum)[4][4] = sums[0];
+    clear(sum);
+    add_transposed(sums, shared_weights, kind * kTiles + m / 8, kind ? q : dout, column, N);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int d = 0; d < 4; ++d) {
+        const int row = m + g + 8 * i;
+        if (kind) *reinterpret_cast<float2*>(floats_at(layout.sums) + row * kSumPitch + column + 8 * d + 2 * t) = make_float2(sum[d][2 * i] * f.landmark_scale * kUnshifted, sum[d][2 * i + 1] * f.landmark_scale * kUnshifted);
+        else store_shared(c.chunk(row, column / 8 + d) + 4 * t, pack<T>(sum[d][2 * i] * power_of_2(-kProbabilityShift<T>), sum[d][2 * i + 1] * power_of_2(-kProbabilityShift<T>)));
+      }
+  }
+  const int key0 = 16 * (opaque(threadIdx.x) / 32);  // of this warp's keys
+  float dk[kDP / 8][4], dv[kDP / 8][4];
+  clear(dk);
+  clear(dv);
+  if (key0 < L) {
+    const auto queries_of = operand(q, lane & 15, lane >> 4), gradients_of = operand(dout, lane & 15, lane >> 4);
+    const std::uint32_t slot_rows_of = window.address + layout.slot_rows + 4 * t, slots_of = window.address + layout.slots + key0 + g,
+                        weights_of = window.address + layout.routed_weights + 4 * kPitch * 2 * t;
+    std::uint32_t w[2][4];  // of keys g and g + 8, from queries 2t, 2t + 1, 2t + 8, 2t + 9
+    const auto look_up = [&](int step) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const std::uint32_t two = load_shared_int(slot_rows_of + 32 * step + 16 * i);
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            const std::uint32_t slot = load_shared_byte(slots_of + (j ? two >> 16 : two & 0xffff) + 8 * r);
+            w[r][2 * i + j] = load_shared_int(weights_of + 4 * kPitch * 16 * step + slot + 4 * kPitch * (8 * i + j));
+          }
+      }
+    };
+    const int steps = ceil_div(N, 16);
+    if (steps > 0) look_up(0);
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      std::uint32_t probability[4], dlogit[4], rows[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const std::uint32_t one = w[i & 1][i & 2], other = w[i & 1][(i & 2) + 1];
+        probability[i] = __byte_perm(one, other, 0x5410), dlogit[i] = __byte_perm(one, other, 0x7632);
+      }
+      if (step + 1 < steps) look_up(step + 1);
+#pragma unroll
+      for (int d = 0; d < kDP / 8; d += 2) {
+        ldmatrix_transposed(rows, queries_of(d / 2, step));
+        mma<T>(dk[d], dlogit, rows[0], rows[1]);
+        mma<T>(dk[d + 1], dlogit, rows[2], rows[3]);
+        ldmatrix_transposed(rows, gradients_of(d / 2, step));
+        mma<T>(dv[d], probability, rows[0], rows[1]);
+        mma<T>(dv[d + 1], probability, rows[2], rows[3]);
+      }
+    }
+  }
+  __syncthreads();
+
+  // 3. compress
+  float weight[kTiles][4], gradient[kTiles][4];
+  if (key0 < L) {
+    SharedRows<T, kDP> rows;
+    rows.load(k.from_row(key0), lane);
+    product<C>(weight, rows, z, lane);
+    rows.load(v.from_row(key0), lane);
+    product<C>(gradient, rows, c, lane);
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      const float2 lse = load_shared2(window.address + layout.landmark_lse + 4 * (8 * j + 2 * t));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (key0 + g + 8 * (i / 2) >= L) weight[j][i] = -kInfinity;
+        else weight[j][i] = fmaf(weight[j][i], f.scale * kLogit<T>, -(i & 1 ? lse.y : lse.x));
+        weight[j][i] = exponential<T>(weight[j][i]);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      float share[2], total[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        share[i] = fmaf(weight[j][i], gradient[j][i], weight[j][i + 2] * gradient[j][i + 2]), total[i] = weight[j][i] + weight[j][i + 2];
+#pragma unroll
+        for (int d = 4; d < 32; d *= 2) share[i] += __shfl_xor_sync(kAllLanes, share[i], d), total[i] += __shfl_xor_sync(kAllLanes, total[i], d);
+      }
+      if (g == 0) *reinterpret_cast<float4*>(floats_at(layout.deltas) + 2 * (warp * kUnits + 8 * j + 2 * t)) = make_float4(share[0], total[0], share[1], total[1]);
+      __syncwarp();  // else the next sums are begun, and spill
+    }
+  }
+  __syncthreads();
+  if (key0 < L) {
+    const int lane = opaque(threadIdx.x) % 32, g = lane >> 2, t = lane & 3;  // registers
+    float2 sum = {0.0f, 0.0f};  // of landmark `lane`
+    for (int w = 0; 16 * w < L; ++w) {
+      const float2 share = reinterpret_cast<const float2*>(floats_at(layout.deltas))[w * kUnits + lane];
+      sum.x += share.x, sum.y += share.y;
+    }
+    const float delta = exact_delta(sum.x, sum.y);
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      const float two[2] = {__shfl_sync(kAllLanes, delta, 8 * j + 2 * t), __shfl_sync(kAllLanes, delta, 8 * j + 2 * t + 1)};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) gradient[j][i] = weight[j][i] * kRescale * (gradient[j][i] - two[i & 1]);
+    }
+    Weights<T, kTiles> probabilities(weight), dlogits(gradient);
+    const Weights<T, kTiles> rest(rest_of<T>(gradient));
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        store_shared(shared_weights.chunk(key0 + g + 8 * i, j) + 4 * t, dlogits.packed[j][i]);
+        store_shared(shared_weights.chunk(key0 + g + 8 * i, kTiles + j) + 4 * t, rest.packed[j][i]);
+      }
+    add_weighted_rows<C>(dk, dlogits, z, lane);
+    add_weighted_rows<C>(dv, probabilities, c, lane);
+  }
+  __syncthreads();
+
+  // 4. sum over the keys. The landmarks and the compressed values are not needed any more: what their tokens receive takes their place, rounded, and the
+  // rounded rest.
+  if (const int item = kWarps - 1 - warp; item < 8) {
+    const int m = 16 * (item & 1), column = 16 * (item >> 1);
+    float sum[2][2][4];  // of dS as rounded, and of its rest
+    clear(sum[0]), clear(sum[1]);
+    add_transposed(sum, shared_weights, m / 8, k, column, L);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = m + g + 8 * i, area = f.pool && row < M ? PooledTokens::of<int>(windows_of(f.windows, x.queries, N), row).area : 0;
+      const float share = area ? 1.0f / static_cast<float>(area) : 0.0f;
+#pragma unroll
+      for (int d = 0; d < 2; ++d) {
+        const int at = column + 8 * d + 2 * t;
+        const float2 before = *reinterpret_cast<const float2*>(floats_at(layout.sums) + row * kSumPitch + at);
+        const float lo = before.x + (sum[0][d][2 * i] + sum[1][d][2 * i]) * f.scale * kUnshifted, hi = before.y + (sum[0][d][2 * i + 1] + sum[1][d][2 * i + 1]) * f.scale * kUnshifted;
+        if (f.pool) {
+          const std::uint32_t rounded = pack<T>(lo * share, hi * share);
+          const float2 two = unpack<T>(rounded);
+          store_shared(z.chunk(row, at / 8) + 4 * t, rounded);
+          store_shared(c.chunk(row, at / 8) + 4 * t, pack<T>(lo * share - two.x, hi * share - two.y));
+        } else if (row < M && at < x.D) {
+          *reinterpret_cast<std::uint32_t*>(rows_of(p.dlandmarks, row) + at) = pack<T>(lo, hi);
+        }
+      }
+    }
+  }
+  if (key0 < L) {
+    const auto index = [&](int i) { return key0 + i < L ? key0 + i : -1; };
+    const float k_factor[2] = {f.scale * kUnshifted, f.scale * kUnshifted}, v_factor[2] = {power_of_2(-kProbabilityShift<T>), power_of_2(-kProbabilityShift<T>)};
+    store_rows<C>(q.from_row(key0), dk, k_factor, x.D, lane, rows_of(p.dk, span(x.keys, batch()).start), p.dk.row, index);
+    store_rows<C>(dout.from_row(key0), dv, v_factor, x.D, lane, rows_of(p.dv, span(x.keys, batch()).start), p.dv.row, index);
+  }
+  __syncthreads();
+
+  // 5. dq
+  for (int first = 16 * warp; first < N; first += 16 * kWarps) {
+    float sum[kDP / 8][4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int d = 0; d < kDP / 8; ++d) {
+        const float2 two = unpack<T>(load_shared_int(dq.chunk(first + g + 8 * i, d) + 4 * t));
+        sum[d][2 * i] = two.x, sum[d][2 * i + 1] = two.y;
+      }
+    if (f.pool) {
+      float member[kTiles][4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int windows = ints_at(layout.members)[first + g + 8 * (i / 2)] >> (2 * t + (i & 1));
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) member[j][i] = windows >> 8 * j & 1 ? 1.0f : 0.0f;
+      }
+      Weights<T, kTiles> members(member);
+      add_weighted_rows<C>(sum, members, z, lane);
+      add_weighted_rows<C>(sum, members, c, lane);
+    }
+    const float one[2] = {1.0f, 1.0f};
+    __syncwarp();
+    store_rows<C>(dq.from_row(first), sum, one, x.D, lane, rows_of(p.dq, span(x.queries, batch()).start), p.dq.row, [&](int i) { return first + i < N ? first + i : -1; });
+  }
+}
+
+}  // namespace
+
+// H100: for more units, queries or keys than this, or keys and values of several heads, one block has no room. dq has one scale, and what landmarks
+// give to it the ratio of the two.
+bool fits_short_gradient(const Problem& x, bool shared, float scale, float landmark_scale) {
+  if (x.dtype == Dtype::fp32 || x.D > kDP || x.D % kCudaHeadDimStep != 0 || x.s != 1 || x.H != x.Hkv || !shared || x.M > kUnits || x.K > kUnits ||
+      x.queries.max_length > kMostRows || x.keys.max_length > kMostRows || scale == 0.0f || std::fabs(landmark_scale) > 1e6f * std::fabs(scale))
+    return false;
+  int device = 0, most = 0;
+  return cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess && Memory(x).bytes <= most;
+}
+
+cudaError_t launch_short_gradient(const ShortGradientParams& p, cudaStream_t stream) {
+  const Problem& x = p.forward.problem;
+  if (!fits_short_gradient(x, p.forward.shared, p.forward.scale, p.forward.landmark_scale)) return cudaErrorInvalidValue;
+  return dispatch_dtype(x.dtype, [&](auto element) {
+    using T = decltype(element);
+    if constexpr (sizeof(T) == 2) {
+      const Memory layout(x);
+      if (cudaError_t status = allow_shared_memory(short_gradient_kernel<T>, layout.bytes)) return status;
+      short_gradient_kernel<T><<<static_cast<unsigned>(x.B) * x.H, kThreads, layout.bytes, stream>>>(p, layout);
+      return cudaGetLastError();
+    } else {
+      return cudaErrorInvalidValue;
+    }
+  });
+}
+
+}  // namespace mita
