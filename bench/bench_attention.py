@@ -97,7 +97,7 @@ def bench_case(case: Case, kind: str, args, ceiling: dict) -> dict:
     if kind == "one_expert":
         result["correctness"]["ok"] &= result["correctness"]["largest_expert_share"] > 0.99
     if args.repeats_check:
-        result["correctness"]["100_repeats_bitwise_equal"] = equal = repeats_equal(case, inputs)
+        result["correctness"]["200_repeats_bitwise_equal"] = equal = repeats_equal(case, inputs)
         result["correctness"]["ok"] &= equal
     gc.collect()
     torch.cuda.empty_cache()
@@ -256,7 +256,7 @@ def main() -> int:
     parser.add_argument("--inputs", default=",".join(INPUTS), help="of " + ",".join(INPUTS))
     parser.add_argument("--peers", choices=("all", "dense", "none"), default="all")
     parser.add_argument("--samples", type=int, default=50)
-    parser.add_argument("--repeats-check", action="store_true", help="100 forward+backward runs must agree bit for bit")
+    parser.add_argument("--repeats-check", action="store_true", help="200 forward+backward runs must agree bit for bit")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--sweep", action="store_true", help="time against N from 256 to 1048576 instead of the cases")
     instead.add_argument("--grid", action="store_true", help="forward time against M and K instead of the cases")

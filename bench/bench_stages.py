@@ -51,7 +51,7 @@ def stage_calls(case: Case, inputs) -> dict[str, Callable]:
             compressed, None, landmarks, key, value, compressed, landmark_lse, scale
         ),
         "pool_backward": lambda: ops.pool_backward(landmarks, case.N, *pooling),
-        "backward": lambda: ops.attention_backward(dout, None, *saved, True, *pooling, *scales),
+        "backward": lambda: ops.attention_backward(dout, None, *saved, True, *pooling, *scales, True, True),
     }
 
 

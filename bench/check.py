@@ -102,7 +102,7 @@ def _selection(query, key, landmarks, indices, experts) -> dict[str, bool]:
     return {"indices_ascending_in_range": ordered, "keys_are_the_best": keys_right, "experts_are_the_best": experts_right}
 
 
-def repeats_equal(case: Case, inputs, repeats: int = 100) -> bool:
+def repeats_equal(case: Case, inputs, repeats: int = 200) -> bool:
     """Do output and gradients agree bit for bit over all repeats?"""
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     dout = torch.randn_like(inputs[0])

@@ -50,13 +50,14 @@ TORCH_LIBRARY(mita_ext, m) {
       " Tensor? seqlens_q=None, Tensor? seqlens_k=None, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None)"
       " -> (Tensor out, Tensor lse, Tensor landmarks, Tensor indices, Tensor experts, Tensor compressed,"
       " Tensor landmark_lse)");
-  // pooled: the gradient of the landmarks goes on into dquery, and dlandmarks is empty [0].
+  // pooled: the gradient of the landmarks goes on into dquery, and dlandmarks is empty [0]. Where the gradients of keys and values, or those of
+  // the landmarks, are not wanted, they are empty, or not in dquery, and not computed.
   m.def(
       "attention_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor landmarks,"
       " Tensor indices, Tensor experts, Tensor compressed, Tensor landmark_lse, Tensor out, Tensor lse, bool pooled,"
       " SymInt[2] num_landmarks, SymInt[2] grid, SymInt num_prefix_tokens, bool shared_expert, float scale,"
-      " float landmark_scale, Tensor? seqlens_q=None, Tensor? seqlens_k=None, SymInt? max_seqlen_q=None,"
-      " SymInt? max_seqlen_k=None) -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dlandmarks)");
+      " float landmark_scale, bool want_keys, bool want_landmarks, Tensor? seqlens_q=None, Tensor? seqlens_k=None,"
+      " SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None) -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dlandmarks)");
 }
 
 namespace {

@@ -122,4 +122,6 @@ class Attention(torch.autograd.Function):
         *saved, seqlens_q, seqlens_k = ctx.saved_tensors
         dout, dlse = _incoming(dout, dlse, saved[8])
         lengths = (seqlens_q, seqlens_k, *ctx.max_seqlens)
-        return _wanted(ctx, *ops.attention_backward(dout, dlse, *saved, *ctx.options, *lengths))
+        of_query, of_key, of_value, of_given = ctx.needs_input_grad[:4]
+        want = of_key or of_value, of_query if ctx.options[0] else of_given  # keys and values, landmarks
+        return _wanted(ctx, *ops.attention_backward(dout, dlse, *saved, *ctx.options, *want, *lengths))

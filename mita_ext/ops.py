@@ -105,5 +105,11 @@ attention_backward = _ops.attention_backward.default
 
 
 @torch.library.register_fake("mita_ext::attention_backward")
-def _(dout, dlse, query, key, value, landmarks, indices, experts, compressed, landmark_lse, out, lse, pooled, *rest):
-    return _like(query), _like(key), _like(value), landmarks.new_empty((0,) if pooled else landmarks.shape)
+def _(
+    dout, dlse, query, key, value, landmarks, indices, experts, compressed, landmark_lse, out, lse, pooled, num_landmarks, grid,
+    num_prefix_tokens, shared_expert, scale, landmark_scale, want_keys, want_landmarks, *lengths,
+):  # fmt: skip
+    def if_(wanted, x):
+        return x.new_empty(x.shape if wanted else (0,))
+
+    return _like(query), if_(want_keys, key), if_(want_keys, value), if_(want_landmarks and not pooled, landmarks)

@@ -78,14 +78,15 @@ def test_expanded_grad_out(name, backend):
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["basic", "pooled_1d", "routes_0", "no_shared_expert"])
-def test_only_what_is_needed(name, device):
+@pytest.mark.parametrize("name", ["basic", "pooled_1d", "routes_0", "no_shared_expert", "deit", "ragged_tile"])
+def test_only_what_is_needed(name, backend):
     """Any subset of the inputs may need gradients; the others get none, and nothing else changes."""
+    device, dtype = backend
     case = BY_NAME[name]
-    dout, dlse = grad_outputs(case, device, torch.float32)
+    dout, dlse = grad_outputs(case, device, dtype)
     full = None
     for needed in (0b1111, 0b0001, 0b0010, 0b0100, 0b1000, 0b0110, 0b1001):
-        tensors = make_inputs(case, device, torch.float32)
+        tensors = make_inputs(case, device, dtype)
         wanted = [x for i, x in enumerate(inputs_of(case, tensors)) if needed >> i & 1]
         if not wanted:
             continue
@@ -97,6 +98,22 @@ def test_only_what_is_needed(name, device):
         full = full or grads
         for i, (got, expected) in enumerate(zip(grads, full, strict=True)):
             assert torch.equal(got, expected) if needed >> i & 1 else got is None
+
+
+@pytest.mark.gpu
+def test_frozen_keys_and_values_take_no_memory():
+    """The sums for their gradients are most of what a backward pass needs."""
+    tensors = make_inputs(case_of("basic", N=4096, D=64, M=32, K=64), "cuda", torch.bfloat16)
+    peaks = []
+    for frozen in (False, True):
+        inputs = [x.detach().requires_grad_(not frozen or i in (0, 3)) for i, x in enumerate(tensors)]
+        out = mita_ext.attention(*inputs[:3], landmarks=inputs[3], topk=64)
+        dout = torch.ones_like(out)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        torch.autograd.grad(out, [x for x in inputs if x.requires_grad], dout)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert 2 * peaks[1] < peaks[0]
 
 
 def test_nothing_needed(device):

@@ -64,12 +64,18 @@ def op_arguments(device, dtype):
         ],
         "attention_backward": [
             *(
-                (dout, d, q, k, v, z, T, r, C, landmark_lse, out, lse, pooled, *pooling, True, *scales)
-                for d, pooled in ((dlse, True), (None, False))
+                (dout, d, q, k, v, z, T, r, C, landmark_lse, out, lse, pooled, *pooling, True, *scales, *wanted)
+                for d, pooled, *wanted in (
+                    (dlse, True, True, True),
+                    (None, False, True, True),
+                    (None, False, False, True),
+                    (None, True, True, False),
+                    (dlse, False, False, False),
+                )
             ),
-            (dout, dlse, q, k, v, z, T, r, C, landmark_lse, out, lse, True, *in_a_row, True, *scales, nq, nk),
+            (dout, dlse, q, k, v, z, T, r, C, landmark_lse, out, lse, True, *in_a_row, True, *scales, True, True, nq, nk),
             (of_packed[0], dlse, *packed, z, T, r, C, landmark_lse, of_packed[1], lse, True, *in_a_row, True, *scales)
-            + (*sums, 20, 30),
+            + (True, True, *sums, 20, 30),
         ],
     }
 
@@ -411,10 +417,12 @@ def test_in_place_change_before_backward_is_noticed(device):
 # ---- the same bits, every time
 
 REPEATED = [
-    (case_of("deit", B=8, H=12, N=1601, M=(7, 7), K=49, grid=(40, 40)), "cuda", torch.bfloat16, 100),
-    (case_of("all_queries_one_expert", B=4, H=8, N=4096, D=64, M=64, K=64), "cuda", torch.bfloat16, 100),
-    (case_of("clustered", B=4, H=8, N=3000, D=128, M=65, K=100, Hkv=2, routes=2), "cuda", torch.float16, 100),
-    (case_of("clustered", B=2, H=4, N=1000, D=40, M=33, K=50), "cuda", torch.float32, 100),
+    (case_of("deit", B=64, H=6), "cuda", torch.bfloat16, 200),
+    (case_of("all_queries_one_expert", B=64, H=6, N=197, D=64, M=25, K=25), "cuda", torch.float16, 200),
+    (case_of("pooled_2d_with_prefix", B=8, H=12, N=1601, D=64, M=(7, 7), K=49, grid=(40, 40)), "cuda", torch.bfloat16, 200),
+    (case_of("all_queries_one_expert", B=4, H=8, N=4096, D=64, M=64, K=64), "cuda", torch.bfloat16, 200),
+    (case_of("clustered", B=4, H=8, N=3000, D=128, M=65, K=100, Hkv=2, routes=2), "cuda", torch.float16, 200),
+    (case_of("clustered", B=2, H=4, N=1000, D=40, M=33, K=50), "cuda", torch.float32, 200),
     *(
         (case_of(name), "cpu", dtype, 5)
         for name in ("deit", "clustered", "routes_3")
@@ -515,9 +523,10 @@ def test_out_of_memory_leaves_nothing_broken(function):
 
 @pytest.mark.gpu
 @FUNCTIONS
-def test_graph_replays_with_changed_inputs(function):
+@pytest.mark.parametrize("sizes", [{"L": 300}, {"Hkv": 4}], ids=["stages", "short"])
+def test_graph_replays_with_changed_inputs(function, sizes):
     """Captured forward and backward, replayed on inputs with another selection."""
-    case = case_of("basic", **SHAPES | {"D": 64, "N": 20, "L": 300})
+    case = case_of("basic", **SHAPES | {"D": 64} | sizes)
     static = make_inputs(case, "cuda", torch.bfloat16)
     leaves = [x.clone().requires_grad_() for x in static]
     dout = torch.ones(2, 4, 20, 64, device="cuda", dtype=torch.bfloat16)

@@ -644,9 +644,9 @@ struct Head {
     return {out, rows.lse()};
   }
 
-  // Adds to dq [N, D], dZ, dC [M, D] and the kv gradients what queries n0 .. n0 + n contribute.
+  // Adds to dq [N, D], dZ, dC [M, D] and the kv gradients, if wanted, what queries n0 .. n0 + n contribute.
   void backward(int64_t n0, int64_t n, const Tensor& dout, const OptionalTensor& dlse, const Tensor& dq,
-                const Tensor& dZ, const Tensor& dC, KeyValueGrad& grad) const {
+                const Tensor& dZ, const Tensor& dC, bool want_keys, KeyValueGrad& grad) const {
     const auto part = [&](const Tensor& t) { return t.narrow(0, n0, n); };
     const Tensor q_n = to_acc(part(q)), do_n = to_acc(part(dout)), dq_n = part(dq);
     const Tensor P = softmax_(logits(q_n, n0));
@@ -667,6 +667,7 @@ struct Head {
     each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
       const Tensor dS_e = get_block<T>(dS, b), P_e = get_block<T>(P, b);
       add_rows<T>(dq_n, b.rows, dS_e.mm(gather_rows<scalar_t>(k, keys, b.used)), alpha);
+      if (!want_keys) return;
       add_rows<T>(grad.dk, keys, dS_e.t().mm(gather_rows<T>(q_n, b.rows, b.n)), alpha);
       add_rows<T>(grad.dv, keys, P_e.t().mm(gather_rows<T>(do_n, b.rows, b.n)));
     });
@@ -729,7 +730,7 @@ template <class After>
 void attend_backward(const Problem& x, const Tensor& dout, const OptionalTensor& dlse, const Tensor& query,
                      const Tensor& key, const Tensor& value, const Tensor& landmarks, const Tensor& compressed,
                      const Tensor& indices, const Tensor& experts, bool shared_expert, double scale,
-                     double landmark_scale, const Tensor& dquery, const Tensor& dkey, const Tensor& dvalue,
+                     double landmark_scale, bool want_keys, const Tensor& dquery, const Tensor& dkey, const Tensor& dvalue,
                      const After& after) {
   const int64_t group = x.H / x.Hkv, block = query_block(x);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "mita_ext.attention_backward", [&] {
@@ -744,10 +745,11 @@ void attend_backward(const Problem& x, const Tensor& dout, const OptionalTensor&
         const Tensor dZ = at::zeros({x.M, x.D}, options), dC = at::zeros({x.M, x.D}, options);
         const OptionalTensor dlse_h = dlse ? OptionalTensor(head(*dlse, b, h)) : std::nullopt;
         for (int64_t n0 = 0; n0 < N; n0 += block)
-          one.backward(n0, std::min(block, N - n0), x.queries.head(dout, b, h), dlse_h, dq, dZ, dC, grad);
+          one.backward(n0, std::min(block, N - n0), x.queries.head(dout, b, h), dlse_h, dq, dZ, dC, want_keys, grad);
         after(b, h, one, dq, dZ, dC, grad);
         x.queries.head(dquery, b, h).copy_(dq);
       }
+      if (!want_keys) return;
       x.keys.head(dkey, b, hk).copy_(grad.dk);
       x.keys.head(dvalue, b, hk).copy_(grad.dv);
     });
@@ -766,7 +768,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_attention_backward(
   const Tensor dlandmarks = at::empty(landmarks.sizes(), query.options());
   const Tensor dcompressed = at::empty(landmarks.sizes(), query.options());
   attend_backward(x, dout, dlse, query, key, value, landmarks, compressed, indices, experts, shared_expert, scale,
-                  landmark_scale, dquery, dkey, dvalue,
+                  landmark_scale, true, dquery, dkey, dvalue,
                   [&](int64_t b, int64_t h, const auto&, const Tensor&, const Tensor& dZ, const Tensor& dC,
                       KeyValueGrad&) {
                     head(dlandmarks, b, h).copy_(dZ);
@@ -799,7 +801,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& landmarks, const Tensor& indices, const Tensor& experts, const Tensor& compressed,
     const Tensor& landmark_lse, const Tensor& out, const Tensor& lse, bool pooled, IntArrayRef num_landmarks,
     IntArrayRef grid, int64_t num_prefix_tokens, bool shared_expert, double scale, double landmark_scale,
-    const OptionalTensor& seqlens_q, const OptionalTensor& seqlens_k, OptionalInt max_seqlen_q,
+    bool want_keys, bool want_landmarks, const OptionalTensor& seqlens_q, const OptionalTensor& seqlens_k, OptionalInt max_seqlen_q,
     OptionalInt max_seqlen_k) {
   const Lengths lengths{seqlens_q, seqlens_k, max_seqlen_q, max_seqlen_k};
   const Shape p = mita::check_attention_backward(dout, dlse, query, key, value, landmarks, indices, experts,
@@ -810,13 +812,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   check_experts(fn, x, experts);
   const Pooling pooling(num_landmarks, grid, num_prefix_tokens);
   const Tensor dquery = x.queries.results(query.sizes(), query.options());
-  const Tensor dkey = x.keys.results(key.sizes(), key.options()), dvalue = x.keys.results(key.sizes(), key.options());
-  const Tensor dlandmarks = at::empty(pooled ? IntArrayRef{0} : landmarks.sizes(), query.options());
+  const auto of_keys = [&] { return want_keys ? x.keys.results(key.sizes(), key.options()) : at::empty({0}, key.options()); };
+  const Tensor dkey = of_keys(), dvalue = of_keys();
+  const Tensor dlandmarks = at::empty(pooled || !want_landmarks ? IntArrayRef{0} : landmarks.sizes(), query.options());
   attend_backward(
       x, dout, dlse, query, key, value, landmarks, compressed, indices, experts, shared_expert, scale, landmark_scale,
-      dquery, dkey, dvalue,
+      want_keys, dquery, dkey, dvalue,
       [&](int64_t b, int64_t h, const auto& one, const Tensor& dq, const Tensor& dZ, const Tensor& dC, KeyValueGrad& grad) {
+        if (!want_keys && !want_landmarks) return;
         if (shared_expert) compress_backward(one.Z, to_acc(one.k), to_acc(one.v), dC, std::nullopt, scale, dZ, grad);
+        if (!want_landmarks) return;
         if (!pooled) {
           head(dlandmarks, b, h).copy_(dZ);
         } else {

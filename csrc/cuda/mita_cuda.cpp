@@ -435,17 +435,27 @@ struct AttentionGradient {
   Tensor dquery, dkey, dvalue, dlandmarks, dcompressed;
 };
 
-// All of it, for short sequences: without dcompressed, and with dlandmarks only where these were given.
+// Which gradients are wanted beside dquery: of keys and values, of landmarks.
+struct Wanted {
+  bool keys, landmarks;
+};
+Tensor nothing(const Tensor& like) { return at::empty({0}, like.options()); }
+
+// All of it, for short sequences: without dcompressed.
 AttentionGradient short_gradient_stage(const Context& context, const Problem& x, const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& key,
                                        const Tensor& value, const Tensor& landmarks, const Tensor& compressed, const Tensor& indices, const Tensor& experts,
-                                       const Tensor& landmark_lse, const Tensor& lse, const Windows* pooling, float scale, float landmark_scale) {
-  AttentionGradient result{per_token(x.queries, query), per_token(x.keys, key), per_token(x.keys, value), at::empty({x.B, x.H, pooling ? 0 : x.M, x.D}, landmarks.options()), {}};
+                                       const Tensor& landmark_lse, const Tensor& lse, const Windows* pooling, const Wanted& wanted, float scale, float landmark_scale) {
+  AttentionGradient result{per_token(x.queries, query), nothing(key), nothing(value), nothing(landmarks), {}};
+  if (wanted.keys) result.dkey = per_token(x.keys, key), result.dvalue = per_token(x.keys, value);
+  if (wanted.landmarks && !pooling) result.dlandmarks = at::empty(landmarks.sizes(), landmarks.options());
   ShortGradientParams p{};
-  p.forward = {x, pooling ? *pooling : Windows{}, pooling != nullptr, true, scale, landmark_scale, rows(query), rows(key), rows(value), rows(landmarks), rows(compressed),
+  p.forward = {x, pooling ? *pooling : Windows{}, pooling && wanted.landmarks, true, scale, landmark_scale, rows(query), rows(key), rows(value), rows(landmarks), rows(compressed),
                landmark_lse.data_ptr<float>(), indices.data_ptr<int>(), experts.data_ptr<int>(), {}, lse.data_ptr<float>()};
   p.dout = rows(dout);
   p.dlse = data(dlse);
-  p.dq = rows(result.dquery), p.dk = rows(result.dkey), p.dv = rows(result.dvalue), p.dlandmarks = rows(result.dlandmarks);
+  p.dq = rows(result.dquery);
+  if (wanted.keys) p.dk = rows(result.dkey), p.dv = rows(result.dvalue);
+  if (wanted.landmarks && !pooling) p.dlandmarks = rows(result.dlandmarks);
   context.run("mita_ext::short_gradient", launch_short_gradient, p);
   return result;
 }
@@ -514,20 +524,23 @@ std::tuple<Tensor, Tensor> expert_attention(const Tensor& query, const Tensor& k
 // `pooling` the landmarks' gradient on to the queries.
 AttentionGradient attention_gradient(const Problem& x, const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& key, const Tensor& value,
                                      const Tensor& landmarks, const Tensor& compressed, const Tensor& indices, const Tensor& experts, const Tensor& out, const Tensor& lse,
-                                     const Tensor* landmark_lse, const Windows* pooling, bool shared_expert, float scale, float landmark_scale) {
+                                     const Tensor* landmark_lse, const Windows* pooling, const Wanted& wanted, bool shared_expert, float scale,
+                                     float landmark_scale) {
   const Context context(query);
   const auto zeros = [](const Tensor& t) { return at::zeros(t.sizes(), t.options()); };
-  if (lse.numel() == 0) return {zeros(query), zeros(key), zeros(value), zeros(landmarks), zeros(compressed)};
+  const auto zeros_if = [&](bool wanted, const Tensor& t) { return wanted ? zeros(t) : nothing(t); };
+  if (lse.numel() == 0)
+    return {zeros(query), zeros_if(wanted.keys, key), zeros_if(wanted.keys, value), zeros_if(wanted.landmarks, landmarks), zeros(compressed)};
   if (landmark_lse && fits_short_gradient(x, shared_expert, scale, landmark_scale))
-    return short_gradient_stage(context, x, dout, dlse, query, key, value, landmarks, compressed, indices, experts, *landmark_lse, lse, pooling, scale, landmark_scale);
-  AttentionGradient result;
+    return short_gradient_stage(context, x, dout, dlse, query, key, value, landmarks, compressed, indices, experts, *landmark_lse, lse, pooling, wanted, scale, landmark_scale);
+  AttentionGradient result{{}, nothing(key), nothing(value), nothing(landmarks), {}};
   const Softmax softmax(context, x, x.queries, query, dout, out, lse, dlse);
   const Grouped grouped = group_stage(context, x, experts, row_gradient_tile_rows(entries_per_expert(x)));
   result.dquery = query_gradient_stage(context, x, softmax, units(shared_expert, landmarks, compressed, key, value, indices), grouped.groups, scale, landmark_scale);
 
   const OptionalTensor none;  // the lse of the landmarks is no output
   std::optional<Softmax> landmark_softmax;
-  if (shared_expert) {
+  if (shared_expert && (wanted.keys || wanted.landmarks)) {
     const SharedGradient shared = shared_gradient_stage(context, x, softmax, landmarks, compressed, landmark_scale);
     result.dcompressed = shared.dcompressed;
     if (landmark_lse) {
@@ -536,12 +549,13 @@ AttentionGradient attention_gradient(const Problem& x, const Tensor& dout, const
     } else {
       result.dlandmarks = shared.dlandmarks.to(landmarks.scalar_type());
     }
-  } else {
+  } else if (wanted.landmarks) {
     result.dlandmarks = zeros(landmarks), result.dcompressed = zeros(compressed);
   }
-  std::tie(result.dkey, result.dvalue) =
-      key_gradient_stage(context, x, landmark_softmax ? &*landmark_softmax : nullptr, x.s > 0 ? &softmax : nullptr, grouped.groups, key, value, &indices, scale);
-  if (pooling && shared_expert) context.run("mita_ext::pool_backward", launch_pool_backward, {x, *pooling, rows(result.dlandmarks), true, rows(result.dquery)});
+  if (wanted.keys)
+    std::tie(result.dkey, result.dvalue) =
+        key_gradient_stage(context, x, landmark_softmax ? &*landmark_softmax : nullptr, x.s > 0 ? &softmax : nullptr, grouped.groups, key, value, &indices, scale);
+  if (pooling && shared_expert && wanted.landmarks) context.run("mita_ext::pool_backward", launch_pool_backward, {x, *pooling, rows(result.dlandmarks), true, rows(result.dquery)});
   return result;
 }
 
@@ -552,7 +566,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_attention_backward(con
   const Problem x = problem_of("mita_ext.expert_attention backward",
                                check_expert_attention_backward(dout, dlse, query, key, value, landmarks, compressed, indices, experts, out, lse, shared_expert), query);
   AttentionGradient g = attention_gradient(x, aligned(dout), dlse, aligned(query), aligned(key), aligned(value), aligned(landmarks), aligned(compressed), indices, experts,
-                                           aligned(out), lse, nullptr, nullptr, shared_expert,
+                                           aligned(out), lse, nullptr, nullptr, {true, true}, shared_expert,
                                            static_cast<float>(scale), static_cast<float>(landmark_scale));
   return {g.dquery, g.dkey, g.dvalue, g.dlandmarks, g.dcompressed};
 }
@@ -595,7 +609,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& dout
                                                               const Tensor& landmarks, const Tensor& indices, const Tensor& experts, const Tensor& compressed,
                                                               const Tensor& landmark_lse, const Tensor& out, const Tensor& lse, bool pooled, IntArrayRef num_landmarks,
                                                               IntArrayRef grid, int64_t num_prefix_tokens, bool shared_expert, double scale, double landmark_scale,
-                                                              const OptionalTensor& seqlens_q, const OptionalTensor& seqlens_k, OptionalInt max_seqlen_q,
+                                                              bool want_keys, bool want_landmarks, const OptionalTensor& seqlens_q, const OptionalTensor& seqlens_k, OptionalInt max_seqlen_q,
                                                               OptionalInt max_seqlen_k) {
   const Lengths lengths{seqlens_q, seqlens_k, max_seqlen_q, max_seqlen_k};
   const Problem x = problem_of(check_attention_backward(dout, dlse, query, key, value, landmarks, indices, experts, compressed, landmark_lse, out, lse, pooled,
@@ -603,8 +617,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& dout
                                query, key, lengths, true);
   const Windows w = windows(num_landmarks, grid, num_prefix_tokens);
   AttentionGradient g = attention_gradient(x, aligned(dout), dlse, aligned(query), aligned(key), aligned(value), aligned(landmarks), aligned(compressed), indices, experts,
-                                           aligned(out), lse, &landmark_lse, pooled ? &w : nullptr, shared_expert, static_cast<float>(scale), static_cast<float>(landmark_scale));
-  return {g.dquery, g.dkey, g.dvalue, pooled ? at::empty({0}, landmarks.options()) : g.dlandmarks};
+                                           aligned(out), lse, &landmark_lse, pooled ? &w : nullptr, {want_keys, want_landmarks}, shared_expert, static_cast<float>(scale), static_cast<float>(landmark_scale));
+  return {g.dquery, g.dkey, g.dvalue, pooled || !want_landmarks ? nothing(landmarks) : g.dlandmarks};
 }
 
 TORCH_LIBRARY_IMPL(mita_ext, CUDA, m) {

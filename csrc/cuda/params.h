@@ -143,8 +143,8 @@ struct ShortGradientParams {
   ShortParams forward;         // what it read and wrote, but for `out`
   Rows dout;                   // [B, H, N, D]
   const float* dlse;           // [B, H, N], contiguous, or null
-  Rows dq, dk, dv;             // [B, H, N, D], [B, H, L, D] twice
-  Rows dlandmarks;             // [B, H, M, D], unless the landmarks came from the queries
+  Rows dq, dk, dv;             // [B, H, N, D], [B, H, L, D] twice; no data: not wanted, as below
+  Rows dlandmarks;             // [B, H, M, D]; where `pool` says so, dq takes them in instead
 };
 
 // delta[row] = sum_d dout * out - dlse, for the rows of `out` [B, H, rows, D]: exact but for the rounding of `out`.

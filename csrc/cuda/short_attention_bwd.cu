@@ -315,7 +315,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient
   float dk[kDP / 8][4], dv[kDP / 8][4];
   clear(dk);
   clear(dv);
-  if (key0 < L) {
+  if (p.dk.data && key0 < L) {
     const auto queries_of = operand(q, lane & 15, lane >> 4), gradients_of = operand(dout, lane & 15, lane >> 4);
     const std::uint32_t slot_rows_of = window.address + layout.slot_rows + 4 * t, slots_of = window.address + layout.slots + key0 + g,
                         weights_of = window.address + layout.routed_weights + 4 * kPitch * 2 * t;
@@ -438,13 +438,13 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient
           const float2 two = unpack<T>(rounded);
           store_shared(z.chunk(row, at / 8) + 4 * t, rounded);
           store_shared(c.chunk(row, at / 8) + 4 * t, pack<T>(lo * share - two.x, hi * share - two.y));
-        } else if (row < M && at < x.D) {
+        } else if (p.dlandmarks.data && row < M && at < x.D) {
           *reinterpret_cast<std::uint32_t*>(rows_of(p.dlandmarks, row) + at) = pack<T>(lo, hi);
         }
       }
     }
   }
-  if (key0 < L) {
+  if (p.dk.data && key0 < L) {
     const auto index = [&](int i) { return key0 + i < L ? key0 + i : -1; };
     const float k_factor[2] = {f.scale * kUnshifted, f.scale * kUnshifted}, v_factor[2] = {power_of_2(-kProbabilityShift<T>), power_of_2(-kProbabilityShift<T>)};
     store_rows<C>(q.from_row(key0), dk, k_factor, x.D, lane, rows_of(p.dk, span(x.keys, batch()).start), p.dk.row, index);

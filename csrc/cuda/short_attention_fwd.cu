@@ -2,7 +2,7 @@
 // two blocks fill a multiprocessor. The warps of a block take items of one phase after the other, and meet between phases:
 //   1. pool: 16 bytes of a landmark, the mean of its tokens, by a thread
 //   2. route: the experts of 16 queries; score: 16 landmarks and 32 keys
-//   3. order the queries by expert; compress: the values of 16 landmarks; select: the keys of 4 experts
+//   3. order the queries by expert; compress: the values of 16 landmarks; select: the keys of 2 experts
 //   4. attend: up to 16 queries of one expert. Units are operands where they lie, and the output replaces the queries
 #include "device.cuh"
 #include "launch.h"
@@ -126,12 +126,12 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2) short_attentio
   __syncthreads();
 
   // 3. order the queries, compress, select
-  for (int item = warp; item <= landmark_tiles + ceil_div(opaque(M), 4); item += kWarps) {  // opaque: registers
+  for (int item = warp; item <= landmark_tiles + ceil_div(opaque(M), 2); item += kWarps) {  // opaque: registers
     if (item > landmark_tiles) {
-      const int m = 4 * (item - landmark_tiles - 1) + lane / 8, length = m < M ? opaque(L) : 0;
+      const int m = 2 * (item - landmark_tiles - 1) + lane / 16, length = m < M ? opaque(L) : 0;
       const float* row = scores + m * layout.pitch;
       std::uint16_t* const list = indices + m * x.K;
-      select_row<8, kShortKeys>(length, min(x.K, length), [&](int key) { return *reinterpret_cast<const float4*>(row + key); },
+      select_row<16, kShortKeys>(length, min(x.K, length), [&](int key) { return *reinterpret_cast<const float4*>(row + key); },
                                 [&](int i, int key) { list[i] = static_cast<std::uint16_t>(key); });
     } else if (item > 0) {
       const int m = 16 * (item - 1) + opaque(g);
