@@ -301,7 +301,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient
     const int m = 16 * (item & 1), column = 32 * (item >> 1 & 1), kind = item >> 2;
     float sums[1][4][4], (&sum)[4][4] = sums[0];
     clear(sum);
-    add_transposed(sums, shared_weights, kind * kTiles + m / 8, kind ? q : dout, column, N);
+    add_transposed(sums, shared_weights, kind * kTiles + m / 8, kind ? q : dout, column, layout.rows);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
@@ -319,40 +319,46 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient
     const auto queries_of = operand(q, lane & 15, lane >> 4), gradients_of = operand(dout, lane & 15, lane >> 4);
     const std::uint32_t slot_rows_of = window.address + layout.slot_rows + 4 * t, slots_of = window.address + layout.slots + key0 + g,
                         weights_of = window.address + layout.routed_weights + 4 * kPitch * 2 * t;
-    std::uint32_t w[2][4];  // of keys g and g + 8, from queries 2t, 2t + 1, 2t + 8, 2t + 9
-    const auto look_up = [&](int step) {
+    // Of queries 2t, 2t + 1, 2t + 8, 2t + 9 the experts' rows of slots, there the slots of keys g and g + 8, and their weights: each look-up needs the
+    // one before, so those of the next step stand between the products of this one.
+    std::uint32_t slot_row[2], slot[2][4], w[2][4];
+    const auto find_rows = [&](int step) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const std::uint32_t two = load_shared_int(slot_rows_of + 32 * step + 16 * i);
-#pragma unroll
-        for (int j = 0; j < 2; ++j)
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            const std::uint32_t slot = load_shared_byte(slots_of + (j ? two >> 16 : two & 0xffff) + 8 * r);
-            w[r][2 * i + j] = load_shared_int(weights_of + 4 * kPitch * 16 * step + slot + 4 * kPitch * (8 * i + j));
-          }
-      }
+      for (int i = 0; i < 2; ++i) slot_row[i] = load_shared_int(slot_rows_of + 32 * step + 16 * i);
     };
-    const int steps = ceil_div(N, 16);
-    if (steps > 0) look_up(0);
-#pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
-      std::uint32_t probability[4], dlogit[4], rows[4];
+    const auto find_slots = [&] {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const std::uint32_t one = w[i & 1][i & 2], other = w[i & 1][(i & 2) + 1];
-        probability[i] = __byte_perm(one, other, 0x5410), dlogit[i] = __byte_perm(one, other, 0x7632);
-      }
-      if (step + 1 < steps) look_up(step + 1);
+      for (int j = 0; j < 4; ++j)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) slot[r][j] = load_shared_byte(slots_of + (j & 1 ? slot_row[j / 2] >> 16 : slot_row[j / 2] & 0xffff) + 8 * r);
+    };
+    const auto find_weights = [&](int step) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) w[r][j] = load_shared_int(weights_of + 4 * kPitch * 16 * step + slot[r][j] + 4 * kPitch * (8 * (j / 2) + j % 2));
+    };
+    const auto add = [&](float(&sum)[kDP / 8][4], const auto& rows_of, int step, unsigned half) {
+      std::uint32_t a[4], rows[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = __byte_perm(w[i & 1][i & 2], w[i & 1][(i & 2) + 1], half);
 #pragma unroll
       for (int d = 0; d < kDP / 8; d += 2) {
-        ldmatrix_transposed(rows, queries_of(d / 2, step));
-        mma<T>(dk[d], dlogit, rows[0], rows[1]);
-        mma<T>(dk[d + 1], dlogit, rows[2], rows[3]);
-        ldmatrix_transposed(rows, gradients_of(d / 2, step));
-        mma<T>(dv[d], probability, rows[0], rows[1]);
-        mma<T>(dv[d + 1], probability, rows[2], rows[3]);
+        ldmatrix_transposed(rows, rows_of(d / 2, step));
+        mma<T>(sum[d], a, rows[0], rows[1]);
+        mma<T>(sum[d + 1], a, rows[2], rows[3]);
       }
+    };
+    const int steps = layout.rows / 16;  // behind the queries zeros; not N, as the same for all threads for certain
+    find_rows(0), find_slots(), find_weights(0);
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      const int next = min(step + 1, steps - 1);
+      find_rows(next);
+      add(dk, queries_of, step, 0x7632);
+      find_slots();
+      add(dv, gradients_of, step, 0x5410);
+      find_weights(next);
     }
   }
   __syncthreads();
@@ -389,8 +395,8 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient
     }
   }
   __syncthreads();
-  if (key0 < L) {
-    const int lane = opaque(threadIdx.x) % 32, g = lane >> 2, t = lane & 3;  // registers
+  if (const int own = 16 * (opaque(threadIdx.x) / 32); own < L) {  // key0 again: registers
+    const int lane = opaque(threadIdx.x) % 32, g = lane >> 2, t = lane & 3;
     float2 sum = {0.0f, 0.0f};  // of landmark `lane`
     for (int w = 0; 16 * w < L; ++w) {
       const float2 share = reinterpret_cast<const float2*>(floats_at(layout.deltas))[w * kUnits + lane];
@@ -409,8 +415,8 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient
     for (int i = 0; i < 2; ++i)
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
-        store_shared(shared_weights.chunk(key0 + g + 8 * i, j) + 4 * t, dlogits.packed[j][i]);
-        store_shared(shared_weights.chunk(key0 + g + 8 * i, kTiles + j) + 4 * t, rest.packed[j][i]);
+        store_shared(shared_weights.chunk(own + g + 8 * i, j) + 4 * t, dlogits.packed[j][i]);
+        store_shared(shared_weights.chunk(own + g + 8 * i, kTiles + j) + 4 * t, rest.packed[j][i]);
       }
     add_weighted_rows<C>(dk, dlogits, z, lane);
     add_weighted_rows<C>(dv, probabilities, c, lane);
