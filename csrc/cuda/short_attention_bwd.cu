@@ -19,10 +19,9 @@ namespace mita {
 namespace {
 
 constexpr int kWarps = 16, kThreads = 32 * kWarps, kDP = 64;
-constexpr int kMostRows = 16 * (kWarps - 2);     // queries, or keys: a warp keeps the gradients of 16 keys, and two at least have none
+constexpr int kMostRows = 16 * kWarps;           // queries, or keys: a warp keeps the gradients of 16 keys
 constexpr int kUnits = 32, kTiles = kUnits / 8;  // landmarks, or keys of an expert: at most
 constexpr int kPitch = kUnits + 4;               // words of a query's routed weights; column kUnits is 0, for keys that are not chosen
-constexpr int kPerThread = kUnits * kUnits / kThreads;  // keys of experts
 constexpr int kSumPitch = kDP + 8;               // floats: free of bank conflicts
 
 // Shared memory of a block: where what begins, in bytes; queries at 0. `rows` of queries, keys, values and both kinds of weights.
@@ -91,17 +90,17 @@ __device__ inline void add_transposed(float (&acc)[KINDS][NT][4], const Tile<T, 
 }
 
 // A bit for every pooling window, of up to kUnits, that holds token n.
-__device__ inline std::uint32_t windows_with(const Windows& w, int n) {
+template <class Product> __device__ inline std::uint32_t windows_with(const Windows& w, int n) {
   if (!is_pooled(w, n)) return 0;
   const int cell = n - w.prefix;
-  const Range rows = overlapping<int>(cell / w.gw, w.gh, w.mh), columns = overlapping<int>(cell % w.gw, w.gw, w.mw);
+  const Range rows = overlapping<Product>(cell / w.gw, w.gh, w.mh), columns = overlapping<Product>(cell % w.gw, w.gw, w.mw);
   std::uint32_t windows = 0;
   for (int i = rows.first; i < rows.last; ++i) windows |= ((2u << (columns.last - columns.first - 1)) - 1) << (i * w.mw + columns.first);
   return windows;
 }
 
 // What makes the logit gradients of a row sum to dlse: (sum P dP - dlse) / sum P, as a large logsumexp is rounded and P does not sum to 1.
-__device__ inline float exact_delta(float sum, float total) { return total > 0.0f ? __fdividef(sum, total) : 0.0f; }
+template <class T> __device__ inline float exact_delta(float sum, float total) { return total > 0.0f ? sum * reciprocal<T>(total) : 0.0f; }
 
 // What rounding takes away from weights.
 template <class T> __device__ inline Weights<T, kTiles> rest_of(const float (&x)[kTiles][4]) {
@@ -136,7 +135,9 @@ __device__ inline void add_split_rows(float (&acc)[kDP / 8][4], const Weights<T,
 }
 
 template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient_kernel(const ShortGradientParams p, const Memory layout) {
-  using C = Config<T, kDP>;
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using C = Config<T, kDP>;        // products by warps, but in phase 2
+  using G = Config<T, kDP, true>;  // by warpgroups, whose four warps read the queries' rows at once
   constexpr int kChunks = kDP / kChunk<T>;
   constexpr float kUnshifted = power_of_2(-kGradientShift<T>), kRescale = power_of_2(kGradientShift<T> - kProbabilityShift<T>);
   extern __shared__ __align__(kPanel) unsigned char memory[];
@@ -157,19 +158,20 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient
   const int M = x.M;
   int &N = ints_at(layout.lengths)[0], &L = ints_at(layout.lengths)[1];  // there are no registers left for them
   {
-    // Lists are asked for first, of a thread one query and two keys of experts, then rows. What is out of range, no forward pass has left.
+    // Lists are asked for first, of a thread one query and two keys of experts, then rows, and only then are the lists waited for.
     const int b = batch(), h = head() - b * x.H, n = threadIdx.x;
     const Span queries = span(x.queries, b), keys = span(x.keys, b);
     const std::int64_t at = std::int64_t(head()) * x.queries.max_length + n;
     const bool present = n < queries.length;
-    const int expert = present ? min(max(f.experts[at], 0), M - 1) : 0;
+    const int asked_expert = present ? f.experts[at] : 0;
     const float lse = present ? f.lse[at] : -kInfinity, dlse = present && p.dlse ? p.dlse[at] : 0.0f;
     const float of_landmark = n < M ? f.landmark_lse[std::int64_t(head()) * M + n] : -kInfinity;
+    constexpr int kPerThread = kUnits * kUnits / kThreads;  // keys of experts
     int key[kPerThread];
 #pragma unroll
     for (int j = 0; j < kPerThread; ++j) {
       const int i = threadIdx.x + j * kThreads;
-      key[j] = i < M * x.K ? min(max(f.indices[std::int64_t(head()) * M * x.K + i], 0), keys.length - 1) : -1;
+      key[j] = i < M * x.K ? f.indices[std::int64_t(head()) * M * x.K + i] : 0;
     }
     const auto load = [&](const Tile<T, kDP>& to, const Rows& rows, const Span& from, int count) {
       load_sequence<T, kDP, kThreads>(to, rows, b, h, from, x.D, count);
@@ -195,18 +197,21 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient
     // Where a row attended to nothing, or is not there, infinity. Probabilities are shifted from the start.
     const auto offset_of = [](float lse) { return lse == -kInfinity ? kInfinity : lse * kLogit<T> - kProbabilityShift<T>; };
     if (n < kUnits) floats_at(layout.landmark_lse)[n] = offset_of(of_landmark);
+    // What is out of range, no forward pass has left.
     if (n < layout.rows) {
+      const int expert = min(max(asked_expert, 0), M - 1);
       shorts_at(layout.experts)[n] = static_cast<std::uint16_t>(expert), shorts_at(layout.slot_rows)[n] = static_cast<std::uint16_t>(expert * layout.rows);
       floats_at(layout.lse)[n] = offset_of(lse), floats_at(layout.dlse)[n] = lse == -kInfinity ? 0.0f : dlse;
-      if (f.pool) ints_at(layout.members)[n] = present ? windows_with(windows_of(f.windows, x.queries, queries.length), n) : 0;
+      if (f.pool) ints_at(layout.members)[n] = present ? windows_with<int>(windows_of(f.windows, x.queries, queries.length), n) : 0;
       if (present) atomicAdd(ints_at(layout.counts) + expert, 1);
     }
 #pragma unroll
     for (int j = 0; j < kPerThread; ++j) {
       const int i = threadIdx.x + j * kThreads, m = i / x.K, slot = i - m * x.K;
-      if (key[j] < 0 || slot >= keys.length) continue;
-      shorts_at(layout.indices)[i] = static_cast<std::uint16_t>(key[j]);
-      (memory + layout.slots)[m * layout.rows + key[j]] = static_cast<std::uint8_t>(4 * slot);
+      if (m >= M || slot >= keys.length) continue;
+      const int own = min(max(key[j], 0), keys.length - 1);
+      shorts_at(layout.indices)[i] = static_cast<std::uint16_t>(own);
+      (memory + layout.slots)[m * layout.rows + own] = static_cast<std::uint8_t>(4 * slot);
     }
   }
   __syncthreads();
@@ -255,7 +260,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int d = 1; d < 4; d *= 2) delta[i] += __shfl_xor_sync(kAllLanes, delta[i], d), total[i] += __shfl_xor_sync(kAllLanes, total[i], d);
-      delta[i] = exact_delta(delta[i] - floats_at(layout.dlse)[query(i)] * power_of_2(kProbabilityShift<T>), total[i]);
+      delta[i] = exact_delta<T>(delta[i] - floats_at(layout.dlse)[query(i)] * power_of_2(kProbabilityShift<T>), total[i]);
     }
     float sum[kDP / 8][4];
     clear(sum);
@@ -296,32 +301,37 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient
   __syncthreads();
 
   // 2. sum over the queries. The compressed values are not needed any more: their gradients take their place.
-  const int without_keys = kWarps - ceil_div(L, 16);
-  for (int item = kWarps - 1 - warp; item < 8 && warp >= kWarps - without_keys; item += without_keys) {
-    const int m = 16 * (item & 1), column = 32 * (item >> 1 & 1), kind = item >> 2;
-    float sums[1][4][4], (&sum)[4][4] = sums[0];
+  {
+    const int m = 16 * (warp & 1), column = 16 * (warp >> 1 & 3), kind = warp >> 3;
+    static_assert(kWarps == 16);
+    float sums[1][2][4], (&sum)[2][4] = sums[0];
     clear(sum);
     add_transposed(sums, shared_weights, kind * kTiles + m / 8, kind ? q : dout, column, layout.rows);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
-      for (int d = 0; d < 4; ++d) {
+      for (int d = 0; d < 2; ++d) {
         const int row = m + g + 8 * i;
-        if (kind) *reinterpret_cast<float2*>(floats_at(layout.sums) + row * kSumPitch + column + 8 * d + 2 * t) = make_float2(sum[d][2 * i] * f.landmark_scale * kUnshifted, sum[d][2 * i + 1] * f.landmark_scale * kUnshifted);
-        else store_shared(c.chunk(row, column / 8 + d) + 4 * t, pack<T>(sum[d][2 * i] * power_of_2(-kProbabilityShift<T>), sum[d][2 * i + 1] * power_of_2(-kProbabilityShift<T>)));
+        if (kind) {
+          const float factor = f.landmark_scale * kUnshifted;
+          *reinterpret_cast<float2*>(floats_at(layout.sums) + row * kSumPitch + column + 8 * d + 2 * t) = make_float2(sum[d][2 * i] * factor, sum[d][2 * i + 1] * factor);
+        } else {
+          constexpr float kFactor = power_of_2(-kProbabilityShift<T>);
+          store_shared(c.chunk(row, column / 8 + d) + 4 * t, pack<T>(sum[d][2 * i] * kFactor, sum[d][2 * i + 1] * kFactor));
+        }
       }
   }
   const int key0 = 16 * (opaque(threadIdx.x) / 32);  // of this warp's keys
   float dk[kDP / 8][4], dv[kDP / 8][4];
   clear(dk);
   clear(dv);
-  if (p.dk.data && key0 < L) {
-    const auto queries_of = operand(q, lane & 15, lane >> 4), gradients_of = operand(dout, lane & 15, lane >> 4);
+  if (p.dk.data && key0 / 64 * 64 < L) {
     const std::uint32_t slot_rows_of = window.address + layout.slot_rows + 4 * t, slots_of = window.address + layout.slots + key0 + g,
                         weights_of = window.address + layout.routed_weights + 4 * kPitch * 2 * t;
     // Of queries 2t, 2t + 1, 2t + 8, 2t + 9 the experts' rows of slots, there the slots of keys g and g + 8, and their weights: each look-up needs the
     // one before, so those of the next step stand between the products of this one.
-    std::uint32_t slot_row[2], slot[2][4], w[2][4];
+    std::uint32_t slot_row[2], slot[2][4], w[2][4] = {};
+    const bool has_keys = key0 < L;  // of a warpgroup's last warps some have none
     const auto find_rows = [&](int step) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) slot_row[i] = load_shared_int(slot_rows_of + 32 * step + 16 * i);
@@ -338,27 +348,25 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient
 #pragma unroll
         for (int r = 0; r < 2; ++r) w[r][j] = load_shared_int(weights_of + 4 * kPitch * 16 * step + slot[r][j] + 4 * kPitch * (8 * (j / 2) + j % 2));
     };
-    const auto add = [&](float(&sum)[kDP / 8][4], const auto& rows_of, int step, unsigned half) {
-      std::uint32_t a[4], rows[4];
+    const auto take = [&](Operand& a, unsigned half) {  // of the words
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[i] = __byte_perm(w[i & 1][i & 2], w[i & 1][(i & 2) + 1], half);
-#pragma unroll
-      for (int d = 0; d < kDP / 8; d += 2) {
-        ldmatrix_transposed(rows, rows_of(d / 2, step));
-        mma<T>(sum[d], a, rows[0], rows[1]);
-        mma<T>(sum[d + 1], a, rows[2], rows[3]);
-      }
     };
     const int steps = layout.rows / 16;  // behind the queries zeros; not N, as the same for all threads for certain
-    find_rows(0), find_slots(), find_weights(0);
+    if (has_keys) find_rows(0), find_slots(), find_weights(0);
+    const Matrix<kDP> queries_of(q.address, true), gradients_of(dout.address, true);
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       const int next = min(step + 1, steps - 1);
-      find_rows(next);
-      add(dk, queries_of, step, 0x7632);
-      find_slots();
-      add(dv, gradients_of, step, 0x5410);
-      find_weights(next);
+      if (has_keys) find_rows(next);
+      std::uint32_t halves[2][4];  // dS, P
+      take(halves[0], 0x7632), take(halves[1], 0x5410);
+      begin_products(dk, dv, halves);
+      wgmma<T>(dk, halves[0], queries_of.at(step * 16 * kDP * sizeof(T)));
+      wgmma<T>(dv, halves[1], gradients_of.at(step * 16 * kDP * sizeof(T)));
+      commit_products();
+      if (has_keys) find_slots(), find_weights(next);
+      wait_products<G, 0>(dk, dv);
     }
   }
   __syncthreads();
@@ -402,7 +410,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient
       const float2 share = reinterpret_cast<const float2*>(floats_at(layout.deltas))[w * kUnits + lane];
       sum.x += share.x, sum.y += share.y;
     }
-    const float delta = exact_delta(sum.x, sum.y);
+    const float delta = exact_delta<T>(sum.x, sum.y);
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
       const float two[2] = {__shfl_sync(kAllLanes, delta, 8 * j + 2 * t), __shfl_sync(kAllLanes, delta, 8 * j + 2 * t + 1)};
@@ -484,14 +492,15 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient
     __syncwarp();
     store_rows<C>(dq.from_row(first), sum, one, x.D, lane, rows_of(p.dq, span(x.queries, batch()).start), p.dq.row, [&](int i) { return first + i < N ? first + i : -1; });
   }
+#endif
 }
 
 }  // namespace
 
-// H100: for more units, queries or keys than this, or keys and values of several heads, one block has no room. dq has one scale, and what landmarks
-// give to it the ratio of the two.
+// sm_90a: elsewhere a block has no memory for what this is made for. H100: for more units, queries or keys than this, or keys and values of several
+// heads, it has none here either. dq has one scale, and what landmarks give to it the ratio of the two.
 bool fits_short_gradient(const Problem& x, bool shared, float scale, float landmark_scale) {
-  if (x.dtype == Dtype::fp32 || x.D > kDP || x.D % kCudaHeadDimStep != 0 || x.s != 1 || x.H != x.Hkv || !shared || x.M > kUnits || x.K > kUnits ||
+  if (!has_warpgroups(x.dtype, x.D) || x.D > kDP || x.D % kCudaHeadDimStep != 0 || x.s != 1 || x.H != x.Hkv || !shared || x.M > kUnits || x.K > kUnits ||
       x.queries.max_length > kMostRows || x.keys.max_length > kMostRows || scale == 0.0f || std::fabs(landmark_scale) > 1e6f * std::fabs(scale))
     return false;
   int device = 0, most = 0;
