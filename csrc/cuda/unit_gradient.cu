@@ -274,7 +274,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   const float one[2] = {1.0f, 1.0f};
   const int own = u0 + row_of_warp<C>(warp);
   if (!compress) {
-    const std::int64_t row0 = (std::int64_t(bh - p.first_head) * parts + part) * units;
+    const std::int64_t row0 = std::int64_t(opaque(blockIdx.x) / blocks) * units;
     const auto row_in = [&](float* partial) { return [=](int i) { return own + i < units ? partial + (row0 + own + i) * x.D : nullptr; }; };
     store_partial_rows<C>(dk, one, x.D, lane, row_in(p.partial_dk));
     store_partial_rows<C>(dv, one, x.D, lane, row_in(p.partial_dv));
