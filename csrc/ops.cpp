@@ -50,8 +50,8 @@ TORCH_LIBRARY(mita_ext, m) {
       " Tensor? seqlens_q=None, Tensor? seqlens_k=None, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None)"
       " -> (Tensor out, Tensor lse, Tensor landmarks, Tensor indices, Tensor experts, Tensor compressed,"
       " Tensor landmark_lse)");
-  // pooled: the gradient of the landmarks goes on into dquery, and dlandmarks is empty [0]. Where the gradients of keys and values, or those of
-  // the landmarks, are not wanted, they are empty, or not in dquery, and not computed.
+  // pooled: the gradient of the landmarks goes on into dquery, and dlandmarks is empty [0]. Without want_keys dkey and
+  // dvalue are empty, without want_landmarks dlandmarks is, and nothing goes on into dquery: they are not computed.
   m.def(
       "attention_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor landmarks,"
       " Tensor indices, Tensor experts, Tensor compressed, Tensor landmark_lse, Tensor out, Tensor lse, bool pooled,"

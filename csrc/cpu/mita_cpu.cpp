@@ -730,8 +730,8 @@ template <class After>
 void attend_backward(const Problem& x, const Tensor& dout, const OptionalTensor& dlse, const Tensor& query,
                      const Tensor& key, const Tensor& value, const Tensor& landmarks, const Tensor& compressed,
                      const Tensor& indices, const Tensor& experts, bool shared_expert, double scale,
-                     double landmark_scale, bool want_keys, const Tensor& dquery, const Tensor& dkey, const Tensor& dvalue,
-                     const After& after) {
+                     double landmark_scale, bool want_keys, const Tensor& dquery, const Tensor& dkey,
+                     const Tensor& dvalue, const After& after) {
   const int64_t group = x.H / x.Hkv, block = query_block(x);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "mita_ext.attention_backward", [&] {
     parallel_backward(x.B * x.Hkv, [&](int64_t i) {
@@ -801,8 +801,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& landmarks, const Tensor& indices, const Tensor& experts, const Tensor& compressed,
     const Tensor& landmark_lse, const Tensor& out, const Tensor& lse, bool pooled, IntArrayRef num_landmarks,
     IntArrayRef grid, int64_t num_prefix_tokens, bool shared_expert, double scale, double landmark_scale,
-    bool want_keys, bool want_landmarks, const OptionalTensor& seqlens_q, const OptionalTensor& seqlens_k, OptionalInt max_seqlen_q,
-    OptionalInt max_seqlen_k) {
+    bool want_keys, bool want_landmarks, const OptionalTensor& seqlens_q, const OptionalTensor& seqlens_k,
+    OptionalInt max_seqlen_q, OptionalInt max_seqlen_k) {
   const Lengths lengths{seqlens_q, seqlens_k, max_seqlen_q, max_seqlen_k};
   const Shape p = mita::check_attention_backward(dout, dlse, query, key, value, landmarks, indices, experts,
                                                  compressed, landmark_lse, out, lse, pooled, num_landmarks, grid,
@@ -819,8 +819,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
       x, dout, dlse, query, key, value, landmarks, compressed, indices, experts, shared_expert, scale, landmark_scale,
       want_keys, dquery, dkey, dvalue,
       [&](int64_t b, int64_t h, const auto& one, const Tensor& dq, const Tensor& dZ, const Tensor& dC, KeyValueGrad& grad) {
-        if (!want_keys && !want_landmarks) return;
-        if (shared_expert) compress_backward(one.Z, to_acc(one.k), to_acc(one.v), dC, std::nullopt, scale, dZ, grad);
+        if (shared_expert && (want_keys || want_landmarks))
+          compress_backward(one.Z, to_acc(one.k), to_acc(one.v), dC, std::nullopt, scale, dZ, grad);
         if (!want_landmarks) return;
         if (!pooled) {
           head(dlandmarks, b, h).copy_(dZ);

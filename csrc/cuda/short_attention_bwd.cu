@@ -329,7 +329,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient
     const std::uint32_t slot_rows_of = window.address + layout.slot_rows + 4 * t, slots_of = window.address + layout.slots + key0 + g,
                         weights_of = window.address + layout.routed_weights + 4 * kPitch * 2 * t;
     // Of queries 2t, 2t + 1, 2t + 8, 2t + 9 the experts' rows of slots, there the slots of keys g and g + 8, and their weights: each look-up needs the
-    // one before, so those of the next step stand between the products of this one.
+    // one before, so those of the next step go on beside the products of this one.
     std::uint32_t slot_row[2], slot[2][4], w[2][4] = {};
     const bool has_keys = key0 < L;  // of a warpgroup's last warps some have none
     const auto find_rows = [&](int step) {
