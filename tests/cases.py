@@ -116,6 +116,10 @@ CASES = [
     *(Case(f"topk_{K}", B=1, H=1, N=33, L=2500, D=16, M=3, K=K) for K in (1, 2, 63, 64, 65, 100, 256, 300, 1024, 2048)),
     *(Case(f"short_landmarks_{M}", N=70, L=100, D=64, M=M, layout="heads_last") for M in (31, 32, 33)),
     *(Case(f"short_topk_{K}", N=100, M=(4, 4), K=K, grid=(10, 10), values="clustered", pooled=True) for K in (31, 32, 33)),
+    # gradients of queries and units in one pass: several segments of an expert, keys of several heads
+    Case("one_pass_one_expert", H=4, Hkv=2, N=700, L=300, D=64, M=33, K=50, values="one_expert"),
+    Case("one_pass_clustered", H=4, Hkv=2, N=600, D=64, M=64, K=64, values="clustered", pooled=True, layout="heads_last"),
+    Case("one_pass_large_logits", B=1, N=300, D=64, M=40, K=64, values="large"),
     Case("topk_2048_equals_keys", B=1, H=1, N=33, L=2048, D=16, M=3, K=2048),
     Case("fused_qkv_view", layout="fused_qkv"),
     Case("heads_last", H=3, layout="heads_last"),
@@ -168,6 +172,7 @@ VARLEN = [
     Case("wider_heads_routes_2", B=3, H=1, N=150, D=136, M=9, K=20, lengths_q=(150, 3, 129), lengths_k=(100, 150, 0), routes=2),
     Case("many_queries", B=2, H=1, N=700, L=300, D=128, M=3, K=70, lengths_q=(400, 700), lengths_k=(300, 99), pooled=True),
     Case("small_experts", B=3, H=1, N=500, L=300, D=64, M=30, K=49, lengths_q=(500, 9, 99), lengths_k=(20, 300, 150), routes=2),
+    Case("one_pass", B=3, H=4, Hkv=2, N=400, L=300, D=64, M=40, K=64, lengths_q=(400, 70, 1), lengths_k=(300, 40, 0)),
     Case("many_landmarks", B=3, H=1, N=300, L=400, D=64, M=100, K=64, lengths_q=(300, 40, 99), lengths_k=(30, 400, 200)),
     Case("long_keys", **LONG, K=64),
     Case("long_keys_long_experts", **LONG, K=100, Hkv=1),

@@ -82,6 +82,9 @@ template <class T> constexpr int kProbabilityShift = std::is_same_v<T, __half> ?
 template <class T> constexpr int kGradientShift = std::is_same_v<T, __half> ? 6 : 0;
 __host__ __device__ constexpr float power_of_2(int n) { return n < 0 ? 0.5f * power_of_2(n + 1) : n > 0 ? 2.0f * power_of_2(n - 1) : 1.0f; }
 
+// What makes the logit gradients of a row sum to dlse: (sum P dP - dlse) / sum P, as a large logsumexp is rounded and P does not sum to 1.
+template <class T> __device__ inline float exact_delta(float sum, float total) { return total > 0.0f ? sum * reciprocal<T>(total) : 0.0f; }
+
 // Scores in their total order as unsigned integers: NaN lowest (1), -0 = +0; 0 is left for "no key".
 __device__ inline std::uint32_t ordered(float score) {
   if (score != score) return 1;
@@ -248,12 +251,13 @@ __device__ inline void wait_all_but(int pending) {
   else wait_loads<0>();
 }
 
-// Starts copying `count` numbers, number i from source(i), with all threads of the block; zeros where that is null.
+// Starts copying a number; zero where there is none.
+__device__ inline void load_number(std::uint32_t target, const float* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(from), "r"(from ? 4 : 0) : "memory");
+}
+// `count` numbers, number i from source(i), with all threads of the block.
 template <class Source> __device__ inline void load_numbers(std::uint32_t target, int count, Source source) {
-  for (int i = threadIdx.x; i < count; i += blockDim.x) {
-    const float* from = source(i);
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target + 4 * i), "l"(from), "r"(from ? 4 : 0) : "memory");
-  }
+  for (int i = threadIdx.x; i < count; i += blockDim.x) load_number(target + 4 * i, source(i));
 }
 
 // Rows of a tensor on their way into a tile, and the chunk of each that one thread brings.
@@ -268,6 +272,12 @@ template <class T, int DP> struct Copy {
   __device__ void whole(std::uint32_t place, int c, std::uint32_t index) const {
     asm volatile("{ .reg .u64 from; mad.wide.u32 from, %1, %2, %3; cp.async.cg.shared.global [%0], [from], 16; }" ::"r"(target.address + place), "r"(index),
                  "r"(static_cast<std::uint32_t>(pitch)), "l"(source + 16 * c)
+                 : "memory");
+  }
+  // The same, or zeros.
+  __device__ void part(std::uint32_t place, int c, int index, bool valid) const {
+    asm volatile("{ .reg .u64 from; mad.wide.u32 from, %1, %2, %3; cp.async.cg.shared.global [%0], [from], 16, %4; }" ::"r"(target.address + place), "r"(max(index, 0)),
+                 "r"(static_cast<std::uint32_t>(pitch)), "l"(source + 16 * c), "r"(valid ? 16 : 0)
                  : "memory");
   }
   __device__ void vector(int row, int c, int index, bool valid) const {
@@ -381,6 +391,8 @@ __device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync
 
 // acc = A B^T or acc += A B^T, A [64 x 16] and B [64 x 16] in shared memory.
 template <class T> __device__ inline void wgmma(float (&acc)[8][4], std::uint64_t a, std::uint64_t b, bool accumulate);
+// acc += A^T B, A [16 x 64] and B [16 x 64] in shared memory.
+template <class T> __device__ inline void wgmma_transposed(float (&acc)[8][4], std::uint64_t a, std::uint64_t b);
 // acc += A B, A [64 x 16] in registers, B [16 x 64] or [16 x 128] in shared memory.
 template <class T> __device__ inline void wgmma(float (&acc)[8][4], const Operand& a, std::uint64_t b);
 template <class T> __device__ inline void wgmma(float (&acc)[16][4], const Operand& a, std::uint64_t b);
@@ -395,6 +407,9 @@ template <class T> __device__ inline void wgmma(float (&acc)[16][4], const Opera
   template <> __device__ inline void wgmma<T>(float (&acc)[8][4], std::uint64_t a, std::uint64_t b, bool accumulate) { \
     asm volatile(MITA_WGMMA("m64n64k16", TYPE, MITA_PLACES_32, "%34") "%32, %33, p, 1, 1, 0, 0; }" \
                  : MITA_32(acc, 0) : "l"(a), "l"(b), "r"(static_cast<int>(accumulate))); \
+  } \
+  template <> __device__ inline void wgmma_transposed<T>(float (&acc)[8][4], std::uint64_t a, std::uint64_t b) { \
+    asm volatile(MITA_WGMMA("m64n64k16", TYPE, MITA_PLACES_32, "%34") "%32, %33, p, 1, 1, 1, 1; }" : MITA_32(acc, 0) : "l"(a), "l"(b), "r"(1)); \
   } \
   template <> __device__ inline void wgmma<T>(float (&acc)[8][4], const Operand& a, std::uint64_t b) { \
     asm volatile(MITA_WGMMA("m64n64k16", TYPE, MITA_PLACES_32, "%37") "{%32,%33,%34,%35}, %36, p, 1, 1, 1; }" \
@@ -424,6 +439,7 @@ template <class C, int PENDING, class... Registers> __device__ inline void wait_
 template <class... Registers> __device__ inline void begin_products(Registers&...) { __trap(); }
 __device__ inline void commit_products() {}
 template <class T> __device__ inline void wgmma(float (&)[8][4], std::uint64_t, std::uint64_t, bool) {}
+template <class T> __device__ inline void wgmma_transposed(float (&)[8][4], std::uint64_t, std::uint64_t) {}
 template <class T, int N> __device__ inline void wgmma(float (&)[N][4], const Operand&, std::uint64_t) {}
 template <class C, int PENDING, class... Registers> __device__ inline void wait_products(Registers&...) {}
 #endif
@@ -518,6 +534,7 @@ template <class C> __device__ inline void wait_for_sharers() {
 template <class T, int KT> struct Weights {
   static constexpr bool kHalf = sizeof(T) == 2;
   std::conditional_t<kHalf, std::uint32_t, float> packed[KT][kHalf ? 2 : 4];
+  Weights() = default;
   __device__ explicit Weights(const float (&w)[KT][4]) {
 #pragma unroll
     for (int n = 0; n < KT; ++n)
@@ -540,6 +557,20 @@ template <class T, int KT> struct Weights {
     return total;
   }
 };
+
+// What rounding takes away from them.
+template <class T, int KT> __device__ inline Weights<T, KT> rest_of(const float (&w)[KT][4]) {
+  static_assert(sizeof(T) == 2);
+  float rest[KT][4];
+#pragma unroll
+  for (int n = 0; n < KT; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const float2 two = unpack<T>(pack<T>(w[n][i], w[n][i + 1]));
+      rest[n][i] = w[n][i] - two.x, rest[n][i + 1] = w[n][i + 1] - two.y;
+    }
+  return Weights<T, KT>(rest);
+}
 
 // acc[rows x 8*NT] = A[rows x DP] B[8*NT x DP]^T, for example logits = queries keys^T. A warpgroup's result, here as below, is there after
 // `wait_products`.
@@ -789,6 +820,13 @@ template <int NT> __device__ inline void mask_row(float (&s)[NT][4], int i) {
 
 // ---- whole rows out of accumulators --------------------------------------------------------------------------------
 
+// Row `to` behind `base`, 16 bytes of it. Its address is one instruction, which the compiler would make three.
+__device__ inline void store_vector(void* base, std::int64_t pitch, int to, float4 x) {
+  asm volatile("{ .reg .u64 to; mad.wide.u32 to, %0, %1, %2; st.global.v4.f32 [to], {%3,%4,%5,%6}; }" ::"r"(to), "r"(static_cast<std::uint32_t>(pitch)), "l"(base), "f"(x.x),
+               "f"(x.y), "f"(x.z), "f"(x.w)
+               : "memory");
+}
+
 // Writes the warp's 16 accumulator rows through its own 16 rows of a tile (free by now), so that global memory sees
 // whole 16-byte chunks. Row i goes to row index(i) behind `base`, nowhere if that is negative.
 template <class C, class Index, class T = typename C::T>
@@ -813,10 +851,7 @@ __device__ inline void store_rows(const Tile<T, C::DP>& rows, const float (&acc)
   for (int i = 0; i < 16; i += kRows) {
     const int row = i + lane / kChunks, to = index(row);
     const float4 x = load_shared4(tile.chunk(row, c));
-    if (to >= 0)
-      asm volatile("{ .reg .u64 to; mad.wide.u32 to, %0, %1, %2; st.global.v4.f32 [to], {%3,%4,%5,%6}; }" ::"r"(to), "r"(static_cast<std::uint32_t>(pitch * sizeof(T))), "l"(base),
-                   "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
-                   : "memory");
+    if (to >= 0) store_vector(base, pitch * sizeof(T), to, x);
   }
 }
 

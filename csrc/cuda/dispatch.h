@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <cmath>
 #include <iterator>
 
 #include "../limits.h"
@@ -73,6 +74,9 @@ __host__ __device__ inline std::int64_t score_pitch(int L, int group) { return (
 // Queries whose key gradients one block sums: twice the average load, so that usual experts are one segment, and one expert
 // with all queries is still the work of many blocks.
 inline int segment_rows(int entries_per_expert) { return (2 * entries_per_expert + 127) / 64 * 64; }
+
+// Kernels that sum all of a query's gradient in one place give it the scale of the keys, and what landmarks give to it the ratio of the two.
+inline bool have_ratio(float landmark_scale, float scale) { return scale != 0.0f && std::fabs(landmark_scale) <= 1e6f * std::fabs(scale); }
 
 // An fp32 element that products round to TF32: 8 bits of exponent and 10 of mantissa, as tensor cores take them.
 struct Tf32 {

@@ -22,6 +22,8 @@ cudaError_t launch_short_gradient(const ShortGradientParams&, cudaStream_t);
 cudaError_t launch_delta(const DeltaParams&, cudaStream_t);
 cudaError_t launch_unit_gradient(const UnitGradientParams&, cudaStream_t);
 cudaError_t launch_row_gradient(const RowGradientParams&, cudaStream_t);
+bool fits_specialist_gradient(const Problem&, bool shared, float scale, float landmark_scale);
+cudaError_t launch_specialist_gradient(const AttentionGradientParams&, cudaStream_t);
 cudaError_t launch_reduce(const ReduceParams&, cudaStream_t);
 
 }  // namespace mita

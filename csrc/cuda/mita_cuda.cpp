@@ -308,83 +308,74 @@ void reduce_stage(const Context& context, const Problem& x, const Tensor& partia
 // One softmax over keys or units, what comes back to its rows (queries or landmarks), and the statistics of those rows: delta and, in fp32,
 // the normalizer are exact once the gradient of the rows themselves is done.
 struct Softmax {
-  const Tensor &query, &dout, &lse;
-  const OptionalTensor& dlse;
+  Tensor query, dout, lse;
+  OptionalTensor dlse;
   Tensor delta, normalizer;
-  Softmax(const Context& context, const Problem& x, const Sequences& sequences, const Tensor& query, const Tensor& dout, const Tensor& out, const Tensor& lse,
-          const OptionalTensor& dlse)
-      : query(query), dout(dout), lse(lse), dlse(dlse), delta(delta_stage(context, x, sequences, dout, out, dlse)) {
-    if (x.dtype == Dtype::fp32) normalizer = at::empty_like(delta);
-  }
   template <class Params> void describe(Params& p) const {
     p.lse = lse.const_data_ptr<float>(), p.delta = delta.data_ptr<float>(), p.normalizer = normalizer.defined() ? normalizer.data_ptr<float>() : nullptr;
   }
 };
 
-struct SharedGradient {
-  Tensor dcompressed;  // in the dtype of the inputs
-  Tensor dlandmarks;   // fp32: only as keys of the shared units
+Softmax softmax_stage(const Context& context, const Problem& x, const Sequences& sequences, const Tensor& query, const Tensor& dout, const Tensor& out, const Tensor& lse,
+                      const OptionalTensor& dlse) {
+  const Tensor delta = delta_stage(context, x, sequences, dout, out, dlse);
+  return {query, dout, lse, dlse, delta, x.dtype == Dtype::fp32 ? at::empty_like(delta) : Tensor()};
+}
+
+// Partial sums of units' gradients: [heads, parts, units, D] twice.
+struct UnitSums {
+  Tensor dk, dv;
+  UnitSums(const Tensor& like, IntArrayRef sizes) : dk(floats(like, sizes)), dv(at::empty_like(dk)) {}
 };
+int shared_parts(const Problem& x) { return parts(heads(x) * ceil_div(x.M, 64), x.queries.max_length); }
+int segments(const Problem& x, const Groups& groups) { return max_tiles(x, groups.segment_rows); }
 
-SharedGradient shared_gradient_stage(const Context& context, const Problem& x, const Softmax& softmax, const Tensor& landmarks, const Tensor& compressed, float landmark_scale) {
-  SharedGradient result{at::empty({x.B, x.H, x.M, x.D}, landmarks.options()), floats(landmarks, {x.B, x.H, x.M, x.D})};
+UnitGradientParams unit_gradient_params(const Problem& x, UnitRole role, const Softmax* rows_of, const Tensor& unit_k, const Tensor& unit_v, const UnitSums* sums, float scale) {
   UnitGradientParams p{};
   p.problem = x;
-  p.role = UnitRole::shared;
-  p.scale = landmark_scale;
-  p.unit_k = rows(landmarks), p.unit_v = rows(compressed);
-  p.row_q = rows(softmax.query), p.row_dout = rows(softmax.dout);
-  softmax.describe(p);
-  p.heads = static_cast<int>(heads(x));
-  p.splits = parts(heads(x) * ceil_div(x.M, 64), x.queries.max_length);
-  const Tensor partial_dk = floats(landmarks, {heads(x), p.splits, x.M, x.D}), partial_dv = at::empty_like(partial_dk);
-  p.partial_dk = partial_dk.data_ptr<float>(), p.partial_dv = partial_dv.data_ptr<float>();
-  context.run("mita_ext::shared_gradient", launch_unit_gradient, p);
-  reduce_stage(context, x, partial_dk, result.dlandmarks, {});
-  reduce_stage(context, x, partial_dv, {}, result.dcompressed);
-  return result;
-}
-
-// Routed sums, 2 K rows of D floats for every segment of queries, are held for so many query heads at a time. H100: launches of fewer blocks cost
-// more than 3 %, and sums that fit in the L2 gain nothing.
-int heads_at_a_time(const Problem& x, int segments) {
-  constexpr int64_t kMostBytes = 128 << 20, kLeastBlocks = 3500;
-  const int64_t all = heads(x), group = x.H / x.Hkv, bytes = std::max<int64_t>(1, int64_t(segments) * x.K * x.D * 2 * sizeof(float));
-  const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(int64_t(x.M) * ceil_div(x.K, 64), ceil_div(x.keys.max_length, kKeyBlock) / group));  // of one head
-  const int64_t launches = ceil_div(all, std::max<int64_t>(kMostBytes / bytes, ceil_div(kLeastBlocks, blocks)));
-  return static_cast<int>(std::min(all, ceil_div(ceil_div(all, launches), group) * group));
-}
-
-// dkey and dvalue: through the compressed values where `landmarks` says how, plus what routed `queries` give to the keys of their experts, if any.
-std::tuple<Tensor, Tensor> key_gradient_stage(const Context& context, const Problem& x, const Softmax* landmarks, const Softmax* queries, const Groups& groups, const Tensor& key,
-                                              const Tensor& value, const Tensor* indices, float scale) {
-  Tensor dkey = per_token(x.keys, key), dvalue = per_token(x.keys, value), key_starts, partial_dk, partial_dv;
-  UnitGradientParams p{};
-  p.problem = x;
+  p.role = role;
   p.scale = scale;
-  p.unit_k = rows(key), p.unit_v = rows(value);
+  p.unit_k = rows(unit_k), p.unit_v = rows(unit_v);
+  if (rows_of) p.row_q = rows(rows_of->query), p.row_dout = rows(rows_of->dout), rows_of->describe(p);
+  if (sums) p.partial_dk = sums->dk.data_ptr<float>(), p.partial_dv = sums->dv.data_ptr<float>();
+  return p;
+}
+
+// Of the shared units.
+UnitSums shared_gradient_stage(const Context& context, const Problem& x, const Softmax& softmax, const Tensor& landmarks, const Tensor& compressed, float landmark_scale) {
+  const int splits = shared_parts(x);
+  UnitSums sums(landmarks, {heads(x), splits, x.M, x.D});
+  UnitGradientParams p = unit_gradient_params(x, UnitRole::shared, &softmax, landmarks, compressed, &sums, landmark_scale);
+  p.splits = splits;
+  context.run("mita_ext::shared_gradient", launch_unit_gradient, p);
+  return sums;
+}
+
+// Of the keys of every expert, for each segment of its queries.
+UnitSums routed_gradient_stage(const Context& context, const Problem& x, const Softmax& softmax, const Groups& groups, const Tensor& key, const Tensor& value, const Tensor& indices,
+                               float scale) {
+  UnitSums sums(key, {heads(x), segments(x, groups), x.K, x.D});
+  UnitGradientParams p = unit_gradient_params(x, UnitRole::routed, &softmax, key, value, &sums, scale);
+  p.indices = indices.const_data_ptr<int>();
+  p.groups = groups;
+  context.run("mita_ext::routed_gradient", launch_unit_gradient, p);
+  return sums;
+}
+
+// dkey and dvalue: through the compressed values where `landmarks` says how, plus what routed queries gave to the keys of their experts, if any.
+void key_gradient_stage(const Context& context, const Problem& x, const Softmax* landmarks, const UnitSums* routed, const Groups& groups, const Tensor& key, const Tensor& value,
+                        const Tensor* indices, float scale, const Tensor& dkey, const Tensor& dvalue) {
+  UnitGradientParams p = unit_gradient_params(x, UnitRole::compress, landmarks, key, value, routed, scale);
   p.dk = rows(dkey), p.dv = rows(dvalue);
-  p.heads = static_cast<int>(heads(x));
-  if (queries) {
-    const int segments = max_tiles(x, groups.segment_rows);
-    p.heads = heads_at_a_time(x, segments);
-    partial_dk = floats(key, {p.heads, segments, x.K, x.D}), partial_dv = at::empty_like(partial_dk), key_starts = ints(key, {heads(x), x.M, ceil_div(x.keys.max_length, kKeyBlock) + 1});
-    p.partial_dk = partial_dk.data_ptr<float>(), p.partial_dv = partial_dv.data_ptr<float>(), p.key_starts = key_starts.data_ptr<int>();
+  if (landmarks) p.landmark_rows = x.M;
+  Tensor key_starts;
+  if (routed) {
+    key_starts = ints(key, {heads(x), x.M, ceil_div(x.keys.max_length, kKeyBlock) + 1});
+    p.key_starts = key_starts.data_ptr<int>();
     p.indices = indices->const_data_ptr<int>();
     p.groups = groups;
   }
-  const auto run = [&](const char* stage, UnitRole role, const Softmax* rows_of) {
-    p.role = role;
-    if (rows_of) p.row_q = rows(rows_of->query), p.row_dout = rows(rows_of->dout), rows_of->describe(p);
-    context.run(stage, launch_unit_gradient, p);
-  };
-  if (landmarks) p.landmark_rows = x.M;
-  for (; p.first_head < heads(x); p.first_head += p.heads) {
-    p.heads = std::min(p.heads, static_cast<int>(heads(x)) - p.first_head);
-    if (queries) run("mita_ext::routed_gradient", UnitRole::routed, queries);
-    run("mita_ext::key_gradient", UnitRole::compress, landmarks);
-  }
-  return {dkey, dvalue};
+  context.run("mita_ext::key_gradient", launch_unit_gradient, p);
 }
 
 // What both gradients of rows share. Afterwards the softmax is exact.
@@ -401,9 +392,8 @@ RowGradientParams row_gradient_params(const Problem& x, RowRole role, const Soft
 }
 
 // The landmarks' gradient as queries of the keys, plus `base`.
-Tensor landmark_gradient_stage(const Context& context, const Problem& x, const Softmax& landmarks, const Tensor& key, const Tensor& value, float scale,
-                               const OptionalTensor& base) {
-  Tensor dlandmarks = at::empty({x.B, x.H, x.M, x.D}, key.options());
+void landmark_gradient_stage(const Context& context, const Problem& x, const Softmax& landmarks, const Tensor& key, const Tensor& value, float scale,
+                             const OptionalTensor& base, const Tensor& dlandmarks) {
   RowGradientParams p = row_gradient_params(x, RowRole::landmark, landmarks, dlandmarks, scale);
   p.units.k = rows(key), p.units.v = rows(value);
   p.splits = parts(heads(x) * ceil_div(x.M, 64), x.keys.max_length);
@@ -411,13 +401,13 @@ Tensor landmark_gradient_stage(const Context& context, const Problem& x, const S
   p.partial = partial.data_ptr<float>(), p.partial_sums = sums.data_ptr<float>();
   p.base = data(base);
   context.run("mita_ext::landmark_gradient", launch_row_gradient, p);
-  return dlandmarks;
 }
 
 // dquery, without what queries receive as parts of pooled landmarks.
-Tensor query_gradient_stage(const Context& context, const Problem& x, const Softmax& softmax, const Units& units, const Groups& groups, float scale, float landmark_scale) {
+void query_gradient_stage(const Context& context, const Problem& x, const Softmax& softmax, const Units& units, const Groups& groups, float scale, float landmark_scale,
+                          const Tensor& dquery) {
   const int64_t N = x.queries.max_length;
-  Tensor dquery = per_token(x.queries, softmax.query), partial, sums;
+  Tensor partial, sums;
   RowGradientParams p = row_gradient_params(x, RowRole::attention, softmax, dquery, scale);
   p.landmark_scale = landmark_scale;
   p.units = units;
@@ -427,14 +417,31 @@ Tensor query_gradient_stage(const Context& context, const Problem& x, const Soft
     p.partial = partial.data_ptr<float>(), p.partial_sums = sums.data_ptr<float>();
   }
   context.run("mita_ext::query_gradient", launch_row_gradient, p);
-  return dquery;
 }
 
-// What comes back through attention. dlandmarks: as keys of the queries, and with the landmarks' own softmax as its queries too.
+// dquery and the sums of shared units, and of routed ones where wanted, in one pass.
+std::pair<UnitSums, std::optional<UnitSums>> specialist_gradient_stage(const Context& context, const Problem& x, const Tensor& dout, const OptionalTensor& dlse, const Tensor& query,
+                                                                       const Tensor& lse, const Units& units, const Groups& groups, bool want_routed, float scale,
+                                                                       float landmark_scale, const Tensor& dquery) {
+  const int splits = shared_parts(x);
+  UnitSums shared(query, {heads(x), splits, x.M, x.D});
+  std::optional<UnitSums> routed;
+  if (want_routed) routed.emplace(query, std::initializer_list<int64_t>{heads(x), segments(x, groups), x.K, x.D});
+  context.run("mita_ext::attention_gradient", launch_specialist_gradient,
+              {x, scale, landmark_scale, rows(query), rows(dout), lse.const_data_ptr<float>(), data(dlse), units, groups, splits, shared.dk.data_ptr<float>(), shared.dv.data_ptr<float>(),
+               routed ? routed->dk.data_ptr<float>() : nullptr, routed ? routed->dv.data_ptr<float>() : nullptr, rows(dquery)});
+  return {shared, routed};
+}
+
+// What the backward pass of attention reads. With `landmark_lse` the compressed values are differentiated on to landmarks and keys.
+struct Saved {
+  Tensor dout, query, key, value, landmarks, compressed, indices, experts, out, lse;
+  OptionalTensor dlse, landmark_lse;
+};
+// And writes. dlandmarks: as keys of the queries, and with the landmarks' own softmax as its queries too.
 struct AttentionGradient {
   Tensor dquery, dkey, dvalue, dlandmarks, dcompressed;
 };
-
 // Which gradients are wanted beside dquery: of keys and values, of landmarks.
 struct Wanted {
   bool keys, landmarks;
@@ -442,21 +449,75 @@ struct Wanted {
 Tensor nothing(const Tensor& like) { return at::empty({0}, like.options()); }
 
 // All of it, for short sequences: without dcompressed.
-AttentionGradient short_gradient_stage(const Context& context, const Problem& x, const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& key,
-                                       const Tensor& value, const Tensor& landmarks, const Tensor& compressed, const Tensor& indices, const Tensor& experts,
-                                       const Tensor& landmark_lse, const Tensor& lse, const Windows* pooling, const Wanted& wanted, float scale, float landmark_scale) {
-  AttentionGradient result{per_token(x.queries, query), nothing(key), nothing(value), nothing(landmarks), {}};
-  if (wanted.keys) result.dkey = per_token(x.keys, key), result.dvalue = per_token(x.keys, value);
-  if (wanted.landmarks && !pooling) result.dlandmarks = at::empty(landmarks.sizes(), landmarks.options());
+void short_gradient_stage(const Context& context, const Problem& x, const Saved& saved, const Windows* pooling, const Wanted& wanted, float scale, float landmark_scale,
+                          const AttentionGradient& result) {
   ShortGradientParams p{};
-  p.forward = {x, pooling ? *pooling : Windows{}, pooling && wanted.landmarks, true, scale, landmark_scale, rows(query), rows(key), rows(value), rows(landmarks), rows(compressed),
-               landmark_lse.data_ptr<float>(), indices.data_ptr<int>(), experts.data_ptr<int>(), {}, lse.data_ptr<float>()};
-  p.dout = rows(dout);
-  p.dlse = data(dlse);
+  p.forward = {x, pooling ? *pooling : Windows{}, pooling && wanted.landmarks, true, scale, landmark_scale, rows(saved.query), rows(saved.key), rows(saved.value),
+               rows(saved.landmarks), rows(saved.compressed), saved.landmark_lse->data_ptr<float>(), saved.indices.data_ptr<int>(), saved.experts.data_ptr<int>(), {}, saved.lse.data_ptr<float>()};
+  p.dout = rows(saved.dout);
+  p.dlse = data(saved.dlse);
   p.dq = rows(result.dquery);
   if (wanted.keys) p.dk = rows(result.dkey), p.dv = rows(result.dvalue);
   if (wanted.landmarks && !pooling) p.dlandmarks = rows(result.dlandmarks);
   context.run("mita_ext::short_gradient", launch_short_gradient, p);
+}
+
+// Some (batch, query head) pairs and what belongs to them: whole batch elements, or heads of one.
+struct Heads {
+  int64_t b, batches, h, heads, of;  // of: heads of a batch element
+  Tensor tokens(const Tensor& x) const { return is_packed(x) ? its_heads(x) : (*this)(x); }
+  Tensor operator()(const Tensor& x) const { return its_heads(x.narrow(0, b, batches)); }  // [B, heads, ...]
+  OptionalTensor operator()(const OptionalTensor& x) const { return x ? OptionalTensor((*this)(*x)) : x; }
+  Sequences operator()(Sequences s) const {
+    if (s.lengths) s.lengths += b;
+    if (s.starts) s.starts += b;
+    return s;
+  }
+  Problem operator()(Problem x) const {
+    x.Hkv = static_cast<int>(heads / (x.H / x.Hkv)), x.H = static_cast<int>(heads), x.B = static_cast<int>(batches);
+    x.queries = (*this)(x.queries), x.keys = (*this)(x.keys);
+    return x;
+  }
+  Softmax operator()(const Softmax& s) const {
+    return {tokens(s.query), tokens(s.dout), (*this)(s.lse), (*this)(s.dlse), (*this)(s.delta), s.normalizer.defined() ? (*this)(s.normalizer) : Tensor()};
+  }
+  Groups operator()(Groups g, const Problem& x) const {  // x: of all heads
+    const int64_t first = b * of + h;
+    if (g.entries) g.entries += first * x.queries.max_length * x.s, g.segments += first * segments(x, g), g.segment_starts += first * (x.M + 1);
+    g.tiles = nullptr;  // not needed any more
+    return g;
+  }
+  AttentionGradient operator()(const AttentionGradient& g) const {
+    const auto wanted = [&](const Tensor& x) { return x.dim() > 1 ? tokens(x) : x; };
+    return {tokens(g.dquery), wanted(g.dkey), wanted(g.dvalue), (*this)(g.dlandmarks), (*this)(g.dcompressed)};
+  }
+  Saved operator()(const Saved& s) const {
+    return {tokens(s.dout), tokens(s.query), tokens(s.key), tokens(s.value), (*this)(s.landmarks), (*this)(s.compressed), (*this)(s.indices), (*this)(s.experts), tokens(s.out),
+            (*this)(s.lse), (*this)(s.dlse), (*this)(s.landmark_lse)};
+  }
+
+ private:
+  Tensor its_heads(const Tensor& x) const {
+    const int64_t group = of / x.size(1);
+    return x.narrow(1, h / group, heads / group);
+  }
+};
+
+// So many heads at a time that their routed sums, 2 K rows of D floats for every segment of queries, fit in some memory.
+// H100: launches of fewer blocks cost more than 3 %, and sums that fit in the L2 gain nothing.
+std::vector<Heads> heads_at_a_time(const Problem& x) {
+  constexpr int64_t kMostBytes = 128 << 20, kLeastBlocks = 3500;
+  const int64_t group = x.H / x.Hkv, most_segments = max_tiles(x, segment_rows(entries_per_expert(x))), bytes = std::max<int64_t>(1, most_segments * x.K * x.D * 2 * sizeof(float));
+  const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(int64_t(x.M) * ceil_div(x.K, 64), ceil_div(x.keys.max_length, kKeyBlock) / group));  // of one head
+  const int64_t most = std::max<int64_t>(kMostBytes / bytes, (kLeastBlocks + blocks - 1) / blocks);
+  const auto even = [](int64_t all, int64_t most) {  // pieces of so many, as even as they come
+    const int64_t pieces = (all + most - 1) / most;
+    return (all + pieces - 1) / pieces;
+  };
+  const int64_t batches = even(x.B, std::max<int64_t>(1, most / x.H)), heads = even(x.Hkv, std::max<int64_t>(1, std::min<int64_t>(most, x.H) / group)) * group;
+  std::vector<Heads> result;
+  for (int64_t b = 0; b < x.B; b += batches)
+    for (int64_t h = 0; h < x.H; h += heads) result.push_back({b, std::min<int64_t>(batches, x.B - b), h, std::min<int64_t>(heads, x.H - h), x.H});
   return result;
 }
 
@@ -500,9 +561,10 @@ std::tuple<Tensor, Tensor, Tensor> landmark_topk_backward(const Tensor& dcompres
   const Context context(landmarks);
   if (x.B == 0) return {at::empty({0, x.H, x.M, x.D}, landmarks.options()), at::empty(key.sizes(), key.options()), at::empty(value.sizes(), value.options())};
   const Tensor z = aligned(landmarks), k = aligned(key), v = aligned(value), dc = aligned(dcompressed), c = aligned(compressed);
-  const Softmax softmax(context, x, Sequences{x.M}, z, dc, c, lse, dlse);
-  const Tensor dlandmarks = landmark_gradient_stage(context, x, softmax, k, v, static_cast<float>(scale), {});
-  const auto [dkey, dvalue] = key_gradient_stage(context, x, &softmax, nullptr, {}, k, v, nullptr, static_cast<float>(scale));
+  const Softmax softmax = softmax_stage(context, x, Sequences{x.M}, z, dc, c, lse, dlse);
+  const Tensor dlandmarks = at::empty(landmarks.sizes(), landmarks.options()), dkey = per_token(x.keys, key), dvalue = per_token(x.keys, value);
+  landmark_gradient_stage(context, x, softmax, k, v, static_cast<float>(scale), {}, dlandmarks);
+  key_gradient_stage(context, x, &softmax, nullptr, {}, k, v, nullptr, static_cast<float>(scale), dkey, dvalue);
   return {dlandmarks, dkey, dvalue};
 }
 
@@ -520,42 +582,65 @@ std::tuple<Tensor, Tensor> expert_attention(const Tensor& query, const Tensor& k
   return attention_stage(context, x, units(shared_expert, z, c, k, v, indices), q, attention_groups(context, x, experts), static_cast<float>(scale), static_cast<float>(landmark_scale));
 }
 
-// The backward of both attention ops. With `landmark_lse` the compressed values are differentiated on to landmarks and keys; with
-// `pooling` the landmarks' gradient on to the queries.
-AttentionGradient attention_gradient(const Problem& x, const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& key, const Tensor& value,
-                                     const Tensor& landmarks, const Tensor& compressed, const Tensor& indices, const Tensor& experts, const Tensor& out, const Tensor& lse,
-                                     const Tensor* landmark_lse, const Windows* pooling, const Wanted& wanted, bool shared_expert, float scale,
-                                     float landmark_scale) {
-  const Context context(query);
-  const auto zeros = [](const Tensor& t) { return at::zeros(t.sizes(), t.options()); };
-  const auto zeros_if = [&](bool wanted, const Tensor& t) { return wanted ? zeros(t) : nothing(t); };
-  if (lse.numel() == 0)
-    return {zeros(query), zeros_if(wanted.keys, key), zeros_if(wanted.keys, value), zeros_if(wanted.landmarks, landmarks), zeros(compressed)};
-  if (landmark_lse && fits_short_gradient(x, shared_expert, scale, landmark_scale))
-    return short_gradient_stage(context, x, dout, dlse, query, key, value, landmarks, compressed, indices, experts, *landmark_lse, lse, pooling, wanted, scale, landmark_scale);
-  AttentionGradient result{{}, nothing(key), nothing(value), nothing(landmarks), {}};
-  const Softmax softmax(context, x, x.queries, query, dout, out, lse, dlse);
-  const Grouped grouped = group_stage(context, x, experts, row_gradient_tile_rows(entries_per_expert(x)));
-  result.dquery = query_gradient_stage(context, x, softmax, units(shared_expert, landmarks, compressed, key, value, indices), grouped.groups, scale, landmark_scale);
-
-  const OptionalTensor none;  // the lse of the landmarks is no output
-  std::optional<Softmax> landmark_softmax;
-  if (shared_expert && (wanted.keys || wanted.landmarks)) {
-    const SharedGradient shared = shared_gradient_stage(context, x, softmax, landmarks, compressed, landmark_scale);
-    result.dcompressed = shared.dcompressed;
-    if (landmark_lse) {
-      landmark_softmax.emplace(context, x, Sequences{x.M}, landmarks, result.dcompressed, compressed, *landmark_lse, none);
-      result.dlandmarks = landmark_gradient_stage(context, x, *landmark_softmax, key, value, scale, shared.dlandmarks);
-    } else {
-      result.dlandmarks = shared.dlandmarks.to(landmarks.scalar_type());
-    }
-  } else if (wanted.landmarks) {
-    result.dlandmarks = zeros(landmarks), result.dcompressed = zeros(compressed);
+// In several stages. What queries give to the keys of their experts, in one pass with the rest or in one of its own, is held for some heads at a time.
+void attention_gradient_stages(const Context& context, const Problem& x, const Saved& saved, const Windows* pooling, const Wanted& wanted, bool shared_expert, float scale,
+                               float landmark_scale, const AttentionGradient& result) {
+  const Grouped grouped = group_stage(context, x, saved.experts, row_gradient_tile_rows(entries_per_expert(x)));
+  const Groups& groups = grouped.groups;
+  const Units all = units(shared_expert, saved.landmarks, saved.compressed, saved.key, saved.value, saved.indices);
+  const bool of_units = wanted.keys || wanted.landmarks;
+  Softmax softmax;
+  std::optional<UnitSums> shared, routed;
+  if (of_units && fits_specialist_gradient(x, shared_expert, scale, landmark_scale)) {
+    std::tie(shared, routed) = specialist_gradient_stage(context, x, saved.dout, saved.dlse, saved.query, saved.lse, all, groups, wanted.keys, scale, landmark_scale, result.dquery);
+  } else {
+    softmax = softmax_stage(context, x, x.queries, saved.query, saved.dout, saved.out, saved.lse, saved.dlse);
+    query_gradient_stage(context, x, softmax, all, groups, scale, landmark_scale, result.dquery);
+    if (of_units && shared_expert) shared = shared_gradient_stage(context, x, softmax, saved.landmarks, saved.compressed, landmark_scale);
   }
-  if (wanted.keys)
-    std::tie(result.dkey, result.dvalue) =
-        key_gradient_stage(context, x, landmark_softmax ? &*landmark_softmax : nullptr, x.s > 0 ? &softmax : nullptr, grouped.groups, key, value, &indices, scale);
+
+  std::optional<Softmax> landmark_softmax;  // its lse is no output
+  if (shared) {
+    const OptionalTensor as_keys = saved.landmark_lse ? OptionalTensor(floats(saved.landmarks, saved.landmarks.sizes())) : OptionalTensor();
+    reduce_stage(context, x, shared->dk, as_keys, as_keys ? OptionalTensor() : OptionalTensor(result.dlandmarks));
+    reduce_stage(context, x, shared->dv, {}, result.dcompressed);
+    shared.reset();  // memory for what follows
+    if (saved.landmark_lse) {
+      landmark_softmax = softmax_stage(context, x, Sequences{x.M}, saved.landmarks, result.dcompressed, saved.compressed, *saved.landmark_lse, {});
+      landmark_gradient_stage(context, x, *landmark_softmax, saved.key, saved.value, scale, as_keys, result.dlandmarks);
+    }
+  }
+  const auto key_gradient = [&](const Problem& x, const Saved& saved, const std::optional<Softmax>& landmarks, const Groups& groups, const AttentionGradient& result) {
+    key_gradient_stage(context, x, landmarks ? &*landmarks : nullptr, routed ? &*routed : nullptr, groups, saved.key, saved.value, &saved.indices, scale, result.dkey, result.dvalue);
+  };
+  if (wanted.keys && (routed || x.s == 0)) key_gradient(x, saved, landmark_softmax, groups, result);
+  else if (wanted.keys)
+    for (const Heads& its : heads_at_a_time(x)) {
+      routed = routed_gradient_stage(context, its(x), its(softmax), its(groups, x), its.tokens(saved.key), its.tokens(saved.value), its(saved.indices), scale);
+      key_gradient(its(x), its(saved), landmark_softmax ? std::optional(its(*landmark_softmax)) : std::nullopt, its(groups, x), its(result));
+      routed.reset();
+    }
   if (pooling && shared_expert && wanted.landmarks) context.run("mita_ext::pool_backward", launch_pool_backward, {x, *pooling, rows(result.dlandmarks), true, rows(result.dquery)});
+}
+
+// The backward of both attention ops. With `pooling` the landmarks' gradient goes on to the queries.
+AttentionGradient attention_gradient(const Problem& x, const Saved& saved, const Windows* pooling, const Wanted& wanted, bool shared_expert, float scale, float landmark_scale) {
+  const Context context(saved.query);
+  const auto like = [](const Tensor& t, bool wanted, bool zeros) { return !wanted ? nothing(t) : zeros ? at::zeros(t.sizes(), t.options()) : at::empty(t.sizes(), t.options()); };
+  const bool empty = saved.lse.numel() == 0, no_units = empty || !shared_expert;
+  const AttentionGradient result{like(saved.query, true, empty || vary(x.queries)), like(saved.key, wanted.keys, empty || vary(x.keys)), like(saved.value, wanted.keys, empty || vary(x.keys)),
+                                 like(saved.landmarks, true, no_units), like(saved.compressed, true, no_units)};
+  if (empty) return result;
+  if (saved.landmark_lse && fits_short_gradient(x, shared_expert, scale, landmark_scale)) {
+    short_gradient_stage(context, x, saved, pooling, wanted, scale, landmark_scale, result);
+    return result;
+  }
+  const auto stages = [&](const Problem& x, const Saved& saved, const AttentionGradient& result) {
+    attention_gradient_stages(context, x, saved, pooling, wanted, shared_expert, scale, landmark_scale, result);
+  };
+  if (wanted.keys && fits_specialist_gradient(x, shared_expert, scale, landmark_scale))
+    for (const Heads& its : heads_at_a_time(x)) stages(its(x), its(saved), its(result));
+  else stages(x, saved, result);
   return result;
 }
 
@@ -565,9 +650,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_attention_backward(con
                                                                              bool shared_expert, double scale, double landmark_scale) {
   const Problem x = problem_of("mita_ext.expert_attention backward",
                                check_expert_attention_backward(dout, dlse, query, key, value, landmarks, compressed, indices, experts, out, lse, shared_expert), query);
-  AttentionGradient g = attention_gradient(x, aligned(dout), dlse, aligned(query), aligned(key), aligned(value), aligned(landmarks), aligned(compressed), indices, experts,
-                                           aligned(out), lse, nullptr, nullptr, {true, true}, shared_expert,
-                                           static_cast<float>(scale), static_cast<float>(landmark_scale));
+  const Saved saved{aligned(dout), aligned(query), aligned(key), aligned(value), aligned(landmarks), aligned(compressed), indices, experts, aligned(out), lse, dlse, {}};
+  AttentionGradient g = attention_gradient(x, saved, nullptr, {true, true}, shared_expert, static_cast<float>(scale), static_cast<float>(landmark_scale));
   return {g.dquery, g.dkey, g.dvalue, g.dlandmarks, g.dcompressed};
 }
 
@@ -616,8 +700,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& dout
                                                         num_landmarks, grid, num_prefix_tokens, shared_expert, lengths),
                                query, key, lengths, true);
   const Windows w = windows(num_landmarks, grid, num_prefix_tokens);
-  AttentionGradient g = attention_gradient(x, aligned(dout), dlse, aligned(query), aligned(key), aligned(value), aligned(landmarks), aligned(compressed), indices, experts,
-                                           aligned(out), lse, &landmark_lse, pooled ? &w : nullptr, {want_keys, want_landmarks}, shared_expert, static_cast<float>(scale), static_cast<float>(landmark_scale));
+  const Saved saved{aligned(dout), aligned(query), aligned(key), aligned(value), aligned(landmarks), aligned(compressed), indices, experts, aligned(out), lse, dlse, landmark_lse};
+  AttentionGradient g =
+      attention_gradient(x, saved, pooled ? &w : nullptr, {want_keys, want_landmarks}, shared_expert, static_cast<float>(scale), static_cast<float>(landmark_scale));
   return {g.dquery, g.dkey, g.dvalue, pooled || !want_landmarks ? nothing(landmarks) : g.dlandmarks};
 }
 

@@ -173,13 +173,12 @@ struct UnitGradientParams {
   const float* lse;            // [B, H, rows]
   const float* delta;          // [B, H, rows]
   const float* normalizer;     // [B, H, rows], fp32 only: what the probabilities of a row are multiplied by
-  int first_head, heads;       // of this launch: some of the query heads [BH]; compress: all that share keys
   int splits;                  // shared: parts of the query range
   int landmark_rows;           // compress: M, or 0 to only collect the routed gradients
   const std::int32_t* indices; // routed, compress: [B, H, M, K] ascending (as unsigned), or null
   Groups groups;               // routed, compress
   std::int32_t* key_starts;    // compress with indices, scratch: [BH, M, ceil(L / kKeyBlock) + 1]
-  float* partial_dk;           // shared: [BH, splits, M, D]; routed (written) and compress (read): [heads, max_tiles(segment_rows), K, D]
+  float* partial_dk;           // shared: [BH, splits, M, D]; routed (written) and compress (read): [BH, max_tiles(segment_rows), K, D]
   float* partial_dv;           // likewise
   Rows dk, dv;                 // compress: [B, Hkv, L, D] twice
 };
@@ -205,6 +204,22 @@ struct RowGradientParams {
   float* partial_sums;         // the same rows: [..., 3]
   const float* base;           // landmark: [BH, M, D] to add, or null
   Rows dq;                     // [B, H, rows, D]
+};
+
+// Attention's gradients of queries and units in one pass, for few units and one expert per query; without what queries receive as parts of
+// pooled landmarks. The sums of the units are those of UnitGradientParams.
+struct AttentionGradientParams {
+  Problem problem;
+  float scale, landmark_scale;
+  Rows q, dout;                // [B, H, N, D] twice
+  const float* lse;            // [B, H, N]
+  const float* dlse;           // [B, H, N], contiguous, or null
+  Units units;
+  Groups groups;
+  int splits;                  // parts of a head's segments
+  float *shared_dk, *shared_dv;  // [BH, splits, M, D]
+  float *routed_dk, *routed_dv;  // [BH, max_tiles(segment_rows), K, D], or null
+  Rows dq;                     // [B, H, N, D]
 };
 
 // Sums of partial gradients in a fixed order, in fp32 or rounded.

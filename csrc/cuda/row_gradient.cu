@@ -223,21 +223,27 @@ template <class T> __global__ void __launch_bounds__(32 * kFinishWarps) finish_k
   const auto part_row = [&](int part) { return landmark ? (std::int64_t(bh) * parts + part) * rows + row : at * parts + part; };
 
   float sums[3] = {0.0f, 0.0f, 0.0f};
-#pragma unroll 4
-  for (int part = 0; part < parts; ++part)
+  for (int part = lane; part < parts; part += 32)
 #pragma unroll
     for (int i = 0; i < 3; ++i) sums[i] += p.partial_sums[3 * part_row(part) + i];
+#pragma unroll
+  for (int i = 0; i < 3; ++i)
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) sums[i] += __shfl_xor_sync(kAllLanes, sums[i], d);
   const Correction correct(sums[0], sums[1], sizeof(T) == 2 ? 1.0f : sums[2], given(p, at));
   if (lane == 0) correct.write(p, at, p.delta[at]);
   T* dq = head_rows<T>(p.dq, bh / x.H, bh % x.H, sequence.start + row);
-  for (int d = lane; d < x.D; d += 32) {
-    float sum = 0.0f, kappa = 0.0f;
+  for (int d = 2 * lane; d < x.D; d += 64) {
+    const auto two = [d](const float* from) { return *reinterpret_cast<const float2*>(from + d); };
+    float2 sum = {0.0f, 0.0f}, kappa = {0.0f, 0.0f};
 #pragma unroll 8
     for (int part = 0; part < parts; ++part) {
-      sum += p.partial[2 * part_row(part) * x.D + d];
-      kappa += p.partial[(2 * part_row(part) + 1) * x.D + d];
+      const float2 s = two(p.partial + 2 * part_row(part) * x.D), k = two(p.partial + (2 * part_row(part) + 1) * x.D);
+      sum.x += s.x, sum.y += s.y, kappa.x += k.x, kappa.y += k.y;
     }
-    dq[d] = from_float<T>((p.base ? p.base[at * x.D + d] : 0.0f) + correct.normalizer * (sum - correct.excess * kappa));
+    const float2 base = p.base ? two(p.base + at * x.D) : make_float2(0.0f, 0.0f);
+    dq[d] = from_float<T>(base.x + correct.normalizer * (sum.x - correct.excess * kappa.x));
+    dq[d + 1] = from_float<T>(base.y + correct.normalizer * (sum.y - correct.excess * kappa.y));
   }
 }
 

@@ -9,8 +9,6 @@
 //   5. dq, with what queries receive as parts of pooled landmarks: a product with 0 and 1
 // Where keys are nearly the same, dq and the landmarks' gradients are what is left when dS cancels, and its rounding to 16 bits does not
 // cancel with it: in their sums dS has 32 bits, a rounded part and the rounded rest.
-#include <cmath>
-
 #include "device.cuh"
 #include "launch.h"
 #include "stages.cuh"
@@ -97,22 +95,6 @@ template <class Product> __device__ inline std::uint32_t windows_with(const Wind
   std::uint32_t windows = 0;
   for (int i = rows.first; i < rows.last; ++i) windows |= ((2u << (columns.last - columns.first - 1)) - 1) << (i * w.mw + columns.first);
   return windows;
-}
-
-// What makes the logit gradients of a row sum to dlse: (sum P dP - dlse) / sum P, as a large logsumexp is rounded and P does not sum to 1.
-template <class T> __device__ inline float exact_delta(float sum, float total) { return total > 0.0f ? sum * reciprocal<T>(total) : 0.0f; }
-
-// What rounding takes away from weights.
-template <class T> __device__ inline Weights<T, kTiles> rest_of(const float (&x)[kTiles][4]) {
-  float rest[kTiles][4];
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-      const float2 two = unpack<T>(pack<T>(x[n][i], x[n][i + 1]));
-      rest[n][i] = x[n][i] - two.x, rest[n][i + 1] = x[n][i + 1] - two.y;
-    }
-  return Weights<T, kTiles>(rest);
 }
 
 // acc += (weights + rest) rows.
@@ -498,10 +480,10 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient
 }  // namespace
 
 // sm_90a: elsewhere a block has no memory for what this is made for. H100: for more units, queries or keys than this, or keys and values of several
-// heads, it has none here either. dq has one scale, and what landmarks give to it the ratio of the two.
+// heads, it has none here either.
 bool fits_short_gradient(const Problem& x, bool shared, float scale, float landmark_scale) {
   if (!has_warpgroups(x.dtype, x.D) || x.D > kDP || x.D % kCudaHeadDimStep != 0 || x.s != 1 || x.H != x.Hkv || !shared || x.M > kUnits || x.K > kUnits ||
-      x.queries.max_length > kMostRows || x.keys.max_length > kMostRows || scale == 0.0f || std::fabs(landmark_scale) > 1e6f * std::fabs(scale))
+      x.queries.max_length > kMostRows || x.keys.max_length > kMostRows || !have_ratio(landmark_scale, scale))
     return false;
   int device = 0, most = 0;
   return cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess && Memory(x).bytes <= most;

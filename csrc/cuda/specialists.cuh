@@ -48,7 +48,7 @@ template <int ROWS, class T, int DP, class Source, class... Copies> __device__ i
   constexpr int kChunks = Tile<T, DP>::kChunks, kRows = 32 / kChunks, kBatch = 4 * kRows;  // rows at once, and for whose numbers one waits
   static_assert(ROWS % kBatch == 0);
   const int lane = threadIdx.x % 32, c = lane % kChunks, own = lane / kChunks;
-  if (whole && D == DP) {
+  const auto each = [&](auto&& copy) {
 #pragma unroll
     for (int first = 0; first < ROWS; first += kBatch) {
       int number[4];
@@ -57,16 +57,13 @@ template <int ROWS, class T, int DP, class Source, class... Copies> __device__ i
 #pragma unroll
       for (int i = 0; i < 4; ++i) {  // rows eight apart lie at the same place of their panels
         const int row = first + kRows * i;
-        (copies.whole(Tile<T, DP>{0}.chunk(row % 8 + own, c) + row / 8 * 8 * Tile<T, DP>::kRowBytes, c, number[i]), ...);
+        copy(Tile<T, DP>{0}.chunk(row % 8 + own, c) + row / 8 * 8 * Tile<T, DP>::kRowBytes, number[i]);
       }
     }
-  } else {
-#pragma unroll 1
-    for (int row = own; row < ROWS; row += kRows) {
-      const int number = source(row);
-      (copies.vector(row, c, number, c * kChunk<T> < D && number >= 0), ...);
-    }
-  }
+  };
+  const bool inside = c * kChunk<T> < D;
+  if (whole && D == DP) each([&](std::uint32_t place, int number) { (copies.whole(place, c, number), ...); });
+  else each([&](std::uint32_t place, int number) { (copies.part(place, c, number, inside && number >= 0), ...); });
 }
 
 // Registers of each thread of a warpgroup from here on, out of what the block has: those who bring rows leave some to the others.

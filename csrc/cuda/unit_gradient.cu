@@ -36,7 +36,7 @@ template <class C> struct Layout : C {
 // starts[block] = the first slot of an expert's ascending indices that lies in key block `block` or behind it.
 __global__ void __launch_bounds__(128) key_starts_kernel(const UnitGradientParams p) {
   const Problem& x = p.problem;
-  const int row = p.first_head * x.M + blockIdx.x, length = span(x.keys, row / x.M / x.H).length, blocks = ceil_div(x.keys.max_length, kKeyBlock);
+  const int row = blockIdx.x, length = span(x.keys, row / x.M / x.H).length, blocks = ceil_div(x.keys.max_length, kKeyBlock);
   const std::int32_t* indices = p.indices + std::int64_t(row) * x.K;
   std::int32_t* starts = p.key_starts + std::int64_t(row) * (blocks + 1);
   const auto present = [&](int slot) { return static_cast<unsigned>(indices[slot]) < static_cast<unsigned>(length); };
@@ -127,7 +127,7 @@ template <class C> struct RoutedSums {
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) sum[i] += m[i];
     };
-    const std::int64_t head = std::int64_t(bh - p.first_head) * max_tiles(x, p.groups.segment_rows) * x.K;
+    const std::int64_t head = std::int64_t(bh) * max_tiles(x, p.groups.segment_rows) * x.K;
     int unit[kFew], rows[kFew], more[kFew];  // rows: between the first one and that of segment 0, slot 0
     Columns k[kFew], v[kFew];
 #pragma unroll
@@ -172,7 +172,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   const int units = compress ? x.keys.max_length : routed ? x.K : x.M, blocks = ceil_div(units, block_units);
   const int parts = compress ? 1 : routed ? max_tiles(x, p.groups.segment_rows) : p.splits;
   const int u0 = blockIdx.x % blocks * block_units, part = blockIdx.x / blocks % parts;
-  const int heads = compress ? x.Hkv : x.H, bh = (compress ? p.first_head / group : p.first_head) + blockIdx.x / blocks / parts;  // compress: of the keys' heads
+  const int heads = compress ? x.Hkv : x.H, bh = blockIdx.x / blocks / parts;  // compress: of the keys' heads
   const int b = bh / heads, h = bh % heads;
   const Span keys = span(x.keys, b);
   // The rows that come by: a segment of an expert's queries, a part of all queries, or all landmarks (once per query head).
@@ -316,10 +316,10 @@ cudaError_t launch_unit_gradient(const UnitGradientParams& p, cudaStream_t strea
     const std::size_t bytes = collects ? std::max(tiles, sizeof(RoutedSums<C>)) : tiles;
     if (cudaError_t status = allow_shared_memory(unit_gradient_kernel<C>, bytes)) return status;
     if (collects) {
-      key_starts_kernel<<<static_cast<unsigned>(p.heads) * x.M, 128, 0, stream>>>(p);
+      key_starts_kernel<<<static_cast<unsigned>(x.B) * x.H * x.M, 128, 0, stream>>>(p);
       if (cudaError_t status = cudaGetLastError()) return status;
     }
-    const unsigned blocks = static_cast<unsigned>(compress ? p.heads / (x.H / x.Hkv) : p.heads) * parts * ceil_div(units, rows_of_block<C>(32 * warps));
+    const unsigned blocks = static_cast<unsigned>(x.B) * (compress ? x.Hkv : x.H) * parts * ceil_div(units, rows_of_block<C>(32 * warps));
     unit_gradient_kernel<C><<<blocks, 32 * warps, bytes, stream>>>(p);
     return cudaGetLastError();
   });

@@ -682,6 +682,28 @@ void run(const Case& c) {
     if (c.integers) expect_close("one kernel: dlandmarks", dlandmarks.get().x, whole.shared_k.x, gradient_tolerance);
   }
 
+  // queries and units in one pass
+  if (fits_specialist_gradient(problem, c.shared, scale, landmark_scale)) {
+    const std::size_t shared_rows = std::size_t(BH) * kSplits * M * D, routed_rows = std::size_t(BH) * backward_grouping.most_segments * K * D;
+    Buffer<float> shared_dk(shared_rows), shared_dv(shared_rows), routed_dk(routed_rows), routed_dv(routed_rows), sum_k(std::size_t(BH) * M * D), sum_v(std::size_t(BH) * M * D);
+    const Output dq(dtype, B, H, N, D, &queries), dk(dtype, B, Hkv, L, D, &keys), dv(dtype, B, Hkv, L, D, &keys);
+    RUN(launch_specialist_gradient({problem, scale, landmark_scale, q.rows, dout.rows, lse.data, dlse.data, attended, backward_grouping.view(), kSplits, shared_dk.data,
+                                    shared_dv.data, routed_dk.data, routed_dv.data, dq.view()}, 0));
+    RUN(launch_reduce({dtype, BH, kSplits, M, D, shared_dk.data, sum_k.data, nullptr}, 0));
+    RUN(launch_reduce({dtype, BH, kSplits, M, D, shared_dv.data, sum_v.data, nullptr}, 0));
+    Buffer<std::int32_t> key_starts(std::size_t(BH) * M * (parts_of(L, kKeyBlock) + 1));
+    UnitGradientParams units{};
+    units.problem = problem, units.role = UnitRole::compress, units.scale = scale, units.unit_k = k.rows, units.unit_v = v.rows, units.key_starts = key_starts.data;
+    units.indices = indices.data, units.groups = backward_grouping.view(), units.partial_dk = routed_dk.data, units.partial_dv = routed_dv.data;
+    units.dk = dk.view(), units.dv = dv.view();
+    RUN(launch_unit_gradient(units, 0));
+    expect_close("one pass: dq", valid(dq.get(), queries), want_dq.x, gradient_tolerance);
+    expect_close("one pass: landmarks as shared keys", widen(sum_k.get()), want.shared_k.x, gradient_tolerance);
+    expect_close("one pass: compressed values", widen(sum_v.get()), want.shared_v.x, gradient_tolerance);
+    expect_close("one pass: dk of experts", valid(dk.get(), keys), want.routed_k.x, gradient_tolerance);
+    expect_close("one pass: dv of experts", valid(dv.get(), keys), want.routed_v.x, gradient_tolerance);
+  }
+
   // gradient of the queries, which makes delta exact (and, in fp32, the rows sum to one)
   const Output dq(dtype, B, H, N, D, &queries);
   Buffer<float> normalizer(std::size_t(BH) * N), landmark_normalizer(std::size_t(BH) * M);
@@ -704,7 +726,7 @@ void run(const Case& c) {
   const Output dcompressed(dtype, B, H, M, D), dlandmarks(dtype, B, H, M, D);
   if (c.shared) {
     UnitGradientParams p{};
-    p.problem = problem, p.role = UnitRole::shared, p.scale = landmark_scale, p.heads = BH, p.splits = kSplits;
+    p.problem = problem, p.role = UnitRole::shared, p.scale = landmark_scale, p.splits = kSplits;
     p.unit_k = z_rows, p.unit_v = compressed.view(), p.row_q = q.rows, p.row_dout = dout.rows, p.lse = lse.data, p.delta = delta.data;
     p.normalizer = only_fp32(normalizer), p.partial_dk = shared_dk.data, p.partial_dv = shared_dv.data;
     RUN(launch_unit_gradient(p, 0));
@@ -746,8 +768,7 @@ void run(const Case& c) {
     expect_close("dlandmarks", dlandmarks.get().x, want_dz.x, gradient_tolerance);
     expect_close("delta of the landmarks, exact", widen(landmark_delta.get()), want_landmark_delta.x, statistics_tolerance);
   }
-  const int all_keys = B * Hkv, heads_at_a_time = (all_keys + 1) / 2 * (H / Hkv);  // in two launches, where there is more than one head
-  const std::size_t routed_rows = std::size_t(heads_at_a_time) * backward_grouping.most_segments * K * D;
+  const std::size_t routed_rows = std::size_t(BH) * backward_grouping.most_segments * K * D;
   Buffer<float> routed_dk(s ? routed_rows : 0), routed_dv(s ? routed_rows : 0);
   const Output dk(dtype, B, Hkv, L, D, &keys), dv(dtype, B, Hkv, L, D, &keys);
   Buffer<std::int32_t> key_starts(std::size_t(BH) * M * (parts_of(L, kKeyBlock) + 1));
@@ -756,17 +777,14 @@ void run(const Case& c) {
   units.problem = problem, units.scale = scale, units.unit_k = k.rows, units.unit_v = v.rows;
   units.indices = s ? indices.data : nullptr, units.groups = backward_grouping.view();
   units.partial_dk = routed_dk.data, units.partial_dv = routed_dv.data;
-  for (units.first_head = 0; units.first_head < BH; units.first_head += heads_at_a_time) {
-    units.heads = std::min(heads_at_a_time, BH - units.first_head);
-    if (s) {
-      UnitGradientParams p = units;
-      p.role = UnitRole::routed, p.row_q = q.rows, p.row_dout = dout.rows, p.lse = lse.data, p.delta = delta.data, p.normalizer = only_fp32(normalizer);
-      RUN(launch_unit_gradient(p, 0));
-    }
-    units.role = UnitRole::compress, units.landmark_rows = c.shared ? M : 0, units.row_q = z_rows, units.row_dout = dcompressed.view();
-    units.lse = landmark_lse.data, units.delta = landmark_delta.data, units.normalizer = only_fp32(landmark_normalizer), units.dk = dk.view(), units.dv = dv.view();
-    RUN(launch_unit_gradient(units, 0));
+  if (s) {
+    UnitGradientParams p = units;
+    p.role = UnitRole::routed, p.row_q = q.rows, p.row_dout = dout.rows, p.lse = lse.data, p.delta = delta.data, p.normalizer = only_fp32(normalizer);
+    RUN(launch_unit_gradient(p, 0));
   }
+  units.role = UnitRole::compress, units.landmark_rows = c.shared ? M : 0, units.row_q = z_rows, units.row_dout = dcompressed.view();
+  units.lse = landmark_lse.data, units.delta = landmark_delta.data, units.normalizer = only_fp32(landmark_normalizer), units.dk = dk.view(), units.dv = dv.view();
+  RUN(launch_unit_gradient(units, 0));
   expect_close("dk", valid(dk.get(), keys), want.routed_k.x, gradient_tolerance);
   expect_close("dv", valid(dv.get(), keys), want.routed_v.x, gradient_tolerance);
 
