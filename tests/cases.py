@@ -119,7 +119,6 @@ CASES = [
     # gradients of queries and units in one pass: several segments of an expert, keys of several heads
     Case("one_pass_one_expert", H=4, Hkv=2, N=700, L=300, D=64, M=33, K=50, values="one_expert"),
     Case("one_pass_clustered", H=4, Hkv=2, N=600, D=64, M=64, K=64, values="clustered", pooled=True, layout="heads_last"),
-    Case("one_pass_large_logits", B=1, N=300, D=64, M=40, K=64, values="large"),
     Case("topk_2048_equals_keys", B=1, H=1, N=33, L=2048, D=16, M=3, K=2048),
     Case("fused_qkv_view", layout="fused_qkv"),
     Case("heads_last", H=3, layout="heads_last"),
