@@ -14,7 +14,7 @@
 namespace mita {
 namespace {
 
-constexpr int kDP = 64, kUnits = 64, kTiles = kUnits / 8;
+constexpr int kDP = 64, kUnits = 64;
 constexpr int kSets = 4, kStages = 3, kLists = 8, kKeyLists = 4, kWeighers = 2;  // a weigher sees every use of the places that it meets: multiples
 constexpr int kThreads = 128 * (kWeighers + 2);
 enum Kind { kShared, kRouted, kKinds };  // of units
@@ -71,6 +71,7 @@ template <class T> __device__ inline void store_weights(std::uint32_t address, i
 template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_specialists_kernel(const AttentionGradientParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using C = Config<T, kDP, true>;
+  constexpr int kTiles = kUnits / 8;
   const Problem& x = p.problem;
   extern __shared__ __align__(kPanel) unsigned char memory[];
   Window window(memory);
