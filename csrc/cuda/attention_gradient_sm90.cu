@@ -58,7 +58,7 @@ template <class T> struct Shared {
   std::uint64_t of_lists[kLists][2], of_key_lists[kKeyLists][2], of_sets[kSets][2], of_landmarks[1][2], of_stages[kStages][2], of_weights[kWeighers][2];
 };
 
-static_assert(sizeof(Shared<__half>) <= 227 * 1024);
+static_assert(sizeof(Shared<__half>) <= 227 * 1024 && kUnits == kPassRows);
 
 // Columns 16k and up of the accumulators of 16 rows, rounded, into a tile: operand A of `wgmma_transposed`. address: of chunk lane / 16 of row lane % 16.
 template <class T> __device__ inline void store_weights(std::uint32_t address, int k, const Operand& weights) {
@@ -120,7 +120,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
     // Starts copying rows of a tensor of `head.rows` by their numbers.
     const auto bring = [&](const auto& tile, int tensor, const auto& listed) {
       const auto& from = shared.head.rows[tensor];
-      load_rows_by_warp<64, T, kDP>(listed, __all_sync(kAllLanes, listed(32 + lane()) >= 0), x.D, Copy<T, kDP>(tile.in(window), {from.row0, 0, 0, from.pitch}, 0, 0, 0));
+      load_rows_by_warp<kUnits, T, kDP>(listed, __all_sync(kAllLanes, listed(32 + lane()) >= 0), x.D, Copy<T, kDP>(tile.in(window), {from.row0, 0, 0, from.pitch}, 0, 0, 0));
     };
     const auto listed_at = [](std::uint32_t numbers) { return [numbers](int i) { return load_shared_int(numbers + 4 * i); }; };
     if (warp() == 0) {
@@ -388,15 +388,15 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
         // One description for all tiles of a set, and one for all weights: registers.
         const auto& rows = shared.sets[set().at()];
         const auto& from = shared.weights[weights().at()];
-        const Matrix<kDP> queries(window.of(rows), true), of_units(window.of(from), true);
+        const Matrix<kDP> of_queries(window.of(rows), true), of_units(window.of(from), true);
         begin_products(dk[kShared], dk[kRouted], dv[kShared], dv[kRouted]);
 #pragma unroll
         for (int kind = 0; kind < kKinds; ++kind)
 #pragma unroll
           for (int k = 0; k < kPassRows / 16; ++k) {
             constexpr int kStep = 16 * kDP * sizeof(T), kTile = kPassRows * kDP * sizeof(T);
-            wgmma_transposed<T>(dv[kind], of_units.at(kind * kTile + k * kStep), queries.at(kTile + k * kStep));
-            wgmma_transposed<T>(dk[kind], of_units.at((kKinds + kind) * kTile + k * kStep), queries.at(k * kStep));
+            wgmma_transposed<T>(dv[kind], of_units.at(kind * kTile + k * kStep), of_queries.at(kTile + k * kStep));
+            wgmma_transposed<T>(dk[kind], of_units.at((kKinds + kind) * kTile + k * kStep), of_queries.at(k * kStep));
           }
         commit_products();
         wait_products<C, 0>(dk[kShared], dk[kRouted], dv[kShared], dv[kRouted]);

@@ -558,20 +558,6 @@ template <class T, int KT> struct Weights {
   }
 };
 
-// What rounding takes away from them.
-template <class T, int KT> __device__ inline Weights<T, KT> rest_of(const float (&w)[KT][4]) {
-  static_assert(sizeof(T) == 2);
-  float rest[KT][4];
-#pragma unroll
-  for (int n = 0; n < KT; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-      const float2 two = unpack<T>(pack<T>(w[n][i], w[n][i + 1]));
-      rest[n][i] = w[n][i] - two.x, rest[n][i + 1] = w[n][i + 1] - two.y;
-    }
-  return Weights<T, KT>(rest);
-}
-
 // acc[rows x 8*NT] = A[rows x DP] B[8*NT x DP]^T, for example logits = queries keys^T. A warpgroup's result, here as below, is there after
 // `wait_products`.
 template <class C, int NT, class A, class B, class T = typename C::T, int DP = C::DP>

@@ -97,6 +97,19 @@ template <class Product> __device__ inline std::uint32_t windows_with(const Wind
   return windows;
 }
 
+// What rounding takes away from weights.
+template <class T> __device__ inline Weights<T, kTiles> rest_of(const float (&x)[kTiles][4]) {
+  float rest[kTiles][4];
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const float2 two = unpack<T>(pack<T>(x[n][i], x[n][i + 1]));
+      rest[n][i] = x[n][i] - two.x, rest[n][i + 1] = x[n][i + 1] - two.y;
+    }
+  return Weights<T, kTiles>(rest);
+}
+
 // acc += (weights + rest) rows.
 template <class T, class Rows>
 __device__ inline void add_split_rows(float (&acc)[kDP / 8][4], const Weights<T, kTiles>& weights, const Weights<T, kTiles>& rest, const Rows& rows) {
