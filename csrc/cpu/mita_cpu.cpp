@@ -403,6 +403,7 @@ struct Exponentials {
     logits.sub_(top.masked_fill(top == -kInf, 0)).exp_();
     sum = logits.sum(1, true);
   }
+  double largest() const { return top.masked_fill(top == -kInf, 0).abs_().max().item().toDouble(); }  // logit of its row, by magnitude
   Tensor factor() const { return sum.reciprocal().masked_fill_(sum == 0, 0); }
   Tensor lse() const { return sum.log().add_(top).squeeze(1); }
 };
@@ -544,6 +545,7 @@ Tensor route(const Tensor& query, const Tensor& landmarks, int64_t routes) {
 // ---- Attention over the shared expert and the routed experts ---------------------------------------------------------
 
 constexpr int64_t kFewKeys = 8;  // times K
+constexpr double kLargeLogit = 64;
 
 // One query head. The units of a query are the columns of a matrix: the M landmarks (if the expert is shared), then K
 // for each route.
@@ -608,13 +610,25 @@ struct Head {
   // one of them must not reach those who do not attend to it.
   bool few_keys() const { return p.L <= kFewKeys * p.K; }
 
-  // All logits of queries n0 .. n0 + n, given as q; -inf in empty slots.
-  Tensor logits(const Tensor& q, int64_t n0) const {
+  // The exponentials of all logits of queries n0 .. n0 + n, given as q. The rounding of a large logit is the largest error of a
+  // softmax, so its product is made in double.
+  std::pair<Tensor, Exponentials> weights(const Tensor& q, int64_t n0) const {
+    Tensor S = logits(q, n0, false);
+    Exponentials rows(S);
+    if (rows.largest() > kLargeLogit) rows = Exponentials(S = logits(q, n0, true));
+    return {S, rows};
+  }
+
+  // -inf in empty slots.
+  Tensor logits(const Tensor& q, int64_t n0, bool large) const {
     const int64_t n = q.size(0);
+    const auto dots = [&](const Tensor& q, const Tensor& k) {
+      return large ? q.to(at::kDouble).mm(k.to(at::kDouble).t()).to(q.scalar_type()) : q.mm(k.t());
+    };
     const Tensor S = few_keys() ? at::full({n, width()}, -kInf, q.options()) : at::empty({n, width()}, q.options());
     if (shared_expert) shared(S).addmm_(q, Z.t(), 0, landmark_scale);
     if (few_keys()) {
-      const Tensor all = q.mm(to_acc(k).t()).mul_(scale);
+      const Tensor all = dots(q, to_acc(k)).mul_(scale);
       const T* from = all.template const_data_ptr<T>();
       T* to = S.template mutable_data_ptr<T>();
       for (int64_t i = 0; i < n; ++i, from += p.L, to += width())
@@ -626,7 +640,7 @@ struct Head {
     } else {
       each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
         const Tensor k_e = gather_rows<scalar_t>(k, keys, b.used);
-        put_block<T>(S, b, gather_rows<T>(q, b.rows, b.n).mm(k_e.t()), static_cast<T>(scale), static_cast<T>(-kInf));
+        put_block<T>(S, b, dots(gather_rows<T>(q, b.rows, b.n), k_e), static_cast<T>(scale), static_cast<T>(-kInf));
       });
     }
     return S;
@@ -634,14 +648,14 @@ struct Head {
 
   // -> out [n, D] and lse [n] of queries n0 .. n0 + n. A query without any unit gets 0 and -inf.
   std::pair<Tensor, Tensor> forward(int64_t n0, int64_t n) const {
-    const Tensor P = logits(to_acc(q.narrow(0, n0, n)), n0);
-    const Exponentials rows(P);
+    const auto weighed = weights(to_acc(q.narrow(0, n0, n)), n0);
+    const Tensor& P = weighed.first;
     const Tensor out = shared_expert ? shared(P).mm(C) : at::zeros({n, p.D}, P.options());
     each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
       add_rows<T>(out, b.rows, get_block<T>(P, b).mm(gather_rows<scalar_t>(v, keys, b.used)));
     });
-    out.mul_(rows.factor());
-    return {out, rows.lse()};
+    out.mul_(weighed.second.factor());
+    return {out, weighed.second.lse()};
   }
 
   // Adds to dq [N, D], dZ, dC [M, D] and the kv gradients, if wanted, what queries n0 .. n0 + n contribute.
@@ -649,7 +663,8 @@ struct Head {
                 const Tensor& dZ, const Tensor& dC, bool want_keys, KeyValueGrad& grad) const {
     const auto part = [&](const Tensor& t) { return t.narrow(0, n0, n); };
     const Tensor q_n = to_acc(part(q)), do_n = to_acc(part(dout)), dq_n = part(dq);
-    const Tensor P = softmax_(logits(q_n, n0));
+    const auto weighed = weights(q_n, n0);
+    const Tensor P = weighed.first.mul_(weighed.second.factor());
     const Tensor dS = at::empty_like(P);
     if (shared_expert) shared(dS).addmm_(do_n, C.t(), 0, 1);
     each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
