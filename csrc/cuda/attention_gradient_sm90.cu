@@ -60,14 +60,6 @@ template <class T> struct Shared {
 
 static_assert(sizeof(Shared<__half>) <= 227 * 1024 && kUnits == kPassRows);
 
-// Columns 16k and up of the accumulators of 16 rows, rounded, into a tile: operand A of `wgmma_transposed`. address: of chunk lane / 16 of row lane % 16.
-template <class T> __device__ inline void store_weights(std::uint32_t address, int k, const Operand& weights) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(at_step<T>(address, k)), "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3])
-               : "memory");
-#endif
-}
-
 template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_specialists_kernel(const AttentionGradientParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using C = Config<T, kDP, true>;
@@ -312,11 +304,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
               rest = pack<T>(lo - unpack<T>(rounded).x, hi - unpack<T>(rounded).y);
               asm volatile("" : "+r"(rounded), "+r"(rest));  // one after the other: registers
             }
-#pragma unroll
-          for (int k = 0; k < kTiles / 2; ++k) {
-            const auto& two = dlogits.rounded.packed;
-            store_weights<T>(address_of(to().dlogits[kind]), k, {two[2 * k][0], two[2 * k][1], two[2 * k + 1][0], two[2 * k + 1][1]});
-          }
+          store_weights(address_of(to().dlogits[kind]), dlogits.rounded);
           return dlogits;
         };
         float sum[kDP / 8][4];

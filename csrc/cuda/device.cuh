@@ -190,6 +190,11 @@ __device__ inline float2 load_shared2(std::uint32_t address) {
   asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
   return x;
 }
+__device__ inline float load_shared_float(std::uint32_t address) {
+  float x;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
+  return x;
+}
 __device__ inline int load_shared_int(std::uint32_t address) {
   int x;
   asm volatile("ld.shared.s32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
@@ -393,6 +398,8 @@ __device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync
 template <class T> __device__ inline void wgmma(float (&acc)[8][4], std::uint64_t a, std::uint64_t b, bool accumulate);
 // acc += A^T B, A [16 x 64] and B [16 x 64] in shared memory.
 template <class T> __device__ inline void wgmma_transposed(float (&acc)[8][4], std::uint64_t a, std::uint64_t b);
+// acc += A^T B, A [16 x 64] and B [16 x 8] in shared memory: with ones in B, the sums of A's rows, in every column.
+template <class T> __device__ inline void wgmma_sum(float (&acc)[1][4], std::uint64_t a, std::uint64_t b);
 // acc += A B, A [64 x 16] in registers, B [16 x 64] or [16 x 128] in shared memory.
 template <class T> __device__ inline void wgmma(float (&acc)[8][4], const Operand& a, std::uint64_t b);
 template <class T> __device__ inline void wgmma(float (&acc)[16][4], const Operand& a, std::uint64_t b);
@@ -410,6 +417,10 @@ template <class T> __device__ inline void wgmma(float (&acc)[16][4], const Opera
   } \
   template <> __device__ inline void wgmma_transposed<T>(float (&acc)[8][4], std::uint64_t a, std::uint64_t b) { \
     asm volatile(MITA_WGMMA("m64n64k16", TYPE, MITA_PLACES_32, "%34") "%32, %33, p, 1, 1, 1, 1; }" : MITA_32(acc, 0) : "l"(a), "l"(b), "r"(1)); \
+  } \
+  template <> __device__ inline void wgmma_sum<T>(float (&acc)[1][4], std::uint64_t a, std::uint64_t b) { \
+    asm volatile(MITA_WGMMA("m64n8k16", TYPE, "%0,%1,%2,%3", "%6") "%4, %5, p, 1, 1, 1, 0; }" \
+                 : "+f"(acc[0][0]), "+f"(acc[0][1]), "+f"(acc[0][2]), "+f"(acc[0][3]) : "l"(a), "l"(b), "r"(1)); \
   } \
   template <> __device__ inline void wgmma<T>(float (&acc)[8][4], const Operand& a, std::uint64_t b) { \
     asm volatile(MITA_WGMMA("m64n64k16", TYPE, MITA_PLACES_32, "%37") "{%32,%33,%34,%35}, %36, p, 1, 1, 1; }" \
@@ -440,6 +451,7 @@ template <class... Registers> __device__ inline void begin_products(Registers&..
 __device__ inline void commit_products() {}
 template <class T> __device__ inline void wgmma(float (&)[8][4], std::uint64_t, std::uint64_t, bool) {}
 template <class T> __device__ inline void wgmma_transposed(float (&)[8][4], std::uint64_t, std::uint64_t) {}
+template <class T> __device__ inline void wgmma_sum(float (&)[1][4], std::uint64_t, std::uint64_t) {}
 template <class T, int N> __device__ inline void wgmma(float (&)[N][4], const Operand&, std::uint64_t) {}
 template <class C, int PENDING, class... Registers> __device__ inline void wait_products(Registers&...) {}
 #endif

@@ -75,6 +75,13 @@ __host__ __device__ inline std::int64_t score_pitch(int L, int group) { return (
 // with all queries is still the work of many blocks.
 inline int segment_rows(int entries_per_expert) { return (2 * entries_per_expert + 127) / 64 * 64; }
 
+// Keys whose routed sums one warp lists: whole key blocks with some 64 sums, should the experts' keys be spread evenly.
+inline int list_keys(int L, int M, int K) {
+  int keys = kKeyBlock;
+  while (keys < 16 * kKeyBlock && std::int64_t(M) * K * 2 * keys <= 64 * std::int64_t(L)) keys *= 2;
+  return keys;
+}
+
 // Kernels that sum all of a query's gradient in one place give it the scale of the keys, and what landmarks give to it the ratio of the two.
 inline bool have_ratio(float landmark_scale, float scale) { return scale != 0.0f && std::fabs(landmark_scale) <= 1e6f * std::fabs(scale); }
 

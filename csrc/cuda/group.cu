@@ -12,7 +12,7 @@
 namespace mita {
 namespace {
 
-constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kWarps = 8, kThreads = 32 * kWarps, kOwn = kGroupChunk / kThreads;  // entries of one thread
 
 // The chunk of entries that a block works on.
 struct Chunk {
@@ -25,18 +25,22 @@ struct Chunk {
     entries = span(p.problem.queries, bh / p.problem.H).length * p.problem.s;
     experts = p.experts + bh * capacity;
   }
-  __device__ bool holds(int i) const { return first + i < entries; }
-  // A caller's own experts cannot be checked without waiting for the device; out of range they must not be out of bounds.
-  __device__ int expert(int i) const { return min(max(experts[first + i], 0), M - 1); }
+  // -1 where there is no such entry. A caller's own experts cannot be checked without waiting for the device; out of range they must not
+  // be out of bounds.
+  __device__ int expert(int i) const { return first + i < entries ? min(max(experts[first + i], 0), M - 1) : -1; }
 };
 
 __global__ void __launch_bounds__(kThreads) count_kernel(const GroupParams p) {
   __shared__ int counts[kMaxLandmarks];
   const Chunk chunk(p);
   for (int m = threadIdx.x; m < chunk.M; m += kThreads) counts[m] = 0;
+  int own[kOwn];  // all are on their way before the first one is counted
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j) own[j] = chunk.expert(threadIdx.x + kThreads * j);
   __syncthreads();
-  for (int i = threadIdx.x; i < kGroupChunk; i += kThreads)
-    if (chunk.holds(i)) atomicAdd(&counts[chunk.expert(i)], 1);
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j)
+    if (own[j] >= 0) atomicAdd(&counts[own[j]], 1);
   __syncthreads();
   for (int m = threadIdx.x; m < chunk.M; m += kThreads) p.counts[(std::int64_t(chunk.bh) * chunk.M + m) * p.chunks + chunk.index] = counts[m];
 }
@@ -123,12 +127,20 @@ struct Shares {
   int* places;  // [kWarps][M]
   int size;     // entries of a warp
 
+  // Experts of the entries of this lane, one of every 32: all are on their way before the first one is used.
+  __device__ void load(int (&own)[kOwn], const Chunk& chunk) const {
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) own[j] = 32 * j < size ? chunk.expert(threadIdx.x / 32 * size + 32 * j + threadIdx.x % 32) : -1;
+  }
   __device__ void count(const Chunk& chunk) {
     const int warp = threadIdx.x / 32;
+    int own[kOwn];
+    load(own, chunk);
     for (int i = threadIdx.x; i < kWarps * chunk.M; i += kThreads) places[i] = 0;
     __syncthreads();
-    for (int i = warp * size + threadIdx.x % 32; i < (warp + 1) * size; i += 32)
-      if (chunk.holds(i)) atomicAdd(&places[warp * chunk.M + chunk.expert(i)], 1);
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j)
+      if (own[j] >= 0) atomicAdd(&places[warp * chunk.M + own[j]], 1);
     __syncthreads();
   }
   __device__ int total(const Chunk& chunk, int m) const {
@@ -139,6 +151,8 @@ struct Shares {
   // The entries of expert m begin at first(m).
   template <class First> __device__ void place(const Chunk& chunk, std::int32_t* entries, First first) {
     const int M = chunk.M, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int own[kOwn];
+    load(own, chunk);
     for (int m = threadIdx.x; m < M; m += kThreads) {
       int next = first(m);
       for (int w = 0; w < kWarps; ++w) {
@@ -149,8 +163,10 @@ struct Shares {
     }
     __syncthreads();
     int* mine = places + warp * M;
-    for (int base = warp * size; base < (warp + 1) * size; base += 32) {
-      const int i = base + lane, expert = chunk.holds(i) ? chunk.expert(i) : -1;
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      const int i = warp * size + 32 * j + lane, expert = own[j];
+      if (32 * j >= size) break;
       const unsigned same = __match_any_sync(kAllLanes, expert);
       if (expert >= 0) entries[mine[expert] + __popc(same & ((1u << lane) - 1))] = chunk.first + i;
       __syncwarp();

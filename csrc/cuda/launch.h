@@ -21,7 +21,11 @@ bool fits_short_gradient(const Problem&, bool shared, float scale, float landmar
 cudaError_t launch_short_gradient(const ShortGradientParams&, cudaStream_t);
 cudaError_t launch_delta(const DeltaParams&, cudaStream_t);
 cudaError_t launch_unit_gradient(const UnitGradientParams&, cudaStream_t);
-cudaError_t launch_row_gradient(const RowGradientParams&, cudaStream_t);
+cudaError_t launch_key_lists(const KeyListParams&, cudaStream_t);
+cudaError_t launch_row_gradient(const RowGradientParams&, cudaStream_t);  // with its own finish
+cudaError_t launch_row_finish(const RowGradientParams&, cudaStream_t);    // gradients from partial sums
+bool fits_key_specialists(const Problem&);
+cudaError_t launch_key_specialists(const KeyGradientParams&, cudaStream_t);
 bool fits_specialist_gradient(const Problem&, bool shared, float scale, float landmark_scale);
 cudaError_t launch_specialist_gradient(const AttentionGradientParams&, cudaStream_t);
 cudaError_t launch_reduce(const ReduceParams&, cudaStream_t);

@@ -298,13 +298,6 @@ Tensor delta_stage(const Context& context, const Problem& x, const Sequences& se
   return delta;
 }
 
-// The total of `partial` [BH, parts, rows, D], in fp32 or in the dtype of `rounded`.
-void reduce_stage(const Context& context, const Problem& x, const Tensor& partial, const OptionalTensor& total, const OptionalTensor& rounded) {
-  context.run("mita_ext::reduce", launch_reduce,
-              {x.dtype, int(partial.size(0)), int(partial.size(1)), int(partial.size(2)), x.D, partial.const_data_ptr<float>(),
-               total ? total->data_ptr<float>() : nullptr, rounded ? rounded->data_ptr() : nullptr});
-}
-
 // One softmax over keys or units, what comes back to its rows (queries or landmarks), and the statistics of those rows: delta and, in fp32,
 // the normalizer are exact once the gradient of the rows themselves is done.
 struct Softmax {
@@ -327,6 +320,12 @@ struct UnitSums {
   Tensor dk, dv;
   UnitSums(const Tensor& like, IntArrayRef sizes) : dk(floats(like, sizes)), dv(at::empty_like(dk)) {}
 };
+// Their totals: of keys in fp32 or rounded, of values rounded.
+void reduce_stage(const Context& context, const Problem& x, const UnitSums& sums, const OptionalTensor& total_dk, const OptionalTensor& dk, const Tensor& dv) {
+  context.run("mita_ext::reduce", launch_reduce,
+              {x.dtype, int(sums.dk.size(0)), int(sums.dk.size(1)), int(sums.dk.size(2)), x.D,
+               {sums.dk.const_data_ptr<float>(), total_dk ? total_dk->data_ptr<float>() : nullptr, dk ? dk->data_ptr() : nullptr}, {sums.dv.const_data_ptr<float>(), nullptr, dv.data_ptr()}});
+}
 int shared_parts(const Problem& x) { return parts(heads(x) * ceil_div(x.M, 64), x.queries.max_length); }
 int segments(const Problem& x, const Groups& groups) { return max_tiles(x, groups.segment_rows); }
 
@@ -362,22 +361,6 @@ UnitSums routed_gradient_stage(const Context& context, const Problem& x, const S
   return sums;
 }
 
-// dkey and dvalue: through the compressed values where `landmarks` says how, plus what routed queries gave to the keys of their experts, if any.
-void key_gradient_stage(const Context& context, const Problem& x, const Softmax* landmarks, const UnitSums* routed, const Groups& groups, const Tensor& key, const Tensor& value,
-                        const Tensor* indices, float scale, const Tensor& dkey, const Tensor& dvalue) {
-  UnitGradientParams p = unit_gradient_params(x, UnitRole::compress, landmarks, key, value, routed, scale);
-  p.dk = rows(dkey), p.dv = rows(dvalue);
-  if (landmarks) p.landmark_rows = x.M;
-  Tensor key_starts;
-  if (routed) {
-    key_starts = ints(key, {heads(x), x.M, ceil_div(x.keys.max_length, kKeyBlock) + 1});
-    p.key_starts = key_starts.data_ptr<int>();
-    p.indices = indices->const_data_ptr<int>();
-    p.groups = groups;
-  }
-  context.run("mita_ext::key_gradient", launch_unit_gradient, p);
-}
-
 // What both gradients of rows share. Afterwards the softmax is exact.
 RowGradientParams row_gradient_params(const Problem& x, RowRole role, const Softmax& softmax, const Tensor& dquery, float scale) {
   RowGradientParams p{};
@@ -391,16 +374,63 @@ RowGradientParams row_gradient_params(const Problem& x, RowRole role, const Soft
   return p;
 }
 
-// The landmarks' gradient as queries of the keys, plus `base`.
-void landmark_gradient_stage(const Context& context, const Problem& x, const Softmax& landmarks, const Tensor& key, const Tensor& value, float scale,
-                             const OptionalTensor& base, const Tensor& dlandmarks) {
-  RowGradientParams p = row_gradient_params(x, RowRole::landmark, landmarks, dlandmarks, scale);
+// The landmarks' own gradient, as queries of the keys, and what it is added to.
+struct OwnGradient {
+  OptionalTensor base;
+  Tensor dlandmarks;
+};
+
+RowGradientParams own_gradient_params(const Problem& x, const Softmax& landmarks, const OwnGradient& own, int splits, float scale, Tensor& memory) {
+  RowGradientParams p = row_gradient_params(x, RowRole::landmark, landmarks, own.dlandmarks, scale);
+  const int64_t rows = heads(x) * splits * x.M;
+  memory = floats(own.dlandmarks, {rows * (2 * x.D + 3)});
+  p.splits = splits;
+  p.partial = memory.data_ptr<float>(), p.partial_sums = p.partial + 2 * rows * x.D;
+  p.base = data(own.base);
+  return p;
+}
+
+void landmark_gradient_stage(const Context& context, const Problem& x, const Softmax& landmarks, const OwnGradient& own, const Tensor& key, const Tensor& value, float scale) {
+  Tensor memory;
+  RowGradientParams p = own_gradient_params(x, landmarks, own, parts(heads(x) * ceil_div(x.M, 64), x.keys.max_length), scale, memory);
   p.units.k = rows(key), p.units.v = rows(value);
-  p.splits = parts(heads(x) * ceil_div(x.M, 64), x.keys.max_length);
-  const Tensor partial = floats(key, {heads(x), p.splits, x.M, 2, x.D}), sums = floats(key, {heads(x), p.splits, x.M, 3});
-  p.partial = partial.data_ptr<float>(), p.partial_sums = sums.data_ptr<float>();
-  p.base = data(base);
   context.run("mita_ext::landmark_gradient", launch_row_gradient, p);
+}
+
+// Parts of each head's keys that busy 132 multiprocessors least long, with a block on each, whose start takes as long as one and a half tiles.
+int key_parts(const Problem& x) {
+  constexpr int64_t kMultiprocessors = 132;
+  const int tiles = ceil_div(x.keys.max_length, kKeyBlock);
+  const auto time = [&](int splits) { return (heads(x) * splits + kMultiprocessors - 1) / kMultiprocessors * (2 * ceil_div(tiles, splits) + 3); };
+  int best = 1;
+  for (int splits = 2; splits <= std::min<int64_t>(tiles, kMultiprocessors); ++splits)
+    if (time(splits) < time(best)) best = splits;
+  return best;
+}
+
+// dkey and dvalue: through the compressed values where `landmarks` says how, plus what routed queries gave to the keys of their experts, if any.
+// With `own`, which few landmarks may have, the landmarks' own gradient in the same pass; then the other two need not be wanted.
+void key_gradient_stage(const Context& context, const Problem& x, const Softmax* landmarks, const OwnGradient* own, const UnitSums* routed, const Groups& groups, const Tensor& key,
+                        const Tensor& value, const Tensor* indices, float scale, const Tensor& dkey, const Tensor& dvalue) {
+  UnitGradientParams p = unit_gradient_params(x, UnitRole::compress, landmarks, key, value, routed, scale);
+  if (dkey.dim() > 1) p.dk = rows(dkey), p.dv = rows(dvalue);
+  if (landmarks) p.landmark_rows = x.M;
+  Tensor lists;
+  if (routed) {
+    const int L = x.keys.max_length, keys = list_keys(L, x.M, x.K);
+    const int64_t of_entries = heads(x) * segments(x, groups) * x.K * 2, of_ranges = heads(x) * ceil_div(L, kKeyBlock) * 2;
+    lists = ints(key, {of_entries + of_ranges + heads(x) * x.M * (ceil_div(L, keys) + 1)});
+    int* const memory = lists.data_ptr<int>();
+    const KeyListParams list{x, indices->const_data_ptr<int>(), groups, keys, memory + of_entries + of_ranges, reinterpret_cast<KeyRange*>(memory + of_entries), reinterpret_cast<KeyEntry*>(memory)};
+    context.run("mita_ext::key_lists", launch_key_lists, list);
+    p.groups = groups, p.ranges = list.ranges, p.entries = list.entries;
+  }
+  if (!own) return context.run("mita_ext::key_gradient", launch_unit_gradient, p);
+  p.splits = key_parts(x);
+  Tensor memory;
+  const RowGradientParams of_landmarks = own_gradient_params(x, *landmarks, *own, p.splits, scale, memory);
+  context.run("mita_ext::key_gradient", launch_key_specialists, {p, of_landmarks});
+  context.run("mita_ext::landmark_gradient", launch_row_finish, of_landmarks);
 }
 
 // dquery, without what queries receive as parts of pooled landmarks.
@@ -466,7 +496,7 @@ void short_gradient_stage(const Context& context, const Problem& x, const Saved&
 struct Heads {
   int64_t b, batches, h, heads, of;  // of: heads of a batch element
   Tensor tokens(const Tensor& x) const { return is_packed(x) ? its_heads(x) : (*this)(x); }
-  Tensor operator()(const Tensor& x) const { return its_heads(x.narrow(0, b, batches)); }  // [B, heads, ...]
+  Tensor operator()(const Tensor& x) const { return its_heads(some(x, 0, b, batches)); }  // [B, heads, ...]
   OptionalTensor operator()(const OptionalTensor& x) const { return x ? OptionalTensor((*this)(*x)) : x; }
   Sequences operator()(Sequences s) const {
     if (s.lengths) s.lengths += b;
@@ -481,6 +511,7 @@ struct Heads {
   Softmax operator()(const Softmax& s) const {
     return {tokens(s.query), tokens(s.dout), (*this)(s.lse), (*this)(s.dlse), (*this)(s.delta), s.normalizer.defined() ? (*this)(s.normalizer) : Tensor()};
   }
+  OwnGradient operator()(const OwnGradient& own) const { return {(*this)(own.base), (*this)(own.dlandmarks)}; }
   Groups operator()(Groups g, const Problem& x) const {  // x: of all heads
     const int64_t first = b * of + h;
     if (g.entries) g.entries += first * x.queries.max_length * x.s, g.segments += first * segments(x, g), g.segment_starts += first * (x.M + 1);
@@ -489,7 +520,7 @@ struct Heads {
   }
   AttentionGradient operator()(const AttentionGradient& g) const {
     const auto wanted = [&](const Tensor& x) { return x.dim() > 1 ? tokens(x) : x; };
-    return {tokens(g.dquery), wanted(g.dkey), wanted(g.dvalue), (*this)(g.dlandmarks), (*this)(g.dcompressed)};
+    return {tokens(g.dquery), wanted(g.dkey), wanted(g.dvalue), wanted(g.dlandmarks), wanted(g.dcompressed)};
   }
   Saved operator()(const Saved& s) const {
     return {tokens(s.dout), tokens(s.query), tokens(s.key), tokens(s.value), (*this)(s.landmarks), (*this)(s.compressed), (*this)(s.indices), (*this)(s.experts), tokens(s.out),
@@ -497,9 +528,10 @@ struct Heads {
   }
 
  private:
+  static Tensor some(const Tensor& x, int64_t dim, int64_t first, int64_t count) { return x.size(dim) == count ? x : x.narrow(dim, first, count); }
   Tensor its_heads(const Tensor& x) const {
     const int64_t group = of / x.size(1);
-    return x.narrow(1, h / group, heads / group);
+    return some(x, 1, h / group, heads / group);
   }
 };
 
@@ -563,8 +595,8 @@ std::tuple<Tensor, Tensor, Tensor> landmark_topk_backward(const Tensor& dcompres
   const Tensor z = aligned(landmarks), k = aligned(key), v = aligned(value), dc = aligned(dcompressed), c = aligned(compressed);
   const Softmax softmax = softmax_stage(context, x, Sequences{x.M}, z, dc, c, lse, dlse);
   const Tensor dlandmarks = at::empty(landmarks.sizes(), landmarks.options()), dkey = per_token(x.keys, key), dvalue = per_token(x.keys, value);
-  landmark_gradient_stage(context, x, softmax, k, v, static_cast<float>(scale), {}, dlandmarks);
-  key_gradient_stage(context, x, &softmax, nullptr, {}, k, v, nullptr, static_cast<float>(scale), dkey, dvalue);
+  landmark_gradient_stage(context, x, softmax, {{}, dlandmarks}, k, v, static_cast<float>(scale));
+  key_gradient_stage(context, x, &softmax, nullptr, nullptr, {}, k, v, nullptr, static_cast<float>(scale), dkey, dvalue);
   return {dlandmarks, dkey, dvalue};
 }
 
@@ -583,41 +615,46 @@ std::tuple<Tensor, Tensor> expert_attention(const Tensor& query, const Tensor& k
 }
 
 // In several stages. What queries give to the keys of their experts, in one pass with the rest or in one of its own, is held for some heads at a time.
-void attention_gradient_stages(const Context& context, const Problem& x, const Saved& saved, const Windows* pooling, const Wanted& wanted, bool shared_expert, float scale,
+void attention_gradient_stages(const Context& context, const Problem& x, const Saved& saved, const Windows* pooling, const Wanted& wanted, bool shared_expert, bool one_pass, float scale,
                                float landmark_scale, const AttentionGradient& result) {
   const Grouped grouped = group_stage(context, x, saved.experts, row_gradient_tile_rows(entries_per_expert(x)));
   const Groups& groups = grouped.groups;
   const Units all = units(shared_expert, saved.landmarks, saved.compressed, saved.key, saved.value, saved.indices);
-  const bool of_units = wanted.keys || wanted.landmarks;
   Softmax softmax;
   std::optional<UnitSums> shared, routed;
-  if (of_units && fits_specialist_gradient(x, shared_expert, scale, landmark_scale)) {
+  if (one_pass) {
     std::tie(shared, routed) = specialist_gradient_stage(context, x, saved.dout, saved.dlse, saved.query, saved.lse, all, groups, wanted.keys, scale, landmark_scale, result.dquery);
   } else {
     softmax = softmax_stage(context, x, x.queries, saved.query, saved.dout, saved.out, saved.lse, saved.dlse);
     query_gradient_stage(context, x, softmax, all, groups, scale, landmark_scale, result.dquery);
-    if (of_units && shared_expert) shared = shared_gradient_stage(context, x, softmax, saved.landmarks, saved.compressed, landmark_scale);
+    if (shared_expert && (wanted.keys || wanted.landmarks)) shared = shared_gradient_stage(context, x, softmax, saved.landmarks, saved.compressed, landmark_scale);
   }
 
   std::optional<Softmax> landmark_softmax;  // its lse is no output
+  std::optional<OwnGradient> own;           // in one pass with the keys
   if (shared) {
     const OptionalTensor as_keys = saved.landmark_lse ? OptionalTensor(floats(saved.landmarks, saved.landmarks.sizes())) : OptionalTensor();
-    reduce_stage(context, x, shared->dk, as_keys, as_keys ? OptionalTensor() : OptionalTensor(result.dlandmarks));
-    reduce_stage(context, x, shared->dv, {}, result.dcompressed);
+    reduce_stage(context, x, *shared, as_keys, as_keys ? OptionalTensor() : OptionalTensor(result.dlandmarks), result.dcompressed);
     shared.reset();  // memory for what follows
     if (saved.landmark_lse) {
       landmark_softmax = softmax_stage(context, x, Sequences{x.M}, saved.landmarks, result.dcompressed, saved.compressed, *saved.landmark_lse, {});
-      landmark_gradient_stage(context, x, *landmark_softmax, saved.key, saved.value, scale, as_keys, result.dlandmarks);
+      own = {as_keys, result.dlandmarks};
+      if (!fits_key_specialists(x)) {
+        landmark_gradient_stage(context, x, *landmark_softmax, *own, saved.key, saved.value, scale);
+        own.reset();
+      }
     }
   }
-  const auto key_gradient = [&](const Problem& x, const Saved& saved, const std::optional<Softmax>& landmarks, const Groups& groups, const AttentionGradient& result) {
-    key_gradient_stage(context, x, landmarks ? &*landmarks : nullptr, routed ? &*routed : nullptr, groups, saved.key, saved.value, &saved.indices, scale, result.dkey, result.dvalue);
+  const auto key_gradient = [&](const Problem& x, const Saved& saved, const std::optional<Softmax>& landmarks, const std::optional<OwnGradient>& own, const Groups& groups,
+                                const AttentionGradient& result) {
+    key_gradient_stage(context, x, landmarks ? &*landmarks : nullptr, own ? &*own : nullptr, routed ? &*routed : nullptr, groups, saved.key, saved.value, &saved.indices, scale,
+                       result.dkey, result.dvalue);
   };
-  if (wanted.keys && (routed || x.s == 0)) key_gradient(x, saved, landmark_softmax, groups, result);
+  if (wanted.keys ? routed || x.s == 0 : own.has_value()) key_gradient(x, saved, landmark_softmax, own, groups, result);
   else if (wanted.keys)
     for (const Heads& its : heads_at_a_time(x)) {
       routed = routed_gradient_stage(context, its(x), its(softmax), its(groups, x), its.tokens(saved.key), its.tokens(saved.value), its(saved.indices), scale);
-      key_gradient(its(x), its(saved), landmark_softmax ? std::optional(its(*landmark_softmax)) : std::nullopt, its(groups, x), its(result));
+      key_gradient(its(x), its(saved), landmark_softmax ? std::optional(its(*landmark_softmax)) : std::nullopt, own ? std::optional(its(*own)) : std::nullopt, its(groups, x), its(result));
       routed.reset();
     }
   if (pooling && shared_expert && wanted.landmarks) context.run("mita_ext::pool_backward", launch_pool_backward, {x, *pooling, rows(result.dlandmarks), true, rows(result.dquery)});
@@ -627,18 +664,21 @@ void attention_gradient_stages(const Context& context, const Problem& x, const S
 AttentionGradient attention_gradient(const Problem& x, const Saved& saved, const Windows* pooling, const Wanted& wanted, bool shared_expert, float scale, float landmark_scale) {
   const Context context(saved.query);
   const auto like = [](const Tensor& t, bool wanted, bool zeros) { return !wanted ? nothing(t) : zeros ? at::zeros(t.sizes(), t.options()) : at::empty(t.sizes(), t.options()); };
-  const bool empty = saved.lse.numel() == 0, no_units = empty || !shared_expert;
+  const bool empty = saved.lse.numel() == 0, in_one = !empty && saved.landmark_lse && fits_short_gradient(x, shared_expert, scale, landmark_scale);
+  // Are those of the shared units made on the way? Else they are wanted only as outputs, and zeros unless the one kernel writes them.
+  const bool of_units = !empty && !in_one && shared_expert && (wanted.keys || wanted.landmarks);
   const AttentionGradient result{like(saved.query, true, empty || vary(x.queries)), like(saved.key, wanted.keys, empty || vary(x.keys)), like(saved.value, wanted.keys, empty || vary(x.keys)),
-                                 like(saved.landmarks, true, no_units), like(saved.compressed, true, no_units)};
+                                 like(saved.landmarks, of_units || (wanted.landmarks && !pooling), !of_units && !in_one), like(saved.compressed, of_units || !saved.landmark_lse, !of_units)};
   if (empty) return result;
-  if (saved.landmark_lse && fits_short_gradient(x, shared_expert, scale, landmark_scale)) {
+  if (in_one) {
     short_gradient_stage(context, x, saved, pooling, wanted, scale, landmark_scale, result);
     return result;
   }
+  const bool one_pass = of_units && fits_specialist_gradient(x, shared_expert, scale, landmark_scale);
   const auto stages = [&](const Problem& x, const Saved& saved, const AttentionGradient& result) {
-    attention_gradient_stages(context, x, saved, pooling, wanted, shared_expert, scale, landmark_scale, result);
+    attention_gradient_stages(context, x, saved, pooling, wanted, shared_expert, one_pass, scale, landmark_scale, result);
   };
-  if (wanted.keys && fits_specialist_gradient(x, shared_expert, scale, landmark_scale))
+  if (one_pass && wanted.keys)
     for (const Heads& its : heads_at_a_time(x)) stages(its(x), its(saved), its(result));
   else stages(x, saved, result);
   return result;

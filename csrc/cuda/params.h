@@ -164,6 +164,26 @@ struct DeltaParams {
 enum class UnitRole { shared, routed, compress };
 constexpr int kKeyBlock = 64;
 
+// A row of the routed sums of a head, and the key of a block that it belongs to.
+struct alignas(8) KeyEntry {
+  std::int32_t row, key;
+};
+// The entries [first, last) of a head belong to a key block.
+struct alignas(8) KeyRange {
+  std::int32_t first, last;
+};
+
+// The routed sums sorted by key.
+struct KeyListParams {
+  Problem problem;
+  const std::int32_t* indices; // [B, H, M, K], ascending (as unsigned)
+  Groups groups;
+  int keys;                    // list_keys(L, M, K): what one warp lists
+  std::int32_t* key_starts;    // [BH, ceil(L / keys) + 1, M], scratch
+  KeyRange* ranges;            // [BH, ceil(L / kKeyBlock)]
+  KeyEntry* entries;           // [BH, max_tiles(segment_rows) * K]
+};
+
 struct UnitGradientParams {
   Problem problem;
   UnitRole role;
@@ -173,11 +193,12 @@ struct UnitGradientParams {
   const float* lse;            // [B, H, rows]
   const float* delta;          // [B, H, rows]
   const float* normalizer;     // [B, H, rows], fp32 only: what the probabilities of a row are multiplied by
-  int splits;                  // shared: parts of the query range
+  int splits;                  // shared: parts of the query range; compress, as a part of KeyGradientParams: of the key range
   int landmark_rows;           // compress: M, or 0 to only collect the routed gradients
-  const std::int32_t* indices; // routed, compress: [B, H, M, K] ascending (as unsigned), or null
+  const std::int32_t* indices; // routed: [B, H, M, K]
   Groups groups;               // routed, compress
-  std::int32_t* key_starts;    // compress with indices, scratch: [BH, M, ceil(L / kKeyBlock) + 1]
+  const KeyRange* ranges;      // compress: as in KeyListParams, or null where there are no routed sums
+  const KeyEntry* entries;
   float* partial_dk;           // shared: [BH, splits, M, D]; routed (written) and compress (read): [BH, max_tiles(segment_rows), K, D]
   float* partial_dv;           // likewise
   Rows dk, dv;                 // compress: [B, Hkv, L, D] twice
@@ -206,6 +227,13 @@ struct RowGradientParams {
   Rows dq;                     // [B, H, rows, D]
 };
 
+// The last two of the softmax of the landmarks in one pass over the keys, for few of them: `splits` of `keys` are parts of the key range, and
+// `landmarks` says where their partial sums go, and is finished by itself.
+struct KeyGradientParams {
+  UnitGradientParams keys;
+  RowGradientParams landmarks;
+};
+
 // Attention's gradients of queries and units in one pass, for few units and one expert per query; without what queries receive as parts of
 // pooled landmarks. The sums of the units are those of UnitGradientParams.
 struct AttentionGradientParams {
@@ -222,13 +250,15 @@ struct AttentionGradientParams {
   Rows dq;                     // [B, H, N, D]
 };
 
-// Sums of partial gradients in a fixed order, in fp32 or rounded.
+// Sums of partial gradients of keys and values in a fixed order, in fp32 or rounded.
 struct ReduceParams {
   Dtype dtype;
   int BH, parts, rows, D;
-  const float* partial;        // [BH, parts, rows, D]
-  float* total;                // [BH, rows, D], or null
-  void* rounded;               // [BH, rows, D] in dtype, or null
+  struct {
+    const float* partial;      // [BH, parts, rows, D]
+    float* total;              // [BH, rows, D], or null
+    void* rounded;             // [BH, rows, D] in dtype, or null
+  } dk, dv;
 };
 
 }  // namespace mita

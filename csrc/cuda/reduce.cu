@@ -1,6 +1,6 @@
 // The small passes of the backward: row sums and sums of partial gradients, each in a fixed order.
 //   delta:  eight lanes own one row; sum of dout * out, minus the gradient of the lse
-//   reduce: one thread owns one element of the total and adds the parts in their order
+//   reduce: one thread owns one element of a total and adds the parts in their order
 #include "device.cuh"
 #include "launch.h"
 
@@ -33,12 +33,15 @@ template <class T> __global__ void __launch_bounds__(kThreads) delta_kernel(cons
 template <class T> __global__ void __launch_bounds__(kThreads) reduce_kernel(const ReduceParams p) {
   const std::int64_t i = std::int64_t(blockIdx.x) * kThreads + threadIdx.x, size = std::int64_t(p.rows) * p.D;
   if (i >= p.BH * size) return;
-  const float* partial = p.partial + i / size * p.parts * size + i % size;
+  const bool keys = blockIdx.y == 0;
+  float* const total = keys ? p.dk.total : p.dv.total;
+  T* const rounded = static_cast<T*>(keys ? p.dk.rounded : p.dv.rounded);
+  const float* const partial = (keys ? p.dk.partial : p.dv.partial) + i / size * p.parts * size + i % size;
   float sum = 0.0f;
 #pragma unroll 4
   for (int part = 0; part < p.parts; ++part) sum += partial[part * size];
-  if (p.total) p.total[i] = sum;
-  if (p.rounded) static_cast<T*>(p.rounded)[i] = from_float<T>(sum);
+  if (total) total[i] = sum;
+  if (rounded) rounded[i] = from_float<T>(sum);
 }
 
 }  // namespace
@@ -54,7 +57,7 @@ cudaError_t launch_delta(const DeltaParams& p, cudaStream_t stream) {
 cudaError_t launch_reduce(const ReduceParams& p, cudaStream_t stream) {
   return dispatch_dtype(p.dtype, [&](auto element) {
     const std::int64_t elements = std::int64_t(p.BH) * p.rows * p.D;
-    reduce_kernel<decltype(element)><<<static_cast<unsigned>((elements + kThreads - 1) / kThreads), kThreads, 0, stream>>>(p);
+    reduce_kernel<decltype(element)><<<dim3(static_cast<unsigned>((elements + kThreads - 1) / kThreads), 2), kThreads, 0, stream>>>(p);
     return cudaGetLastError();
   });
 }

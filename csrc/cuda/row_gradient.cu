@@ -265,9 +265,15 @@ cudaError_t launch_row_gradient(const RowGradientParams& p, cudaStream_t stream)
     const unsigned blocks = landmark ? heads * p.splits * ceil_div(x.M, rows_of_block<C>(32 * warps)) : heads * max_tiles(x, p.groups.tile_rows);
     row_gradient_kernel<C><<<blocks, 32 * warps, bytes, stream>>>(p);
     if (cudaError_t status = cudaGetLastError()) return status;
-    if (!landmark && x.s <= 1) return cudaSuccess;
-    const std::int64_t rows = std::int64_t(heads) * (landmark ? x.M : x.queries.max_length);
-    finish_kernel<typename C::T><<<static_cast<unsigned>((rows + kFinishWarps - 1) / kFinishWarps), 32 * kFinishWarps, 0, stream>>>(p);
+    return landmark || x.s > 1 ? launch_row_finish(p, stream) : cudaSuccess;
+  });
+}
+
+cudaError_t launch_row_finish(const RowGradientParams& p, cudaStream_t stream) {
+  const Problem& x = p.problem;
+  return dispatch_dtype(x.dtype, [&](auto element) {
+    const std::int64_t rows = std::int64_t(x.B) * x.H * (p.role == RowRole::landmark ? x.M : x.queries.max_length);
+    finish_kernel<decltype(element)><<<static_cast<unsigned>((rows + kFinishWarps - 1) / kFinishWarps), 32 * kFinishWarps, 0, stream>>>(p);
     return cudaGetLastError();
   });
 }

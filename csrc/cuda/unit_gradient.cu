@@ -33,29 +33,10 @@ template <class C> struct Layout : C {
   static_assert(sizeof(Shared) <= 102 * 1024);
 };
 
-// starts[block] = the first slot of an expert's ascending indices that lies in key block `block` or behind it.
-__global__ void __launch_bounds__(128) key_starts_kernel(const UnitGradientParams p) {
-  const Problem& x = p.problem;
-  const int row = blockIdx.x, length = span(x.keys, row / x.M / x.H).length, blocks = ceil_div(x.keys.max_length, kKeyBlock);
-  const std::int32_t* indices = p.indices + std::int64_t(row) * x.K;
-  std::int32_t* starts = p.key_starts + std::int64_t(row) * (blocks + 1);
-  const auto present = [&](int slot) { return static_cast<unsigned>(indices[slot]) < static_cast<unsigned>(length); };
-  for (int slot = threadIdx.x; slot <= x.K; slot += blockDim.x) {
-    if (slot > 0 && !present(slot - 1)) continue;
-    const int first = slot > 0 ? indices[slot - 1] / kKeyBlock + 1 : 0, last = slot < x.K && present(slot) ? indices[slot] / kKeyBlock : blocks;
-    for (int block = first; block <= last; ++block) starts[block] = slot;
-  }
-}
-
-// What the routed sums left for the keys of one block, added in shared memory to their gradients: landmark after landmark, slot
-// after slot, segment after segment. An entry is one slot of one landmark whose key is in the block.
+// What the routed sums left for the keys of one block, added in shared memory to their gradients in the order of its list.
 template <class C> struct RoutedSums {
-  static constexpr int kEntries = 2048, kUnits = Layout<C>::kUnits;
+  static constexpr int kUnits = Layout<C>::kUnits;
   float dk[kUnits][C::DP + 8], dv[kUnits][C::DP + 8];  // free of bank conflicts for rows and for accumulators
-  int offset[kMaxLandmarks + 1];                       // of each landmark's entries
-  int slot0[kMaxLandmarks], segment[kMaxLandmarks + 1];  // its slot of entry 0; its first segment
-  int entry[kEntries];                                 // unit << 21 | landmark << 11 | slot, or -1; the entries that fit at a time
-  static_assert(kUnits <= 64 && kMaxLandmarks <= 1 << 10 && kMaxTopk <= 1 << 11);
 
   // The gradients of this warp's units, from accumulators or into them.
   template <class F> __device__ void each_pair(F&& f) {
@@ -69,88 +50,47 @@ template <class C> struct RoutedSums {
       }
   }
 
-  __device__ void add(const UnitGradientParams& p, int bh, int key0, int block_units) {
+  // The sums of one query head. A warp adds those of its own units.
+  __device__ void add(const UnitGradientParams& p, int bh, int key0) {
     const Problem& x = p.problem;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = ceil_div(x.keys.max_length, kKeyBlock), block = key0 / kKeyBlock;
-    const std::int32_t* segments = p.groups.segment_starts + std::int64_t(bh) * (x.M + 1);
-    const std::int32_t* starts = p.key_starts + std::int64_t(bh) * x.M * (blocks + 1) + block;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, unit0 = key0 % kKeyBlock;
+    const KeyRange range = p.ranges[std::int64_t(bh) * ceil_div(x.keys.max_length, kKeyBlock) + key0 / kKeyBlock];
+    const std::int64_t row0 = std::int64_t(bh) * max_tiles(x, p.groups.segment_rows) * x.K;
     __syncthreads();
-    for (int m = threadIdx.x; m < x.M; m += blockDim.x) {  // an expert without queries has left no sums
-      const std::int32_t* start = starts + std::int64_t(m) * (blocks + 1);
-      offset[m] = segments[m] < segments[m + 1] ? start[1] - start[0] : 0;
-      slot0[m] = start[0], segment[m] = segments[m];
-    }
-    if (threadIdx.x == 0) segment[x.M] = segments[x.M];
-    __syncthreads();
-    if (warp == 0) {
-      int total = 0;
-      for (int m = lane; m - lane < x.M; m += 32) {
-        const int count = m < x.M ? offset[m] : 0;
-        int through = count;
-        for (int d = 1; d < 32; d <<= 1) {
-          const int other = __shfl_up_sync(kAllLanes, through, d);
-          if (lane >= d) through += other;
-        }
-        if (m < x.M) offset[m] = total + through - count, slot0[m] -= offset[m];
-        total += __shfl_sync(kAllLanes, through, 31);
-      }
-      if (lane == 0) offset[x.M] = total;
+    for (int i = range.first + lane; i - lane < range.last; i += 32) {
+      const KeyEntry mine = i < range.last ? p.entries[row0 + i] : KeyEntry{0, -1};
+      unsigned left = __ballot_sync(kAllLanes, mine.key >= 0 && (mine.key - unit0) >> 4 == warp / C::kSharers);
+      while (left) left = add_few(p, row0, {mine.row, mine.key - unit0}, left, lane);
     }
     __syncthreads();
-    for (int first = 0; first < offset[x.M]; first += kEntries) {
-      const int count = min(kEntries, offset[x.M] - first);
-      for (int i = threadIdx.x; i < count; i += blockDim.x) {
-        int m = 0;  // the last landmark that does not begin behind this entry
-        for (int step = 1 << (31 - __clz(x.M)); step > 0; step >>= 1)
-          if (m + step < x.M && offset[m + step] <= first + i) m += step;
-        const int slot = slot0[m] + first + i, unit = p.indices[(std::int64_t(bh) * x.M + m) * x.K + slot] - key0;
-        entry[i] = unit >= 0 && unit < block_units ? unit << 21 | m << 11 | slot : -1;
-      }
-      __syncthreads();
-      for (int i = lane; i - lane < count; i += 32) {
-        const int mine = i < count ? entry[i] : -1;
-        unsigned left = __ballot_sync(kAllLanes, mine >= 0 && mine >> 25 == warp / C::kSharers);
-        while (left) left = add_few(p, bh, mine, left, lane);
-      }
-      __syncthreads();
-    }
   }
 
   // The first few entries of a warp's `left` lanes: all their rows are on their way before the first one is added.
-  __device__ unsigned add_few(const UnitGradientParams& p, int bh, int mine, unsigned left, int lane) {
+  __device__ unsigned add_few(const UnitGradientParams& p, std::int64_t row0, const KeyEntry& mine, unsigned left, int lane) {
     using Columns = std::conditional_t<C::kColumns == 64, float2, float4>;  // of one lane
     constexpr int kColumns = C::kColumns / 32, kFew = 16 / kColumns;
-    const Problem& x = p.problem;
-    const int column = column_of_warp<C>() + kColumns * lane;
+    const int column = column_of_warp<C>() + kColumns * lane, D = p.problem.D;
     const auto add = [](float* sum, const Columns& more) {
       const float* m = reinterpret_cast<const float*>(&more);
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) sum[i] += m[i];
     };
-    const std::int64_t head = std::int64_t(bh) * max_tiles(x, p.groups.segment_rows) * x.K;
-    int unit[kFew], rows[kFew], more[kFew];  // rows: between the first one and that of segment 0, slot 0
+    int unit[kFew];
     Columns k[kFew], v[kFew];
 #pragma unroll
     for (int i = 0; i < kFew; ++i) {
-      const int from = __ffs(left) - 1, one = from < 0 ? -1 : __shfl_sync(kAllLanes, mine, from), m = one >> 11 & 1023;
-      unit[i] = one >> 21;
-      rows[i] = from < 0 ? 0 : segment[m] * x.K + (one & 2047), more[i] = from < 0 ? -1 : segment[m + 1] - segment[m] - 1;
-      if (from >= 0 && column < x.D) {
-        k[i] = *reinterpret_cast<const Columns*>(p.partial_dk + (head + rows[i]) * x.D + column);
-        v[i] = *reinterpret_cast<const Columns*>(p.partial_dv + (head + rows[i]) * x.D + column);
+      const int from = __ffs(left) - 1, row = __shfl_sync(kAllLanes, mine.row, max(from, 0));
+      unit[i] = from < 0 ? -1 : __shfl_sync(kAllLanes, mine.key, from);
+      if (from >= 0 && column < D) {
+        k[i] = *reinterpret_cast<const Columns*>(p.partial_dk + (row0 + row) * D + column);
+        v[i] = *reinterpret_cast<const Columns*>(p.partial_dv + (row0 + row) * D + column);
       }
       left &= left - 1;
     }
-    if (column < x.D)
+    if (column < D)
 #pragma unroll
-      for (int i = 0; i < kFew; ++i) {
-        if (unit[i] < 0) continue;
-        add(&dk[unit[i]][column], k[i]), add(&dv[unit[i]][column], v[i]);
-        for (int s = 1; s <= more[i]; ++s) {
-          add(&dk[unit[i]][column], *reinterpret_cast<const Columns*>(p.partial_dk + (head + rows[i] + s * x.K) * x.D + column));
-          add(&dv[unit[i]][column], *reinterpret_cast<const Columns*>(p.partial_dv + (head + rows[i] + s * x.K) * x.D + column));
-        }
-      }
+      for (int i = 0; i < kFew; ++i)
+        if (unit[i] >= 0) add(&dk[unit[i]][column], k[i]), add(&dv[unit[i]][column], v[i]);
     return left;
   }
 };
@@ -285,11 +225,11 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
     if (row_of_warp<C>(warp) + g + 8 * i >= present)  // keys beyond a short sequence
 #pragma unroll
       for (int d = 0; d < C::kColumns / 8; ++d) dk[d][2 * i] = dk[d][2 * i + 1] = dv[d][2 * i] = dv[d][2 * i + 1] = 0.0f;
-  if (p.indices != nullptr) {
+  if (p.ranges != nullptr) {
     RoutedSums<C>& sums = *reinterpret_cast<RoutedSums<C>*>(memory);  // all tiles are free by now
     __syncthreads();
     sums.each_pair([&](int d, int i, float2& k, float2& v) { k = make_float2(dk[d][i], dk[d][i + 1]), v = make_float2(dv[d][i], dv[d][i + 1]); });
-    for (int i = 0; i < group; ++i) sums.add(p, b * x.H + h * group + i, u0, block_units);
+    for (int i = 0; i < group; ++i) sums.add(p, b * x.H + h * group + i, u0);
     sums.each_pair([&](int d, int i, float2& k, float2& v) { dk[d][i] = k.x, dk[d][i + 1] = k.y, dv[d][i] = v.x, dv[d][i + 1] = v.y; });
   }
   __syncthreads();
@@ -311,14 +251,10 @@ cudaError_t launch_unit_gradient(const UnitGradientParams& p, cudaStream_t strea
     using L = Layout<C>;
     const int parts = compress ? 1 : p.role == UnitRole::routed ? max_tiles(x, p.groups.segment_rows) : p.splits;
     const int warps = C::kGroups ? 4 : std::min(L::kWarps, ceil_div(units, 16) * C::kSharers);
-    const bool collects = compress && p.indices != nullptr;
+    const bool collects = compress && p.ranges != nullptr;
     const std::size_t tiles = offsetof(typename L::Shared, v) + rows_of_block<C>(32 * warps) * C::DP * sizeof(typename C::T);
     const std::size_t bytes = collects ? std::max(tiles, sizeof(RoutedSums<C>)) : tiles;
     if (cudaError_t status = allow_shared_memory(unit_gradient_kernel<C>, bytes)) return status;
-    if (collects) {
-      key_starts_kernel<<<static_cast<unsigned>(x.B) * x.H * x.M, 128, 0, stream>>>(p);
-      if (cudaError_t status = cudaGetLastError()) return status;
-    }
     const unsigned blocks = static_cast<unsigned>(x.B) * (compress ? x.Hkv : x.H) * parts * ceil_div(units, rows_of_block<C>(32 * warps));
     unit_gradient_kernel<C><<<blocks, 32 * warps, bytes, stream>>>(p);
     return cudaGetLastError();

@@ -404,6 +404,18 @@ struct Grouping {
   Groups view() const { return {entries.data, tiles.data, segments.data, segment_starts.data, tile_rows, kSegmentRows}; }
 };
 
+struct KeyLists {
+  int most, blocks;  // of a head
+  int keys;
+  Buffer<std::int32_t> starts;
+  Buffer<KeyRange> ranges;
+  Buffer<KeyEntry> entries;
+  KeyLists(const Problem& x, int most_segments)
+      : most(most_segments * x.K), blocks(parts_of(x.keys.max_length, kKeyBlock)), keys(list_keys(x.keys.max_length, x.M, x.K)),
+        starts(std::size_t(x.B) * x.H * x.M * (parts_of(x.keys.max_length, keys) + 1)), ranges(std::size_t(x.B) * x.H * blocks),
+        entries(std::size_t(x.B) * x.H * most) {}
+};
+
 std::vector<std::int32_t> lengths_of(Batch batch, int B, int longest, bool longest_first) {
   std::vector<std::int32_t> lengths(B, longest);
   if (batch == Batch::full) return lengths;
@@ -590,6 +602,35 @@ void run(const Case& c) {
     expect(right, "queries grouped by expert, in order, tiles of " + std::to_string(g->tile_rows));
   }
 
+  // what queries will leave for the keys of their experts, sorted by key
+  const KeyLists lists(problem, backward_grouping.most_segments);
+  if (s) {
+    RUN(launch_key_lists({problem, indices.data, backward_grouping.view(), lists.keys, lists.starts.data, lists.ranges.data, lists.entries.data}, 0));
+    const auto segment_starts = backward_grouping.segment_starts.get();
+    const auto ranges = lists.ranges.get();
+    const auto entries = lists.entries.get();
+    bool right = true;
+    each_head([&](int, int, int bh, int) {
+      std::vector<std::vector<int>> rows(L);
+      for (int m = 0; m < M; ++m)
+        for (int slot = 0; slot < K; ++slot)
+          if (const int key = chosen_keys[(std::size_t(bh) * M + m) * K + slot]; key >= 0)
+            for (int segment = segment_starts[std::size_t(bh) * (M + 1) + m]; segment < segment_starts[std::size_t(bh) * (M + 1) + m + 1]; ++segment) rows[key].push_back(segment * K + slot);
+      int at = 0;
+      for (int block = 0; block < lists.blocks; ++block) {
+        const KeyRange range = ranges[std::size_t(bh) * lists.blocks + block];
+        right &= range.first == at;
+        for (int key = 0; key < kKeyBlock && block * kKeyBlock + key < L; ++key)
+          for (const int row : rows[block * kKeyBlock + key]) {
+            const KeyEntry& entry = entries[std::size_t(bh) * lists.most + std::min(at++, lists.most - 1)];
+            right &= entry.key == key && entry.row == row;
+          }
+        right &= range.last == at;
+      }
+    });
+    expect(right, "routed sums sorted by key, in order");
+  }
+
   // attention
   const Output out(dtype, B, H, N, D, &queries);
   Buffer<float> lse(std::size_t(BH) * N), partial_out(s > 1 ? std::size_t(BH) * N * s * D : 0), partial_lse(s > 1 ? std::size_t(BH) * N * s : 0);
@@ -689,12 +730,11 @@ void run(const Case& c) {
     const Output dq(dtype, B, H, N, D, &queries), dk(dtype, B, Hkv, L, D, &keys), dv(dtype, B, Hkv, L, D, &keys);
     RUN(launch_specialist_gradient({problem, scale, landmark_scale, q.rows, dout.rows, lse.data, dlse.data, attended, backward_grouping.view(), kSplits, shared_dk.data,
                                     shared_dv.data, routed_dk.data, routed_dv.data, dq.view()}, 0));
-    RUN(launch_reduce({dtype, BH, kSplits, M, D, shared_dk.data, sum_k.data, nullptr}, 0));
-    RUN(launch_reduce({dtype, BH, kSplits, M, D, shared_dv.data, sum_v.data, nullptr}, 0));
-    Buffer<std::int32_t> key_starts(std::size_t(BH) * M * (parts_of(L, kKeyBlock) + 1));
+    RUN(launch_reduce({dtype, BH, kSplits, M, D, {shared_dk.data, sum_k.data, nullptr}, {shared_dv.data, sum_v.data, nullptr}}, 0));
     UnitGradientParams units{};
-    units.problem = problem, units.role = UnitRole::compress, units.scale = scale, units.unit_k = k.rows, units.unit_v = v.rows, units.key_starts = key_starts.data;
-    units.indices = indices.data, units.groups = backward_grouping.view(), units.partial_dk = routed_dk.data, units.partial_dv = routed_dv.data;
+    units.problem = problem, units.role = UnitRole::compress, units.scale = scale, units.unit_k = k.rows, units.unit_v = v.rows;
+    units.ranges = lists.ranges.data, units.entries = lists.entries.data;
+    units.groups = backward_grouping.view(), units.partial_dk = routed_dk.data, units.partial_dv = routed_dv.data;
     units.dk = dk.view(), units.dv = dv.view();
     RUN(launch_unit_gradient(units, 0));
     expect_close("one pass: dq", valid(dq.get(), queries), want_dq.x, gradient_tolerance);
@@ -730,8 +770,7 @@ void run(const Case& c) {
     p.unit_k = z_rows, p.unit_v = compressed.view(), p.row_q = q.rows, p.row_dout = dout.rows, p.lse = lse.data, p.delta = delta.data;
     p.normalizer = only_fp32(normalizer), p.partial_dk = shared_dk.data, p.partial_dv = shared_dv.data;
     RUN(launch_unit_gradient(p, 0));
-    RUN(launch_reduce({dtype, BH, kSplits, M, D, shared_dk.data, dlandmarks_shared.data, nullptr}, 0));
-    RUN(launch_reduce({dtype, BH, kSplits, M, D, shared_dv.data, nullptr, dcompressed.memory.data}, 0));
+    RUN(launch_reduce({dtype, BH, kSplits, M, D, {shared_dk.data, dlandmarks_shared.data, nullptr}, {shared_dv.data, nullptr, dcompressed.memory.data}}, 0));
     expect_close("gradient of the landmarks as shared keys", widen(dlandmarks_shared.get()), want.shared_k.x, gradient_tolerance);
     expect_close("gradient of the compressed values", dcompressed.get().x, want.shared_v.x, gradient_tolerance);
   }
@@ -771,9 +810,8 @@ void run(const Case& c) {
   const std::size_t routed_rows = std::size_t(BH) * backward_grouping.most_segments * K * D;
   Buffer<float> routed_dk(s ? routed_rows : 0), routed_dv(s ? routed_rows : 0);
   const Output dk(dtype, B, Hkv, L, D, &keys), dv(dtype, B, Hkv, L, D, &keys);
-  Buffer<std::int32_t> key_starts(std::size_t(BH) * M * (parts_of(L, kKeyBlock) + 1));
   UnitGradientParams units{};
-  units.key_starts = key_starts.data;
+  if (s) units.ranges = lists.ranges.data, units.entries = lists.entries.data;
   units.problem = problem, units.scale = scale, units.unit_k = k.rows, units.unit_v = v.rows;
   units.indices = s ? indices.data : nullptr, units.groups = backward_grouping.view();
   units.partial_dk = routed_dk.data, units.partial_dv = routed_dv.data;
@@ -787,6 +825,23 @@ void run(const Case& c) {
   RUN(launch_unit_gradient(units, 0));
   expect_close("dk", valid(dk.get(), keys), want.routed_k.x, gradient_tolerance);
   expect_close("dv", valid(dv.get(), keys), want.routed_v.x, gradient_tolerance);
+
+  // both gradients of that softmax in one pass over the keys
+  if (c.shared && fits_key_specialists(problem)) {
+    const Output both_dk(dtype, B, Hkv, L, D, &keys), both_dv(dtype, B, Hkv, L, D, &keys), both_dlandmarks(dtype, B, H, M, D);
+    Buffer<float> partial(2 * kSplits * per_landmark), partial_sums(3 * std::size_t(kSplits) * BH * M);
+    RUN(launch_delta({dtype, B, H, D, all_landmarks.view(), dcompressed.view(), compressed.view(), dlandmark_lse.data, landmark_delta.data}, 0));
+    KeyGradientParams p{units, {}};
+    p.keys.splits = kSplits, p.keys.dk = both_dk.view(), p.keys.dv = both_dv.view();
+    p.landmarks.problem = problem, p.landmarks.role = RowRole::landmark, p.landmarks.lse = landmark_lse.data, p.landmarks.dlse = dlandmark_lse.data;
+    p.landmarks.delta = landmark_delta.data, p.landmarks.splits = kSplits, p.landmarks.partial = partial.data, p.landmarks.partial_sums = partial_sums.data;
+    p.landmarks.base = dlandmarks_shared.data, p.landmarks.dq = both_dlandmarks.view();
+    RUN(launch_key_specialists(p, 0));
+    RUN(launch_row_finish(p.landmarks, 0));
+    expect_close("one pass: dk", valid(both_dk.get(), keys), want.routed_k.x, gradient_tolerance);
+    expect_close("one pass: dv", valid(both_dv.get(), keys), want.routed_v.x, gradient_tolerance);
+    expect_close("one pass: dlandmarks", both_dlandmarks.get().x, want_dz.x, gradient_tolerance);
+  }
 
   // what the queries receive as parts of pooled landmarks, alone and added to dq
   if (!c.shared) return;

@@ -1,0 +1,147 @@
+// What queries left for the keys of their experts, sorted by key: the rows of routed sums (UnitGradientParams) that belong to the keys of a block, key
+// after key, and of one key landmark after landmark, slot after slot, segment after segment. The gradients of keys are summed in that order.
+#include "device.cuh"
+#include "launch.h"
+
+namespace mita {
+namespace {
+
+constexpr int kWarps = 4, kOf = 2, kExperts = 32 * kOf;  // experts at once of a lane, and of a warp
+
+// key_starts[list] = the first slot of an expert's ascending indices that lies in the keys of a list or behind them.
+__global__ void __launch_bounds__(128) key_starts_kernel(const KeyListParams p) {
+  const Problem& x = p.problem;
+  const int bh = blockIdx.x / x.M, m = blockIdx.x % x.M, length = span(x.keys, bh / x.H).length, lists = ceil_div(x.keys.max_length, p.keys);
+  const std::int32_t* indices = p.indices + std::int64_t(blockIdx.x) * x.K;
+  std::int32_t* starts = p.key_starts + std::int64_t(bh) * (lists + 1) * x.M + m;
+  const auto present = [&](int slot) { return static_cast<unsigned>(indices[slot]) < static_cast<unsigned>(length); };
+  for (int slot = threadIdx.x; slot <= x.K; slot += blockDim.x) {
+    if (slot > 0 && !present(slot - 1)) continue;
+    const int first = slot > 0 ? indices[slot - 1] / p.keys + 1 : 0, last = slot < x.K && present(slot) ? indices[slot] / p.keys : lists;
+    for (int list = first; list <= last; ++list) starts[std::int64_t(list) * x.M] = slot;
+  }
+}
+
+// One warp lists the sums of `p.keys` keys: it counts those of every key, then it puts them in their places.
+__global__ void __launch_bounds__(32 * kWarps) key_lists_kernel(const KeyListParams p) {
+  struct Expert {
+    std::int32_t offset, slot, segment, segments;  // sums before its own ones, of these experts; its first slot of these keys; its segments
+  };
+  __shared__ Expert all_experts[kWarps][kExperts];
+  extern __shared__ std::int32_t all_cursors[];  // [kWarps][p.keys]
+  const Problem& x = p.problem;
+  const int lane = threadIdx.x % 32, lists = ceil_div(x.keys.max_length, p.keys);
+  const std::int64_t item = std::int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
+  if (item >= std::int64_t(x.B) * x.H * lists) return;
+  const int bh = static_cast<int>(item / lists), list = static_cast<int>(item % lists);
+  Expert* const experts = all_experts[threadIdx.x / 32];
+  std::int32_t* const cursors = all_cursors + threadIdx.x / 32 * p.keys;
+  const std::int32_t* segment_starts = p.groups.segment_starts + std::int64_t(bh) * (x.M + 1);
+  const std::int32_t* key_starts = p.key_starts + (std::int64_t(bh) * (lists + 1) + list) * x.M;
+  const std::int32_t* indices = p.indices + std::int64_t(bh) * x.M * x.K;
+
+  const auto sum = [](int x) { return __reduce_add_sync(kAllLanes, x); };
+  const auto sum_before = [lane](int x) {  // of earlier lanes
+    int through = x;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const int other = __shfl_up_sync(kAllLanes, through, d);
+      if (lane >= d) through += other;
+    }
+    return through - x;
+  };
+  // f(key, row), 32 sums at a time; key: of these keys, or negative.
+  const auto each = [&](auto&& f) {
+    int before = 0;  // sums for the keys before these
+    for (int first = 0; first < x.M; first += kExperts) {
+      Expert own[kOf];
+      int count[kOf], total = 0;
+#pragma unroll
+      for (int j = 0; j < kOf; ++j) {
+        const int m = first + 32 * j + lane;
+        own[j] = {}, count[j] = 0;
+        if (m < x.M) {  // an expert without queries has left no sums
+          own[j].segment = segment_starts[m], own[j].segments = segment_starts[m + 1] - own[j].segment;
+          own[j].slot = min(max(key_starts[m], 0), x.K);  // of indices that do not ascend nothing is known
+          count[j] = (min(max(key_starts[x.M + m], own[j].slot), x.K) - own[j].slot) * own[j].segments;
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kOf; ++j) {
+        before += sum(own[j].slot * own[j].segments);
+        own[j].offset = total + sum_before(count[j]);
+        total += sum(count[j]);
+        experts[32 * j + lane] = own[j];
+      }
+      __syncwarp();
+      for (int some = 0; some < total; some += 32) {
+        int key = -1, row = 0;
+        if (const int i = some + lane; i < total) {
+          int e = 0;  // the last expert that does not begin behind this sum
+#pragma unroll
+          for (int step = kExperts / 2; step > 0; step /= 2)
+            if (experts[e + step].offset <= i) e += step;
+          const Expert& expert = experts[e];
+          const int from = i - expert.offset, slot = expert.slot + (expert.segments == 1 ? from : from / expert.segments);
+          key = indices[(first + e) * x.K + slot] - list * p.keys;
+          if (key >= p.keys) key = -1;
+          row = (expert.segment + (expert.segments == 1 ? 0 : from % expert.segments)) * x.K + slot;
+        }
+        f(key, row);
+      }
+      __syncwarp();
+    }
+    return before;
+  };
+  // Those of the same key, in their order; the first lane of each counts them.
+  const auto place = [&](int key) {
+    const unsigned same = __match_any_sync(kAllLanes, key);
+    const int cursor = key >= 0 ? cursors[key] : 0;
+    __syncwarp();
+    if (key >= 0 && lane == __ffs(same) - 1) cursors[key] += __popc(same);
+    __syncwarp();
+    return cursor + __popc(same & ((1u << lane) - 1));
+  };
+
+  for (int key = lane; key < p.keys; key += 32) cursors[key] = 0;
+  __syncwarp();
+  const int before = each([&](int key, int) { place(key); });
+  // Where the sums of every key begin; a lane has neighbouring keys.
+  const int own_keys = p.keys / 32;
+  int count = 0;
+  for (int i = 0; i < own_keys; ++i) count += cursors[own_keys * lane + i];
+  const int total = sum(count);
+  int at = before + sum_before(count);
+  for (int i = 0; i < own_keys; ++i) {
+    const int its = cursors[own_keys * lane + i];
+    cursors[own_keys * lane + i] = at;
+    at += its;
+  }
+  __syncwarp();
+  const int most = max_tiles(x, p.groups.segment_rows) * x.K, blocks = ceil_div(x.keys.max_length, kKeyBlock);
+  for (int i = lane; i < p.keys / kKeyBlock; i += 32)
+    if (const int block = list * (p.keys / kKeyBlock) + i; block < blocks) {
+      const int end = i + 1 < p.keys / kKeyBlock ? cursors[(i + 1) * kKeyBlock] : before + total;
+      p.ranges[std::int64_t(bh) * blocks + block] = {cursors[i * kKeyBlock], min(end, most)};
+    }
+  if (total == 0) return;
+  __syncwarp();
+  KeyEntry* const entries = p.entries + std::int64_t(bh) * most;
+  each([&](int key, int row) {
+    const int to = place(key);
+    if (key >= 0 && to < most) entries[to] = {row, key % kKeyBlock};
+  });
+}
+
+}  // namespace
+
+cudaError_t launch_key_lists(const KeyListParams& p, cudaStream_t stream) {
+  const Problem& x = p.problem;
+  const std::int64_t heads = std::int64_t(x.B) * x.H, items = heads * ceil_div(x.keys.max_length, p.keys);
+  key_starts_kernel<<<static_cast<unsigned>(heads * x.M), 128, 0, stream>>>(p);
+  if (cudaError_t status = cudaGetLastError()) return status;
+  key_lists_kernel<<<static_cast<unsigned>((items + kWarps - 1) / kWarps), 32 * kWarps, kWarps * p.keys * sizeof(std::int32_t), stream>>>(p);
+  return cudaGetLastError();
+}
+
+}  // namespace mita
