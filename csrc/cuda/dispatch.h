@@ -75,10 +75,10 @@ __host__ __device__ inline std::int64_t score_pitch(int L, int group) { return (
 // with all queries is still the work of many blocks.
 inline int segment_rows(int entries_per_expert) { return (2 * entries_per_expert + 127) / 64 * 64; }
 
-// Keys whose routed sums one warp lists: whole key blocks with some 64 sums, should the experts' keys be spread evenly.
+// Keys whose routed sums one warp lists: up to four key blocks with some 64 sums, should the experts' keys be spread evenly.
 inline int list_keys(int L, int M, int K) {
   int keys = kKeyBlock;
-  while (keys < 16 * kKeyBlock && std::int64_t(M) * K * 2 * keys <= 64 * std::int64_t(L)) keys *= 2;
+  while (keys < 4 * kKeyBlock && std::int64_t(M) * K * 2 * keys <= 64 * std::int64_t(L)) keys *= 2;
   return keys;
 }
 

@@ -2,7 +2,7 @@
 // blocks of the attention kernels. Integer counts only, so the result does not depend on timing.
 //   count:   one block per chunk of entries -> counts[m][chunk]
 //   scan:    one block per (batch, head): exclusive sums, expert-major; tiles and segments of every expert
-//   scatter: one block per chunk; each warp places its share of the chunk in order
+//   scatter: one block per chunk, sorted in shared memory, each warp placing its share in order; experts' runs of entries are then written whole
 //   group:   all of that in one kernel, for heads of one chunk
 #include <cub/block/block_scan.cuh>
 
@@ -52,7 +52,14 @@ template <int THREADS> struct Lists {
   typename Scan::TempStorage storage;
   int first[kMaxLandmarks + 1], tiles[kMaxLandmarks + 1], segments[kMaxLandmarks + 1];
 
-  __device__ void sum(int (&starts)[kMaxLandmarks + 1], int M, int (&item)[kItems]) {
+  // starts[m] = the sum of count(0) .. count(m - 1).
+  template <class Count> __device__ void sum(int (&starts)[kMaxLandmarks + 1], int M, Count count) {
+    int item[kItems];
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const int m = threadIdx.x * kItems + i;
+      item[i] = m < M ? count(m) : 0;
+    }
     Scan(storage).InclusiveSum(item, item);
 #pragma unroll
     for (int i = 0; i < kItems; ++i)
@@ -79,18 +86,9 @@ template <int THREADS> struct Lists {
   // From the number of each expert's entries to the lists of work. All threads must call it.
   template <class Size> __device__ void write(const GroupParams& p, int bh, Size size) {
     const int M = p.problem.M;
-    const auto each = [&](int (&starts)[kMaxLandmarks + 1], auto count) {
-      int item[kItems];
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        const int m = threadIdx.x * kItems + i;
-        item[i] = m < M ? count(m) : 0;
-      }
-      sum(starts, M, item);
-    };
-    each(first, size);
-    each(tiles, [&](int m) { return ceil_div(first[m + 1] - first[m], p.tile_rows); });
-    each(segments, [&](int m) { return ceil_div(first[m + 1] - first[m], p.segment_rows); });
+    sum(first, M, size);
+    sum(tiles, M, [&](int m) { return ceil_div(first[m + 1] - first[m], p.tile_rows); });
+    sum(segments, M, [&](int m) { return ceil_div(first[m + 1] - first[m], p.segment_rows); });
     for (int m = threadIdx.x; m <= M; m += THREADS) p.segment_starts[std::int64_t(bh) * (M + 1) + m] = segments[m];
     const auto list_of = [&](Work* list, int rows) { return list + std::int64_t(bh) * max_tiles(p.problem, rows); };
     write_work(list_of(p.tiles, p.tile_rows), max_tiles(p.problem, p.tile_rows), p.tile_rows, M, tiles);
@@ -148,8 +146,8 @@ struct Shares {
     for (int w = 0; w < kWarps; ++w) sum += places[w * chunk.M + m];
     return sum;
   }
-  // The entries of expert m begin at first(m).
-  template <class First> __device__ void place(const Chunk& chunk, std::int32_t* entries, First first) {
+  // put(place, i, m): entry i of the chunk, of expert m, whose entries begin at first(m).
+  template <class First, class Put> __device__ void place(const Chunk& chunk, First first, Put put) {
     const int M = chunk.M, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int own[kOwn];
     load(own, chunk);
@@ -168,7 +166,7 @@ struct Shares {
       const int i = warp * size + 32 * j + lane, expert = own[j];
       if (32 * j >= size) break;
       const unsigned same = __match_any_sync(kAllLanes, expert);
-      if (expert >= 0) entries[mine[expert] + __popc(same & ((1u << lane) - 1))] = chunk.first + i;
+      if (expert >= 0) put(mine[expert] + __popc(same & ((1u << lane) - 1)), i, expert);
       __syncwarp();
       if (expert >= 0 && lane == __ffs(same) - 1) mine[expert] += __popc(same);
       __syncwarp();
@@ -180,10 +178,22 @@ __device__ std::int32_t* entries_of(const GroupParams& p, int bh) { return p.ent
 
 __global__ void __launch_bounds__(kThreads) scatter_kernel(const GroupParams p) {
   extern __shared__ int places[];
+  __shared__ Lists<kThreads> lists;
   const Chunk chunk(p);
+  int* const sorted = places + kWarps * chunk.M;  // [kGroupChunk]: expert, entry of the chunk
   Shares shares{places, kGroupChunk / kWarps};
   shares.count(chunk);
-  shares.place(chunk, entries_of(p, chunk.bh), [&](int m) { return p.counts[(std::int64_t(chunk.bh) * chunk.M + m) * p.chunks + chunk.index]; });
+  lists.sum(lists.first, chunk.M, [&](int m) { return shares.total(chunk, m); });
+  const int present = lists.first[chunk.M];
+  shares.place(chunk, [&](int m) { return lists.first[m]; }, [&](int to, int i, int m) { sorted[to] = m * kGroupChunk + i; });
+  __syncthreads();
+  // From the place in the chunk to that in the head.
+  for (int m = threadIdx.x; m < chunk.M; m += kThreads) lists.first[m] = p.counts[(std::int64_t(chunk.bh) * chunk.M + m) * p.chunks + chunk.index] - lists.first[m];
+  __syncthreads();
+  std::int32_t* entries = entries_of(p, chunk.bh);
+#pragma unroll
+  for (int i = threadIdx.x; i < kGroupChunk; i += kThreads)
+    if (i < present) entries[lists.first[sorted[i] / kGroupChunk] + i] = chunk.first + sorted[i] % kGroupChunk;
 }
 
 __global__ void __launch_bounds__(kThreads) group_kernel(const GroupParams p) {
@@ -193,7 +203,8 @@ __global__ void __launch_bounds__(kThreads) group_kernel(const GroupParams p) {
   Shares shares{places, ceil_div(chunk.entries, 32 * kWarps) * 32};
   shares.count(chunk);
   lists.write(p, chunk.bh, [&](int m) { return shares.total(chunk, m); });
-  shares.place(chunk, entries_of(p, chunk.bh), [&](int m) { return lists.first[m]; });
+  std::int32_t* entries = entries_of(p, chunk.bh);
+  shares.place(chunk, [&](int m) { return lists.first[m]; }, [&](int to, int i, int) { entries[to] = chunk.first + i; });
 }
 
 }  // namespace
@@ -211,7 +222,9 @@ cudaError_t launch_group(const GroupParams& p, cudaStream_t stream) {
   if (cudaError_t status = cudaGetLastError()) return status;
   scan_kernel<<<heads, kScanThreads, 0, stream>>>(p);
   if (cudaError_t status = cudaGetLastError()) return status;
-  scatter_kernel<<<heads * p.chunks, kThreads, bytes, stream>>>(p);
+  const std::size_t sorting = bytes + kGroupChunk * sizeof(int);
+  if (cudaError_t status = allow_shared_memory(scatter_kernel, sorting)) return status;
+  scatter_kernel<<<heads * p.chunks, kThreads, sorting, stream>>>(p);
   return cudaGetLastError();
 }
 

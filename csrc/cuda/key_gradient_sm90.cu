@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kDP = 64, kLandmarks = 64;
 constexpr int kStages = 3, kSums = 2, kWeighers = 2, kPiece = 32;
-constexpr int kPitch = sizeof(float) * (kDP + 8), kPieceRow = sizeof(float) * 32;  // bytes of the rows of sums, free of bank conflicts for accumulators, and of a piece
+constexpr int kPitch = sizeof(float) * (kDP + 8);  // bytes of the rows of sums, free of bank conflicts for accumulators
 constexpr int kThreads = 128 * (kWeighers + 3);
 
 template <class T> struct Shared {
@@ -58,7 +58,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) key_specialist
   const int bh = blockIdx.x / of_keys.splits, part = blockIdx.x % of_keys.splits, b = bh / x.H, h = bh - b * x.H;
   const Span keys = span(x.keys, b);
   const int tiles = ceil_div(keys.length, kKeyBlock), per_part = ceil_div(tiles, of_keys.splits), first = part * per_part, count = max(0, min(per_part, tiles - first));
-  const bool routed = of_keys.ranges != nullptr, wanted = of_keys.dk.data != nullptr;
+  const bool routed = of_keys.groups.key_ranges != nullptr, wanted = of_keys.dk.data != nullptr;
 
   const auto landmarks = [&] { return Ring<1>{window.of(shared.of_landmarks), 0}; };
   const auto stage = [&](unsigned i) { return Ring<kStages>{window.of(shared.of_stages), i}; };
@@ -71,7 +71,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) key_specialist
     rows(0, of_keys.row_q, 0), rows(1, of_keys.row_dout, 0), rows(2, of_keys.unit_k, keys.start), rows(3, of_keys.unit_v, keys.start);
     const std::int64_t routed_row0 = std::int64_t(bh) * max_tiles(x, of_keys.groups.segment_rows) * x.K;
     shared.head.routed[0] = of_keys.partial_dk + routed_row0 * x.D, shared.head.routed[1] = of_keys.partial_dv + routed_row0 * x.D;
-    shared.head.ranges = of_keys.ranges + std::int64_t(bh) * ceil_div(x.keys.max_length, kKeyBlock), shared.head.entries = of_keys.entries + routed_row0;
+    shared.head.ranges = of_keys.groups.key_ranges + std::int64_t(bh) * ceil_div(x.keys.max_length, kKeyBlock), shared.head.entries = of_keys.groups.key_entries + routed_row0;
   }
   for (int i = threadIdx.x; i < 8 * kDP; i += kThreads) shared.ones.data[i] = from_float<T>(1.0f);
   fence_loads();
@@ -231,7 +231,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) key_specialist
       if (piece.left <= kPiece) range = range_of(++asked);
       return piece;
     };
-    constexpr int kFew = 8;
+    constexpr int kFew = 8, kRow = sizeof(shared.routed[0][0][0]);
     unsigned pieces = 0;
     const auto fetch = [&](const Piece& piece) {
       const float* const from = shared.head.routed[tensor] + column0 + 4 * (lane % 8);
@@ -241,7 +241,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) key_specialist
       for (int e = 0; e < kPiece; e += 4) {
         const int row = __shfl_sync(kAllLanes, piece.mine.row, e + lane / 8);
         if (inside && e + lane / 8 < piece.left)
-          asm volatile("{ .reg .u64 from; mad.wide.u32 from, %1, %2, %3; cp.async.cg.shared.global [%0], [from], 16; }" ::"r"(to + e * kPieceRow), "r"(row),
+          asm volatile("{ .reg .u64 from; mad.wide.u32 from, %1, %2, %3; cp.async.cg.shared.global [%0], [from], 16; }" ::"r"(to + e * kRow), "r"(row),
                        "r"(x.D * int(sizeof(float))), "l"(from)
                        : "memory");
       }
@@ -280,7 +280,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) key_specialist
           int marks[kFew];
           float values[kFew];
 #pragma unroll
-          for (int j = 0; j < kFew; ++j) marks[j] = __shfl_sync(kAllLanes, mark, e + j), values[j] = load_shared_float(from + (e + j) * kPieceRow);
+          for (int j = 0; j < kFew; ++j) marks[j] = __shfl_sync(kAllLanes, mark, e + j), values[j] = load_shared_float(from + (e + j) * kRow);
 #pragma unroll
           for (int j = 0; j < kFew; ++j) {
             sum = marks[j] & 1 ? values[j] : sum + values[j];

@@ -6,16 +6,20 @@
 namespace mita {
 namespace {
 
-constexpr int kWarps = 4, kOf = 2, kExperts = 32 * kOf;  // experts at once of a lane, and of a warp
+constexpr int kStartThreads = 256, kWarps = 4, kOf = 2, kExperts = 32 * kOf;  // experts at once of a lane, and of a warp
 
 // key_starts[list] = the first slot of an expert's ascending indices that lies in the keys of a list or behind them.
-__global__ void __launch_bounds__(128) key_starts_kernel(const KeyListParams p) {
+__global__ void __launch_bounds__(kStartThreads) key_starts_kernel(const KeyListParams p) {
   const Problem& x = p.problem;
-  const int bh = blockIdx.x / x.M, m = blockIdx.x % x.M, length = span(x.keys, bh / x.H).length, lists = ceil_div(x.keys.max_length, p.keys);
-  const std::int32_t* indices = p.indices + std::int64_t(blockIdx.x) * x.K;
+  // A block has as many experts as it has threads for their slots, or one.
+  const int experts = max(1, blockDim.x / (x.K + 1)), own = experts > 1 ? threadIdx.x / (x.K + 1) : 0, slot0 = threadIdx.x - own * (x.K + 1);
+  const std::int64_t row = std::int64_t(blockIdx.x) * experts + own;
+  if (own >= experts || row >= std::int64_t(x.B) * x.H * x.M) return;
+  const int bh = static_cast<int>(row / x.M), m = static_cast<int>(row % x.M), length = span(x.keys, bh / x.H).length, lists = ceil_div(x.keys.max_length, p.keys);
+  const std::int32_t* indices = p.indices + row * x.K;
   std::int32_t* starts = p.key_starts + std::int64_t(bh) * (lists + 1) * x.M + m;
   const auto present = [&](int slot) { return static_cast<unsigned>(indices[slot]) < static_cast<unsigned>(length); };
-  for (int slot = threadIdx.x; slot <= x.K; slot += blockDim.x) {
+  for (int slot = slot0; slot <= x.K; slot += blockDim.x) {
     if (slot > 0 && !present(slot - 1)) continue;
     const int first = slot > 0 ? indices[slot - 1] / p.keys + 1 : 0, last = slot < x.K && present(slot) ? indices[slot] / p.keys : lists;
     for (int list = first; list <= last; ++list) starts[std::int64_t(list) * x.M] = slot;
@@ -106,25 +110,20 @@ __global__ void __launch_bounds__(32 * kWarps) key_lists_kernel(const KeyListPar
   for (int key = lane; key < p.keys; key += 32) cursors[key] = 0;
   __syncwarp();
   const int before = each([&](int key, int) { place(key); });
-  // Where the sums of every key begin; a lane has neighbouring keys.
-  const int own_keys = p.keys / 32;
-  int count = 0;
-  for (int i = 0; i < own_keys; ++i) count += cursors[own_keys * lane + i];
-  const int total = sum(count);
-  int at = before + sum_before(count);
-  for (int i = 0; i < own_keys; ++i) {
-    const int its = cursors[own_keys * lane + i];
-    cursors[own_keys * lane + i] = at;
-    at += its;
+  int end = before;  // where the sums of every key begin, and where all end
+  for (int key = lane; key < p.keys; key += 32) {
+    const int count = cursors[key];
+    cursors[key] = end + sum_before(count);
+    end += sum(count);
   }
   __syncwarp();
   const int most = max_tiles(x, p.groups.segment_rows) * x.K, blocks = ceil_div(x.keys.max_length, kKeyBlock);
   for (int i = lane; i < p.keys / kKeyBlock; i += 32)
     if (const int block = list * (p.keys / kKeyBlock) + i; block < blocks) {
-      const int end = i + 1 < p.keys / kKeyBlock ? cursors[(i + 1) * kKeyBlock] : before + total;
-      p.ranges[std::int64_t(bh) * blocks + block] = {cursors[i * kKeyBlock], min(end, most)};
+      const int last = i + 1 < p.keys / kKeyBlock ? cursors[(i + 1) * kKeyBlock] : end;
+      p.ranges[std::int64_t(bh) * blocks + block] = {cursors[i * kKeyBlock], min(last, most)};
     }
-  if (total == 0) return;
+  if (end == before) return;
   __syncwarp();
   KeyEntry* const entries = p.entries + std::int64_t(bh) * most;
   each([&](int key, int row) {
@@ -138,7 +137,8 @@ __global__ void __launch_bounds__(32 * kWarps) key_lists_kernel(const KeyListPar
 cudaError_t launch_key_lists(const KeyListParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
   const std::int64_t heads = std::int64_t(x.B) * x.H, items = heads * ceil_div(x.keys.max_length, p.keys);
-  key_starts_kernel<<<static_cast<unsigned>(heads * x.M), 128, 0, stream>>>(p);
+  const int experts = std::max(1, kStartThreads / (x.K + 1));
+  key_starts_kernel<<<static_cast<unsigned>((heads * x.M + experts - 1) / experts), kStartThreads, 0, stream>>>(p);
   if (cudaError_t status = cudaGetLastError()) return status;
   key_lists_kernel<<<static_cast<unsigned>((items + kWarps - 1) / kWarps), 32 * kWarps, kWarps * p.keys * sizeof(std::int32_t), stream>>>(p);
   return cudaGetLastError();

@@ -213,7 +213,7 @@ Tensor route_stage(const Context& context, const Problem& x, const Tensor& query
 // Groups and the memory that they point to.
 struct Grouped {
   Groups groups{};
-  Tensor memory;
+  Tensor memory, of_keys;
 };
 
 Grouped group_stage(const Context& context, const Problem& x, const Tensor& experts, int tile_rows) {
@@ -239,6 +239,19 @@ Grouped group_stage(const Context& context, const Problem& x, const Tensor& expe
   context.run("mita_ext::group", launch_group, p);
   result.groups.entries = p.entries, result.groups.tiles = p.tiles, result.groups.segments = p.segments, result.groups.segment_starts = p.segment_starts;
   return result;
+}
+
+int segments(const Problem& x, const Groups& groups) { return max_tiles(x, groups.segment_rows); }
+
+// The same for the keys of experts, which the backward wants.
+void key_list_stage(const Context& context, const Problem& x, const Tensor& indices, Grouped& grouped) {
+  const int L = x.keys.max_length, keys = list_keys(L, x.M, x.K);
+  const int64_t entries = heads(x) * segments(x, grouped.groups) * x.K * 2, ranges = heads(x) * ceil_div(L, kKeyBlock) * 2;
+  grouped.of_keys = ints(indices, {entries + ranges + heads(x) * x.M * (ceil_div(L, keys) + 1)});
+  int* const memory = grouped.of_keys.data_ptr<int>();
+  const KeyListParams p{x, indices.const_data_ptr<int>(), grouped.groups, keys, memory + entries + ranges, reinterpret_cast<KeyRange*>(memory + entries), reinterpret_cast<KeyEntry*>(memory)};
+  context.run("mita_ext::key_lists", launch_key_lists, p);
+  grouped.groups.key_ranges = p.ranges, grouped.groups.key_entries = p.entries;
 }
 
 Units units(bool shared, const Tensor& landmarks, const Tensor& compressed, const Tensor& key, const Tensor& value, const Tensor& indices) {
@@ -304,6 +317,9 @@ struct Softmax {
   Tensor query, dout, lse;
   OptionalTensor dlse;
   Tensor delta, normalizer;
+  Softmax() = default;
+  Softmax(const Problem& x, const Tensor& query, const Tensor& dout, const Tensor& lse, const OptionalTensor& dlse, const Tensor& delta)
+      : query(query), dout(dout), lse(lse), dlse(dlse), delta(delta), normalizer(x.dtype == Dtype::fp32 ? at::empty_like(delta) : Tensor()) {}
   template <class Params> void describe(Params& p) const {
     p.lse = lse.const_data_ptr<float>(), p.delta = delta.data_ptr<float>(), p.normalizer = normalizer.defined() ? normalizer.data_ptr<float>() : nullptr;
   }
@@ -311,8 +327,7 @@ struct Softmax {
 
 Softmax softmax_stage(const Context& context, const Problem& x, const Sequences& sequences, const Tensor& query, const Tensor& dout, const Tensor& out, const Tensor& lse,
                       const OptionalTensor& dlse) {
-  const Tensor delta = delta_stage(context, x, sequences, dout, out, dlse);
-  return {query, dout, lse, dlse, delta, x.dtype == Dtype::fp32 ? at::empty_like(delta) : Tensor()};
+  return {x, query, dout, lse, dlse, delta_stage(context, x, sequences, dout, out, dlse)};
 }
 
 // Partial sums of units' gradients: [heads, parts, units, D] twice.
@@ -320,14 +335,16 @@ struct UnitSums {
   Tensor dk, dv;
   UnitSums(const Tensor& like, IntArrayRef sizes) : dk(floats(like, sizes)), dv(at::empty_like(dk)) {}
 };
-// Their totals: of keys in fp32 or rounded, of values rounded.
-void reduce_stage(const Context& context, const Problem& x, const UnitSums& sums, const OptionalTensor& total_dk, const OptionalTensor& dk, const Tensor& dv) {
-  context.run("mita_ext::reduce", launch_reduce,
-              {x.dtype, int(sums.dk.size(0)), int(sums.dk.size(1)), int(sums.dk.size(2)), x.D,
-               {sums.dk.const_data_ptr<float>(), total_dk ? total_dk->data_ptr<float>() : nullptr, dk ? dk->data_ptr() : nullptr}, {sums.dv.const_data_ptr<float>(), nullptr, dv.data_ptr()}});
+// Their totals, of values rounded; of keys rounded too, or in fp32 where `landmarks` goes on: the softmax of which the values are the outputs.
+void reduce_stage(const Context& context, const Problem& x, const UnitSums& sums, const Tensor& dk, const Tensor& dv, const Tensor& values, const Softmax* landmarks) {
+  ReduceParams p{x.dtype, int(sums.dk.size(0)), int(sums.dk.size(1)), int(sums.dk.size(2)), x.D, {}, {}, x.H, rows(values), nullptr};
+  p.dk.partial = sums.dk.const_data_ptr<float>(), p.dv.partial = sums.dv.const_data_ptr<float>();
+  if (landmarks) p.dk.total = dk.data_ptr<float>(), p.delta = landmarks->delta.data_ptr<float>();
+  else p.dk.rounded = dk.data_ptr();
+  p.dv.rounded = dv.data_ptr();
+  context.run("mita_ext::reduce", launch_reduce, p);
 }
 int shared_parts(const Problem& x) { return parts(heads(x) * ceil_div(x.M, 64), x.queries.max_length); }
-int segments(const Problem& x, const Groups& groups) { return max_tiles(x, groups.segment_rows); }
 
 UnitGradientParams unit_gradient_params(const Problem& x, UnitRole role, const Softmax* rows_of, const Tensor& unit_k, const Tensor& unit_v, const UnitSums* sums, float scale) {
   UnitGradientParams p{};
@@ -411,20 +428,11 @@ int key_parts(const Problem& x) {
 // dkey and dvalue: through the compressed values where `landmarks` says how, plus what routed queries gave to the keys of their experts, if any.
 // With `own`, which few landmarks may have, the landmarks' own gradient in the same pass; then the other two need not be wanted.
 void key_gradient_stage(const Context& context, const Problem& x, const Softmax* landmarks, const OwnGradient* own, const UnitSums* routed, const Groups& groups, const Tensor& key,
-                        const Tensor& value, const Tensor* indices, float scale, const Tensor& dkey, const Tensor& dvalue) {
+                        const Tensor& value, float scale, const Tensor& dkey, const Tensor& dvalue) {
   UnitGradientParams p = unit_gradient_params(x, UnitRole::compress, landmarks, key, value, routed, scale);
   if (dkey.dim() > 1) p.dk = rows(dkey), p.dv = rows(dvalue);
   if (landmarks) p.landmark_rows = x.M;
-  Tensor lists;
-  if (routed) {
-    const int L = x.keys.max_length, keys = list_keys(L, x.M, x.K);
-    const int64_t of_entries = heads(x) * segments(x, groups) * x.K * 2, of_ranges = heads(x) * ceil_div(L, kKeyBlock) * 2;
-    lists = ints(key, {of_entries + of_ranges + heads(x) * x.M * (ceil_div(L, keys) + 1)});
-    int* const memory = lists.data_ptr<int>();
-    const KeyListParams list{x, indices->const_data_ptr<int>(), groups, keys, memory + of_entries + of_ranges, reinterpret_cast<KeyRange*>(memory + of_entries), reinterpret_cast<KeyEntry*>(memory)};
-    context.run("mita_ext::key_lists", launch_key_lists, list);
-    p.groups = groups, p.ranges = list.ranges, p.entries = list.entries;
-  }
+  if (routed) p.groups = groups;
   if (!own) return context.run("mita_ext::key_gradient", launch_unit_gradient, p);
   p.splits = key_parts(x);
   Tensor memory;
@@ -509,12 +517,16 @@ struct Heads {
     return x;
   }
   Softmax operator()(const Softmax& s) const {
-    return {tokens(s.query), tokens(s.dout), (*this)(s.lse), (*this)(s.dlse), (*this)(s.delta), s.normalizer.defined() ? (*this)(s.normalizer) : Tensor()};
+    Softmax its = s;
+    its.query = tokens(s.query), its.dout = tokens(s.dout), its.lse = (*this)(s.lse), its.dlse = (*this)(s.dlse), its.delta = (*this)(s.delta);
+    if (s.normalizer.defined()) its.normalizer = (*this)(s.normalizer);
+    return its;
   }
   OwnGradient operator()(const OwnGradient& own) const { return {(*this)(own.base), (*this)(own.dlandmarks)}; }
   Groups operator()(Groups g, const Problem& x) const {  // x: of all heads
     const int64_t first = b * of + h;
     if (g.entries) g.entries += first * x.queries.max_length * x.s, g.segments += first * segments(x, g), g.segment_starts += first * (x.M + 1);
+    if (g.key_ranges) g.key_ranges += first * ceil_div(x.keys.max_length, kKeyBlock), g.key_entries += first * segments(x, g) * x.K;
     g.tiles = nullptr;  // not needed any more
     return g;
   }
@@ -596,7 +608,7 @@ std::tuple<Tensor, Tensor, Tensor> landmark_topk_backward(const Tensor& dcompres
   const Softmax softmax = softmax_stage(context, x, Sequences{x.M}, z, dc, c, lse, dlse);
   const Tensor dlandmarks = at::empty(landmarks.sizes(), landmarks.options()), dkey = per_token(x.keys, key), dvalue = per_token(x.keys, value);
   landmark_gradient_stage(context, x, softmax, {{}, dlandmarks}, k, v, static_cast<float>(scale));
-  key_gradient_stage(context, x, &softmax, nullptr, nullptr, {}, k, v, nullptr, static_cast<float>(scale), dkey, dvalue);
+  key_gradient_stage(context, x, &softmax, nullptr, nullptr, {}, k, v, static_cast<float>(scale), dkey, dvalue);
   return {dlandmarks, dkey, dvalue};
 }
 
@@ -615,10 +627,8 @@ std::tuple<Tensor, Tensor> expert_attention(const Tensor& query, const Tensor& k
 }
 
 // In several stages. What queries give to the keys of their experts, in one pass with the rest or in one of its own, is held for some heads at a time.
-void attention_gradient_stages(const Context& context, const Problem& x, const Saved& saved, const Windows* pooling, const Wanted& wanted, bool shared_expert, bool one_pass, float scale,
+void attention_gradient_stages(const Context& context, const Problem& x, const Saved& saved, const Groups& groups, const Windows* pooling, const Wanted& wanted, bool shared_expert, bool one_pass, float scale,
                                float landmark_scale, const AttentionGradient& result) {
-  const Grouped grouped = group_stage(context, x, saved.experts, row_gradient_tile_rows(entries_per_expert(x)));
-  const Groups& groups = grouped.groups;
   const Units all = units(shared_expert, saved.landmarks, saved.compressed, saved.key, saved.value, saved.indices);
   Softmax softmax;
   std::optional<UnitSums> shared, routed;
@@ -633,11 +643,14 @@ void attention_gradient_stages(const Context& context, const Problem& x, const S
   std::optional<Softmax> landmark_softmax;  // its lse is no output
   std::optional<OwnGradient> own;           // in one pass with the keys
   if (shared) {
-    const OptionalTensor as_keys = saved.landmark_lse ? OptionalTensor(floats(saved.landmarks, saved.landmarks.sizes())) : OptionalTensor();
-    reduce_stage(context, x, *shared, as_keys, as_keys ? OptionalTensor() : OptionalTensor(result.dlandmarks), result.dcompressed);
-    shared.reset();  // memory for what follows
+    Tensor as_keys = result.dlandmarks;
     if (saved.landmark_lse) {
-      landmark_softmax = softmax_stage(context, x, Sequences{x.M}, saved.landmarks, result.dcompressed, saved.compressed, *saved.landmark_lse, {});
+      as_keys = floats(saved.landmarks, saved.landmarks.sizes());
+      landmark_softmax = Softmax(x, saved.landmarks, result.dcompressed, *saved.landmark_lse, {}, floats(saved.landmarks, {x.B, x.H, x.M}));
+    }
+    reduce_stage(context, x, *shared, as_keys, result.dcompressed, saved.compressed, landmark_softmax ? &*landmark_softmax : nullptr);
+    shared.reset();  // memory for what follows
+    if (landmark_softmax) {
       own = {as_keys, result.dlandmarks};
       if (!fits_key_specialists(x)) {
         landmark_gradient_stage(context, x, *landmark_softmax, *own, saved.key, saved.value, scale);
@@ -647,7 +660,7 @@ void attention_gradient_stages(const Context& context, const Problem& x, const S
   }
   const auto key_gradient = [&](const Problem& x, const Saved& saved, const std::optional<Softmax>& landmarks, const std::optional<OwnGradient>& own, const Groups& groups,
                                 const AttentionGradient& result) {
-    key_gradient_stage(context, x, landmarks ? &*landmarks : nullptr, own ? &*own : nullptr, routed ? &*routed : nullptr, groups, saved.key, saved.value, &saved.indices, scale,
+    key_gradient_stage(context, x, landmarks ? &*landmarks : nullptr, own ? &*own : nullptr, routed ? &*routed : nullptr, groups, saved.key, saved.value, scale,
                        result.dkey, result.dvalue);
   };
   if (wanted.keys ? routed || x.s == 0 : own.has_value()) key_gradient(x, saved, landmark_softmax, own, groups, result);
@@ -675,12 +688,14 @@ AttentionGradient attention_gradient(const Problem& x, const Saved& saved, const
     return result;
   }
   const bool one_pass = of_units && fits_specialist_gradient(x, shared_expert, scale, landmark_scale);
-  const auto stages = [&](const Problem& x, const Saved& saved, const AttentionGradient& result) {
-    attention_gradient_stages(context, x, saved, pooling, wanted, shared_expert, one_pass, scale, landmark_scale, result);
+  Grouped grouped = group_stage(context, x, saved.experts, row_gradient_tile_rows(entries_per_expert(x)));
+  if (wanted.keys && x.s > 0) key_list_stage(context, x, saved.indices, grouped);
+  const auto stages = [&](const Problem& x, const Saved& saved, const Groups& groups, const AttentionGradient& result) {
+    attention_gradient_stages(context, x, saved, groups, pooling, wanted, shared_expert, one_pass, scale, landmark_scale, result);
   };
   if (one_pass && wanted.keys)
-    for (const Heads& its : heads_at_a_time(x)) stages(its(x), its(saved), its(result));
-  else stages(x, saved, result);
+    for (const Heads& its : heads_at_a_time(x)) stages(its(x), its(saved), its(grouped.groups, x), its(result));
+  else stages(x, saved, grouped.groups, result);
   return result;
 }
 

@@ -78,6 +78,16 @@ struct alignas(16) Work {
   std::int32_t expert, first, entries, unused;
 };
 
+// Keys, and what queries leave for them as keys of their experts, come in blocks. The entries [first, last) of a head belong to a block; an entry is a
+// row of the head's routed sums (UnitGradientParams), and which key of the block it belongs to.
+constexpr int kKeyBlock = 64;
+struct alignas(8) KeyRange {
+  std::int32_t first, last;
+};
+struct alignas(8) KeyEntry {
+  std::int32_t row, key;
+};
+
 // Queries grouped by expert. An entry is query * s + slot; entries of one expert keep their order. Lists of work have room for
 // max_tiles(rows) of a head, and name expert after expert.
 struct Groups {
@@ -87,6 +97,8 @@ struct Groups {
   const std::int32_t* segment_starts;  // [BH, M+1], prefix sums of each expert's segments
   int tile_rows;               // queries of one forward or query-gradient block
   int segment_rows;            // queries that one block sums into a key gradient
+  const KeyRange* key_ranges;  // [BH, ceil(L / kKeyBlock)], null where there are no routed sums
+  const KeyEntry* key_entries; // [BH, max_tiles(segment_rows) * K], sorted by key
 };
 
 struct GroupParams {
@@ -162,26 +174,16 @@ struct DeltaParams {
 //   routed:   units = the K gathered keys of an expert, rows = one segment of its queries
 //   compress: units = all keys and values, rows = the landmarks of the query heads that share them
 enum class UnitRole { shared, routed, compress };
-constexpr int kKeyBlock = 64;
-
-// A row of the routed sums of a head, and the key of a block that it belongs to.
-struct alignas(8) KeyEntry {
-  std::int32_t row, key;
-};
-// The entries [first, last) of a head belong to a key block.
-struct alignas(8) KeyRange {
-  std::int32_t first, last;
-};
 
 // The routed sums sorted by key.
 struct KeyListParams {
   Problem problem;
   const std::int32_t* indices; // [B, H, M, K], ascending (as unsigned)
-  Groups groups;
+  Groups groups;               // without them
   int keys;                    // list_keys(L, M, K): what one warp lists
   std::int32_t* key_starts;    // [BH, ceil(L / keys) + 1, M], scratch
-  KeyRange* ranges;            // [BH, ceil(L / kKeyBlock)]
-  KeyEntry* entries;           // [BH, max_tiles(segment_rows) * K]
+  KeyRange* ranges;            // the writable side of Groups
+  KeyEntry* entries;
 };
 
 struct UnitGradientParams {
@@ -197,8 +199,6 @@ struct UnitGradientParams {
   int landmark_rows;           // compress: M, or 0 to only collect the routed gradients
   const std::int32_t* indices; // routed: [B, H, M, K]
   Groups groups;               // routed, compress
-  const KeyRange* ranges;      // compress: as in KeyListParams, or null where there are no routed sums
-  const KeyEntry* entries;
   float* partial_dk;           // shared: [BH, splits, M, D]; routed (written) and compress (read): [BH, max_tiles(segment_rows), K, D]
   float* partial_dv;           // likewise
   Rows dk, dv;                 // compress: [B, Hkv, L, D] twice
@@ -250,7 +250,7 @@ struct AttentionGradientParams {
   Rows dq;                     // [B, H, N, D]
 };
 
-// Sums of partial gradients of keys and values in a fixed order, in fp32 or rounded.
+// Sums of partial gradients of keys and values in a fixed order, in fp32 or rounded; and delta[row] = sum_d dv * values, as rounded, as DeltaParams has it.
 struct ReduceParams {
   Dtype dtype;
   int BH, parts, rows, D;
@@ -259,6 +259,9 @@ struct ReduceParams {
     float* total;              // [BH, rows, D], or null
     void* rounded;             // [BH, rows, D] in dtype, or null
   } dk, dv;
+  int H;
+  Rows values;                 // [B, H, rows, D]
+  float* delta;                // [BH, rows], or null
 };
 
 }  // namespace mita

@@ -1,6 +1,6 @@
 // The small passes of the backward: row sums and sums of partial gradients, each in a fixed order.
 //   delta:  eight lanes own one row; sum of dout * out, minus the gradient of the lse
-//   reduce: one thread owns one element of a total and adds the parts in their order
+//   reduce: one warp owns one row of a total and adds the parts in their order
 #include "device.cuh"
 #include "launch.h"
 
@@ -30,18 +30,40 @@ template <class T> __global__ void __launch_bounds__(kThreads) delta_kernel(cons
   if (row < total && lane == 0) p.delta[row] = present ? sum - (p.dlse ? p.dlse[row] : 0.0f) : 0.0f;
 }
 
-template <class T> __global__ void __launch_bounds__(kThreads) reduce_kernel(const ReduceParams p) {
-  const std::int64_t i = std::int64_t(blockIdx.x) * kThreads + threadIdx.x, size = std::int64_t(p.rows) * p.D;
-  if (i >= p.BH * size) return;
+template <class T> __global__ void __launch_bounds__(kThreads, 4) reduce_kernel(const ReduceParams p) {
+  const std::int64_t row = std::int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  if (row >= std::int64_t(p.BH) * p.rows) return;
+  const int bh = static_cast<int>(row / p.rows), m = static_cast<int>(row % p.rows), lane = threadIdx.x % 32;
   const bool keys = blockIdx.y == 0;
+  const float* const partial = (keys ? p.dk.partial : p.dv.partial) + (std::int64_t(bh) * p.parts * p.rows + m) * p.D;
   float* const total = keys ? p.dk.total : p.dv.total;
   T* const rounded = static_cast<T*>(keys ? p.dk.rounded : p.dv.rounded);
-  const float* const partial = (keys ? p.dk.partial : p.dv.partial) + i / size * p.parts * size + i % size;
-  float sum = 0.0f;
-#pragma unroll 4
-  for (int part = 0; part < p.parts; ++part) sum += partial[part * size];
-  if (total) total[i] = sum;
-  if (rounded) rounded[i] = from_float<T>(sum);
+  const bool delta = !keys && p.delta;
+  constexpr int kFew = 16;
+  const std::int64_t stride = std::int64_t(p.rows) * p.D;
+  const T* const values = delta ? head_rows<T>(p.values, bh / p.H, bh % p.H, m) : nullptr;
+  float dot = 0.0f;
+#pragma unroll 1
+  for (int d = 2 * lane; d < p.D; d += 64) {
+    float2 sum = {0.0f, 0.0f};
+    for (int first = 0; first < p.parts; first += kFew) {  // all of a few are on their way before the first one is added
+      float2 part[kFew];
+#pragma unroll
+      for (int i = 0; i < kFew; ++i)
+        if (first + i < p.parts) part[i] = *reinterpret_cast<const float2*>(partial + (first + i) * stride + d);
+#pragma unroll
+      for (int i = 0; i < kFew; ++i)
+        if (first + i < p.parts) sum.x += part[i].x, sum.y += part[i].y;
+    }
+    if (total) *reinterpret_cast<float2*>(total + row * p.D + d) = sum;
+    const T lo = from_float<T>(sum.x), hi = from_float<T>(sum.y);
+    if (rounded) rounded[row * p.D + d] = lo, rounded[row * p.D + d + 1] = hi;
+    if (delta) dot += to_float(lo) * to_float(values[d]) + to_float(hi) * to_float(values[d + 1]);
+  }
+  if (!delta) return;
+#pragma unroll
+  for (int i = 1; i < 32; i *= 2) dot += __shfl_xor_sync(kAllLanes, dot, i);
+  if (lane == 0) p.delta[row] = dot;
 }
 
 }  // namespace
@@ -56,8 +78,9 @@ cudaError_t launch_delta(const DeltaParams& p, cudaStream_t stream) {
 
 cudaError_t launch_reduce(const ReduceParams& p, cudaStream_t stream) {
   return dispatch_dtype(p.dtype, [&](auto element) {
-    const std::int64_t elements = std::int64_t(p.BH) * p.rows * p.D;
-    reduce_kernel<decltype(element)><<<dim3(static_cast<unsigned>((elements + kThreads - 1) / kThreads), 2), kThreads, 0, stream>>>(p);
+    constexpr int kWarps = kThreads / 32;
+    const std::int64_t rows = std::int64_t(p.BH) * p.rows;
+    reduce_kernel<decltype(element)><<<dim3(static_cast<unsigned>((rows + kWarps - 1) / kWarps), 2), kThreads, 0, stream>>>(p);
     return cudaGetLastError();
   });
 }

@@ -54,11 +54,11 @@ template <class C> struct RoutedSums {
   __device__ void add(const UnitGradientParams& p, int bh, int key0) {
     const Problem& x = p.problem;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, unit0 = key0 % kKeyBlock;
-    const KeyRange range = p.ranges[std::int64_t(bh) * ceil_div(x.keys.max_length, kKeyBlock) + key0 / kKeyBlock];
+    const KeyRange range = p.groups.key_ranges[std::int64_t(bh) * ceil_div(x.keys.max_length, kKeyBlock) + key0 / kKeyBlock];
     const std::int64_t row0 = std::int64_t(bh) * max_tiles(x, p.groups.segment_rows) * x.K;
     __syncthreads();
     for (int i = range.first + lane; i - lane < range.last; i += 32) {
-      const KeyEntry mine = i < range.last ? p.entries[row0 + i] : KeyEntry{0, -1};
+      const KeyEntry mine = i < range.last ? p.groups.key_entries[row0 + i] : KeyEntry{0, -1};
       unsigned left = __ballot_sync(kAllLanes, mine.key >= 0 && (mine.key - unit0) >> 4 == warp / C::kSharers);
       while (left) left = add_few(p, row0, {mine.row, mine.key - unit0}, left, lane);
     }
@@ -225,7 +225,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
     if (row_of_warp<C>(warp) + g + 8 * i >= present)  // keys beyond a short sequence
 #pragma unroll
       for (int d = 0; d < C::kColumns / 8; ++d) dk[d][2 * i] = dk[d][2 * i + 1] = dv[d][2 * i] = dv[d][2 * i + 1] = 0.0f;
-  if (p.ranges != nullptr) {
+  if (p.groups.key_ranges != nullptr) {
     RoutedSums<C>& sums = *reinterpret_cast<RoutedSums<C>*>(memory);  // all tiles are free by now
     __syncthreads();
     sums.each_pair([&](int d, int i, float2& k, float2& v) { k = make_float2(dk[d][i], dk[d][i + 1]), v = make_float2(dv[d][i], dv[d][i + 1]); });
@@ -251,7 +251,7 @@ cudaError_t launch_unit_gradient(const UnitGradientParams& p, cudaStream_t strea
     using L = Layout<C>;
     const int parts = compress ? 1 : p.role == UnitRole::routed ? max_tiles(x, p.groups.segment_rows) : p.splits;
     const int warps = C::kGroups ? 4 : std::min(L::kWarps, ceil_div(units, 16) * C::kSharers);
-    const bool collects = compress && p.ranges != nullptr;
+    const bool collects = compress && p.groups.key_ranges != nullptr;
     const std::size_t tiles = offsetof(typename L::Shared, v) + rows_of_block<C>(32 * warps) * C::DP * sizeof(typename C::T);
     const std::size_t bytes = collects ? std::max(tiles, sizeof(RoutedSums<C>)) : tiles;
     if (cudaError_t status = allow_shared_memory(unit_gradient_kernel<C>, bytes)) return status;

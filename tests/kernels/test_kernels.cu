@@ -401,7 +401,7 @@ struct Grouping {
   GroupParams params(const Problem& x, const std::int32_t* experts) const {
     return {x, experts, chunks, counts.data, entries.data, tiles.data, segments.data, segment_starts.data, tile_rows, kSegmentRows};
   }
-  Groups view() const { return {entries.data, tiles.data, segments.data, segment_starts.data, tile_rows, kSegmentRows}; }
+  Groups view() const { return {entries.data, tiles.data, segments.data, segment_starts.data, tile_rows, kSegmentRows, nullptr, nullptr}; }
 };
 
 struct KeyLists {
@@ -604,6 +604,8 @@ void run(const Case& c) {
 
   // what queries will leave for the keys of their experts, sorted by key
   const KeyLists lists(problem, backward_grouping.most_segments);
+  Groups with_keys = backward_grouping.view();
+  if (s) with_keys.key_ranges = lists.ranges.data, with_keys.key_entries = lists.entries.data;
   if (s) {
     RUN(launch_key_lists({problem, indices.data, backward_grouping.view(), lists.keys, lists.starts.data, lists.ranges.data, lists.entries.data}, 0));
     const auto segment_starts = backward_grouping.segment_starts.get();
@@ -733,8 +735,7 @@ void run(const Case& c) {
     RUN(launch_reduce({dtype, BH, kSplits, M, D, {shared_dk.data, sum_k.data, nullptr}, {shared_dv.data, sum_v.data, nullptr}}, 0));
     UnitGradientParams units{};
     units.problem = problem, units.role = UnitRole::compress, units.scale = scale, units.unit_k = k.rows, units.unit_v = v.rows;
-    units.ranges = lists.ranges.data, units.entries = lists.entries.data;
-    units.groups = backward_grouping.view(), units.partial_dk = routed_dk.data, units.partial_dv = routed_dv.data;
+    units.groups = with_keys, units.partial_dk = routed_dk.data, units.partial_dv = routed_dv.data;
     units.dk = dk.view(), units.dv = dv.view();
     RUN(launch_unit_gradient(units, 0));
     expect_close("one pass: dq", valid(dq.get(), queries), want_dq.x, gradient_tolerance);
@@ -764,21 +765,23 @@ void run(const Case& c) {
   const std::size_t per_landmark = std::size_t(BH) * M * D;
   Buffer<float> shared_dk(kSplits * per_landmark), shared_dv(kSplits * per_landmark), dlandmarks_shared(per_landmark);
   const Output dcompressed(dtype, B, H, M, D), dlandmarks(dtype, B, H, M, D);
+  Buffer<float> landmark_delta(std::size_t(BH) * M);
   if (c.shared) {
     UnitGradientParams p{};
     p.problem = problem, p.role = UnitRole::shared, p.scale = landmark_scale, p.splits = kSplits;
     p.unit_k = z_rows, p.unit_v = compressed.view(), p.row_q = q.rows, p.row_dout = dout.rows, p.lse = lse.data, p.delta = delta.data;
     p.normalizer = only_fp32(normalizer), p.partial_dk = shared_dk.data, p.partial_dv = shared_dv.data;
     RUN(launch_unit_gradient(p, 0));
-    RUN(launch_reduce({dtype, BH, kSplits, M, D, {shared_dk.data, dlandmarks_shared.data, nullptr}, {shared_dv.data, nullptr, dcompressed.memory.data}}, 0));
+    RUN(launch_reduce({dtype, BH, kSplits, M, D, {shared_dk.data, dlandmarks_shared.data, nullptr}, {shared_dv.data, nullptr, dcompressed.memory.data}, H, compressed.view(),
+                       landmark_delta.data}, 0));
     expect_close("gradient of the landmarks as shared keys", widen(dlandmarks_shared.get()), want.shared_k.x, gradient_tolerance);
     expect_close("gradient of the compressed values", dcompressed.get().x, want.shared_v.x, gradient_tolerance);
   }
 
   // gradients of keys and values: routed pairs, and the dense softmax of the landmarks
-  Buffer<float> landmark_delta(std::size_t(BH) * M);
   Host want_landmark_delta(B, H, M, 1), want_dz(B, H, M, D);
   if (c.shared) {
+    const auto delta_of_sums = landmark_delta.get();
     RUN(launch_delta({dtype, B, H, D, all_landmarks.view(), dcompressed.view(), compressed.view(), dlandmark_lse.data, landmark_delta.data}, 0));
     const auto dlse_of_landmarks = dlandmark_lse.get();
     const Host dvalues = dcompressed.get();
@@ -790,6 +793,9 @@ void run(const Case& c) {
       }
     });
     expect_close("delta of the landmarks", widen(landmark_delta.get()), want_landmark_delta.x, 1e-5);
+    std::vector<double> without_lse = want_landmark_delta.x;
+    for (std::size_t i = 0; i < without_lse.size(); ++i) without_lse[i] += dlse_of_landmarks[i];
+    expect_close("delta of the landmarks, with the sums", widen(delta_of_sums), without_lse, 1e-5);
     each_head([&](int b, int h, int bh, int g) {
       for (int m = 0; m < M; ++m)
         *want_landmark_delta.row(b, h, m) = attend_backward(z.row(b, h, m), landmark_units(b, g, &want.routed_k, &want.routed_v), D, dvalues.row(b, h, m),
@@ -811,9 +817,8 @@ void run(const Case& c) {
   Buffer<float> routed_dk(s ? routed_rows : 0), routed_dv(s ? routed_rows : 0);
   const Output dk(dtype, B, Hkv, L, D, &keys), dv(dtype, B, Hkv, L, D, &keys);
   UnitGradientParams units{};
-  if (s) units.ranges = lists.ranges.data, units.entries = lists.entries.data;
   units.problem = problem, units.scale = scale, units.unit_k = k.rows, units.unit_v = v.rows;
-  units.indices = s ? indices.data : nullptr, units.groups = backward_grouping.view();
+  units.indices = s ? indices.data : nullptr, units.groups = with_keys;
   units.partial_dk = routed_dk.data, units.partial_dv = routed_dv.data;
   if (s) {
     UnitGradientParams p = units;
