@@ -3,9 +3,9 @@
 //   two warps bring keys and values, 64 at a time, into a ring of stages;
 //   one warpgroup sums what queries left for these keys as keys of their experts, in the order of a list (key_lists.cu), each warp in columns of its own;
 //   two warpgroups weigh, by turns, 64 keys against all landmarks: P and dS, and with them dk and dv. Rounded, P and dS go to shared memory;
-//   one warpgroup sums over the keys: dS^T k and P^T k for the landmarks' own gradients. Their delta is that of rounded compressed values, and of a large
-//   lse; what the rows of dS sum to beyond their due is taken back in the end (finish_kernel of row_gradient.cu). For dk it stays, which is seen where
-//   keys receive nothing from experts, so that is for the two passes.
+//   one warpgroup sums over the keys: dS^T k and P^T k for the landmarks' own gradients.
+// Delta is that of rounded compressed values here. What dS of a landmark sums to beyond its due is taken back from the landmark's gradient in the end
+// (finish_kernel of row_gradient.cu), but not from dk: where keys receive nothing from experts that shows in fp16, and two passes it is.
 #include "launch.h"
 #include "specialists.cuh"
 
@@ -27,7 +27,7 @@ template <class T> struct Shared {
   TileStorage<T, kDP, 8> ones;
   struct {
     float gradient[2][kKeyBlock + 1][kPitch / sizeof(float)];  // of keys and of values; the last row takes what is no key's
-    alignas(8) std::uint32_t rows[2];           // bits: of those that are not zeros
+    std::uint32_t rows[2];                                     // bits: of those that there are
   } sums[kSums];
   alignas(16) float routed[4][2][kPiece][32];  // of routed sums, a warp's columns
   float lse[kLandmarks], delta[kLandmarks];
@@ -303,10 +303,8 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) key_specialist
         load_rows_by_warp<kKeyBlock, T, kDP>([=](int i) { return i < present ? row0 + i : -1; }, present >= kKeyBlock, x.D,
                                              Copy<T, kDP>(tile.in(window), {from.row0, 0, 0, from.pitch}, 0, 0, 0));
       };
-      {
-        const float* const numbers = (warp ? of_keys.delta : of_keys.lse) + std::int64_t(bh) * x.M;
-        for (int i = lane; i < kLandmarks; i += 32) load_number(window.of(warp ? shared.delta : shared.lse) + 4 * i, i < x.M ? numbers + i : nullptr);
-      }
+      const float* const numbers = (warp ? of_keys.delta : of_keys.lse) + std::int64_t(bh) * x.M;
+      for (int i = lane; i < kLandmarks; i += 32) load_number(window.of(warp ? shared.delta : shared.lse) + 4 * i, i < x.M ? numbers + i : nullptr);
 #pragma unroll 1
       for (int i = -1; i < count; ++i) {
         const bool of_landmarks = i < 0;
