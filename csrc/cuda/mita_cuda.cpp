@@ -13,6 +13,7 @@
 #include <limits>
 #include <map>
 #include <tuple>
+#include <utility>
 
 #include "../checks.h"
 #include "dispatch.h"
@@ -213,7 +214,7 @@ Tensor route_stage(const Context& context, const Problem& x, const Tensor& query
 // Groups and the memory that they point to.
 struct Grouped {
   Groups groups{};
-  Tensor memory, of_keys;
+  Tensor memory;
 };
 
 Grouped group_stage(const Context& context, const Problem& x, const Tensor& experts, int tile_rows) {
@@ -243,16 +244,34 @@ Grouped group_stage(const Context& context, const Problem& x, const Tensor& expe
 
 int segments(const Problem& x, const Groups& groups) { return max_tiles(x, groups.segment_rows); }
 
-// The same for the keys of experts, which the backward wants.
-void key_list_stage(const Context& context, const Problem& x, const Tensor& indices, Grouped& grouped) {
-  const int L = x.keys.max_length, keys = list_keys(L, x.M, x.K);
-  const int64_t entries = heads(x) * segments(x, grouped.groups) * x.K * 2, ranges = heads(x) * ceil_div(L, kKeyBlock) * 2;
-  grouped.of_keys = ints(indices, {entries + ranges + heads(x) * x.M * (ceil_div(L, keys) + 1)});
-  int* const memory = grouped.of_keys.data_ptr<int>();
-  const KeyListParams p{x, indices.const_data_ptr<int>(), grouped.groups, keys, memory + entries + ranges, reinterpret_cast<KeyRange*>(memory + entries), reinterpret_cast<KeyEntry*>(memory)};
-  context.run("mita_ext::key_lists", launch_key_lists, p);
-  grouped.groups.key_ranges = p.ranges, grouped.groups.key_entries = p.entries;
-}
+// The same for the keys of experts, which the backward wants: listed beside whatever the stream does between `begin` and `join`.
+class KeyLists {
+  Tensor memory;
+  KeyListParams p;
+  Branch branch;
+  bool begun = false, joined = false;
+
+ public:
+  KeyLists(const Context& context, const Problem& x, const Tensor& indices, Groups& groups) : memory(allocate(x, indices, groups, p)), branch(context) {
+    groups.key_ranges = p.ranges, groups.key_entries = p.entries;
+  }
+  void begin() {
+    if (!std::exchange(begun, true)) branch.context.run("mita_ext::key_lists", launch_key_lists, p);
+  }
+  void join() {
+    if (!std::exchange(joined, true)) branch.join();
+  }
+
+ private:
+  static Tensor allocate(const Problem& x, const Tensor& indices, const Groups& groups, KeyListParams& p) {
+    const int L = x.keys.max_length, keys = list_keys(L, x.M, x.K);
+    const int64_t entries = heads(x) * segments(x, groups) * x.K * 2, ranges = heads(x) * ceil_div(L, kKeyBlock) * 2;
+    const Tensor memory = ints(indices, {entries + ranges + heads(x) * x.M * (ceil_div(L, keys) + 1)});
+    int* const first = memory.data_ptr<int>();
+    p = {x, indices.const_data_ptr<int>(), groups, keys, first + entries + ranges, reinterpret_cast<KeyRange*>(first + entries), reinterpret_cast<KeyEntry*>(first)};
+    return memory;
+  }
+};
 
 Units units(bool shared, const Tensor& landmarks, const Tensor& compressed, const Tensor& key, const Tensor& value, const Tensor& indices) {
   return {shared, rows(landmarks), rows(compressed), rows(key), rows(value), indices.const_data_ptr<int>()};
@@ -627,7 +646,7 @@ std::tuple<Tensor, Tensor> expert_attention(const Tensor& query, const Tensor& k
 }
 
 // In several stages. What queries give to the keys of their experts, in one pass with the rest or in one of its own, is held for some heads at a time.
-void attention_gradient_stages(const Context& context, const Problem& x, const Saved& saved, const Groups& groups, const Windows* pooling, const Wanted& wanted, bool shared_expert, bool one_pass, float scale,
+void attention_gradient_stages(const Context& context, const Problem& x, const Saved& saved, const Groups& groups, KeyLists* lists, const Wanted& wanted, bool shared_expert, bool one_pass, float scale,
                                float landmark_scale, const AttentionGradient& result) {
   const Units all = units(shared_expert, saved.landmarks, saved.compressed, saved.key, saved.value, saved.indices);
   Softmax softmax;
@@ -639,6 +658,7 @@ void attention_gradient_stages(const Context& context, const Problem& x, const S
     query_gradient_stage(context, x, softmax, all, groups, scale, landmark_scale, result.dquery);
     if (shared_expert && (wanted.keys || wanted.landmarks)) shared = shared_gradient_stage(context, x, softmax, saved.landmarks, saved.compressed, landmark_scale);
   }
+  if (lists) lists->begin();  // at the end of those, where multiprocessors fall idle
 
   std::optional<Softmax> landmark_softmax;  // its lse is no output
   std::optional<OwnGradient> own;           // in one pass with the keys
@@ -658,6 +678,7 @@ void attention_gradient_stages(const Context& context, const Problem& x, const S
       }
     }
   }
+  if (lists) lists->join();
   const auto key_gradient = [&](const Problem& x, const Saved& saved, const std::optional<Softmax>& landmarks, const std::optional<OwnGradient>& own, const Groups& groups,
                                 const AttentionGradient& result) {
     key_gradient_stage(context, x, landmarks ? &*landmarks : nullptr, own ? &*own : nullptr, routed ? &*routed : nullptr, groups, saved.key, saved.value, scale,
@@ -670,7 +691,6 @@ void attention_gradient_stages(const Context& context, const Problem& x, const S
       key_gradient(its(x), its(saved), landmark_softmax ? std::optional(its(*landmark_softmax)) : std::nullopt, own ? std::optional(its(*own)) : std::nullopt, its(groups, x), its(result));
       routed.reset();
     }
-  if (pooling && shared_expert && wanted.landmarks) context.run("mita_ext::pool_backward", launch_pool_backward, {x, *pooling, rows(result.dlandmarks), true, rows(result.dquery)});
 }
 
 // The backward of both attention ops. With `pooling` the landmarks' gradient goes on to the queries.
@@ -689,13 +709,15 @@ AttentionGradient attention_gradient(const Problem& x, const Saved& saved, const
   }
   const bool one_pass = of_units && fits_specialist_gradient(x, shared_expert, scale, landmark_scale);
   Grouped grouped = group_stage(context, x, saved.experts, row_gradient_tile_rows(entries_per_expert(x)));
-  if (wanted.keys && x.s > 0) key_list_stage(context, x, saved.indices, grouped);
+  std::optional<KeyLists> lists;
+  if (wanted.keys && x.s > 0) lists.emplace(context, x, saved.indices, grouped.groups);
   const auto stages = [&](const Problem& x, const Saved& saved, const Groups& groups, const AttentionGradient& result) {
-    attention_gradient_stages(context, x, saved, groups, pooling, wanted, shared_expert, one_pass, scale, landmark_scale, result);
+    attention_gradient_stages(context, x, saved, groups, lists ? &*lists : nullptr, wanted, shared_expert, one_pass, scale, landmark_scale, result);
   };
   if (one_pass && wanted.keys)
     for (const Heads& its : heads_at_a_time(x)) stages(its(x), its(saved), its(grouped.groups, x), its(result));
   else stages(x, saved, grouped.groups, result);
+  if (pooling && of_units && wanted.landmarks) context.run("mita_ext::pool_backward", launch_pool_backward, {x, *pooling, rows(result.dlandmarks), true, rows(result.dquery)});
   return result;
 }
 
@@ -734,11 +756,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(con
   }
   const Tensor pooled = landmarks ? none() : pool_stage(context, x, w, q);
   const Tensor z = landmarks ? aligned(*landmarks) : pooled;
-  Branch branch(context);  // beside the work of the landmarks
-  const Tensor experts = route_stage(branch.context, x, q, z);
-  const Grouped grouped = attention_groups(branch.context, x, experts);
+  std::optional<Branch> branch;  // beside the work of the landmarks
+  if (x.s > 0) branch.emplace(context);
+  const Context& beside = branch ? branch->context : context;
+  const Tensor experts = route_stage(beside, x, q, z);
+  const Grouped grouped = attention_groups(beside, x, experts);
   const Landmarked landmarked = landmark_stage(context, x, z, k, v, static_cast<float>(scale));
-  branch.join();
+  if (branch) branch->join();
   auto [out, lse] = attention_stage(context, x, units(shared_expert, z, landmarked.compressed, k, v, landmarked.indices), q, grouped, static_cast<float>(scale),
                                     static_cast<float>(landmark_scale));
   return {out, lse, pooled, landmarked.indices, experts, landmarked.compressed, landmarked.lse};
