@@ -246,8 +246,8 @@ int segments(const Problem& x, const Groups& groups) { return max_tiles(x, group
 
 // The same for the keys of experts, which the backward wants: listed beside whatever the stream does between `begin` and `join`.
 class KeyLists {
-  Tensor memory;
-  KeyListParams p;
+  KeyListParams p{};
+  const Tensor memory;  // what p points to
   Branch branch;
   bool begun = false, joined = false;
 

@@ -605,8 +605,8 @@ void run(const Case& c) {
   // what queries will leave for the keys of their experts, sorted by key
   const KeyLists lists(problem, backward_grouping.most_segments);
   Groups with_keys = backward_grouping.view();
-  if (s) with_keys.key_ranges = lists.ranges.data, with_keys.key_entries = lists.entries.data;
   if (s) {
+    with_keys.key_ranges = lists.ranges.data, with_keys.key_entries = lists.entries.data;
     RUN(launch_key_lists({problem, indices.data, backward_grouping.view(), lists.keys, lists.starts.data, lists.ranges.data, lists.entries.data}, 0));
     const auto segment_starts = backward_grouping.segment_starts.get();
     const auto ranges = lists.ranges.get();
