@@ -611,11 +611,11 @@ struct Head {
   bool few_keys() const { return p.L <= kFewKeys * p.K; }
 
   // The exponentials of all logits of queries n0 .. n0 + n, given as q. The rounding of a large logit is the largest error of a
-  // softmax, so its product is made in double.
+  // softmax, so the products of experts' keys are made in double then.
   std::pair<Tensor, Exponentials> weights(const Tensor& q, int64_t n0) const {
     Tensor S = logits(q, n0, false);
     Exponentials rows(S);
-    if (rows.largest() > kLargeLogit) rows = Exponentials(S = logits(q, n0, true));
+    if (p.s > 0 && !std::is_same_v<T, double> && rows.largest() > kLargeLogit) rows = Exponentials(S = logits(q, n0, true));
     return {S, rows};
   }
 
