@@ -19,7 +19,7 @@ try:
 except ImportError as error:
     sys.exit(f"mita_ext: building needs torch ({error}); install it, or build without --no-build-isolation")
 
-CPU_SOURCES = ["csrc/ops.cpp", "csrc/cpu/mita_cpu.cpp"]
+CPU_SOURCES = ["csrc/ops.cpp", "csrc/autograd.cpp", "csrc/cpu/mita_cpu.cpp"]
 KERNELS = "pool landmark_scores landmark_topk route group expert_attention_fwd expert_attention_sm90".split()
 KERNELS += "short_attention_fwd short_attention_bwd attention_gradient_sm90 key_lists key_gradient_sm90".split()
 KERNELS += "row_gradient unit_gradient reduce".split()

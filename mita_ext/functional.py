@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd
+from . import ops
 
 _REFUSED = {
     "is_causal": "every query may attend to every key",
@@ -175,8 +175,8 @@ def _attend(fn, query, key, value, landmarks, lengths, pooling, topk, routes, sh
         if _integer(fn, "num_prefix_tokens", num_prefix_tokens) != 0:
             raise ValueError(f"{fn}: num_prefix_tokens needs grid, got {num_prefix_tokens}")
         pooling = ([1, 1], [1, 1], 0)
-    out, lse, pooled, indices, experts, compressed, _ = autograd.Attention.apply(
-        query, key, value, landmarks, *lengths, *pooling, topk, routes, shared_expert, scale, landmark_scale
+    out, lse, pooled, indices, experts, compressed, _ = ops.attention(
+        query, key, value, landmarks, *pooling, topk, routes, shared_expert, scale, landmark_scale, *lengths
     )
     if not return_aux:
         return out
@@ -201,7 +201,7 @@ def pool_landmarks(
     fn = "mita_ext.pool_landmarks"
     (query,) = _tensors(fn, query=query)
     seqlens = _lengths(fn, "seqlens", seqlens, query, grid)
-    return autograd.Pool.apply(query, seqlens, *_pooling(fn, query.shape[2], num_landmarks, grid, num_prefix_tokens))
+    return ops.pool(query, *_pooling(fn, query.shape[2], num_landmarks, grid, num_prefix_tokens), seqlens)
 
 
 def landmark_topk(
@@ -226,7 +226,7 @@ def landmark_topk(
     _at_least(fn, "topk", topk, 1)
     scale, _ = _scales(fn, landmarks, scale, None)
     seqlens_k = _lengths(fn, "seqlens_k", seqlens_k, landmarks, like="landmarks")
-    return autograd.LandmarkTopk.apply(landmarks, key, value, seqlens_k, topk, scale)
+    return ops.landmark_topk(landmarks, key, value, topk, scale, seqlens_k)
 
 
 def route(query: Tensor, landmarks: Tensor, *, routes: int = 1) -> Tensor:
@@ -237,7 +237,7 @@ def route(query: Tensor, landmarks: Tensor, *, routes: int = 1) -> Tensor:
     query, landmarks = _tensors(fn, query=query, landmarks=landmarks)
     routes = _integer(fn, "routes", routes)
     _at_least(fn, "routes", routes, 0)
-    return autograd.ops.route(query.detach(), landmarks.detach(), routes)
+    return ops.route(query.detach(), landmarks.detach(), routes)
 
 
 def expert_attention(
@@ -278,9 +278,7 @@ def expert_attention(
         empty = (indices < 0) | (indices >= key.shape[2])
         indices = indices.masked_fill(empty, torch.iinfo(torch.int32).max).sort(-1).values
     selection = (indices.contiguous(), experts.contiguous())
-    return autograd.ExpertAttention.apply(
-        query, key, value, landmarks, compressed, *selection, shared_expert, scale, landmark_scale
-    )
+    return ops.expert_attention(query, key, value, landmarks, compressed, *selection, shared_expert, scale, landmark_scale)
 
 
 def _refuse(fn, names, reasons):
@@ -303,12 +301,11 @@ def _tensors(fn, dims=4, like=None, **tensors):
         _tensor(fn, name, x, first, like)
         if x.dim() != dims:
             raise ValueError(f"{fn}: {name} must have {dims} dimensions, got {x.dim()} (shape {list(x.shape)})")
-        device = x.device.type
-        if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-            if x.dtype in (torch.float32, torch.float16, torch.bfloat16):
-                x = x.to(torch.get_autocast_dtype(device))
-        tensors[name] = _own(x if x.stride(-1) == 1 else x.contiguous())
-    return tensors.values()
+    tensors, device = tensors.values(), like.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        half = torch.get_autocast_dtype(device)
+        tensors = [x.to(half) if x.dtype in (torch.float32, torch.float16, torch.bfloat16) else x for x in tensors]
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def _tensor(fn, name, x, like_name, like):
@@ -327,12 +324,7 @@ def _lengths(fn, name, x, query, grid=None, like="query"):
     _tensor(fn, name, x, like, query)
     if grid is not None:
         raise ValueError(f"{fn}: grid must not be given together with {name}, got {grid}")
-    return _own(x.contiguous())
-
-
-def _own(x):
-    """x under a name of its own: torch.compile takes no tensor that an autograd.Function gets twice, as query and key, say."""
-    return x.view_as(x) if torch.compiler.is_compiling() else x
+    return x.contiguous()
 
 
 def _integer(fn, name, x):
@@ -357,7 +349,8 @@ def _flag(fn, name, x):
 def _pair(fn, name, x):
     if not isinstance(x, tuple | list) or len(x) != 2:
         raise TypeError(f"{fn}: {name} must be a pair of ints, got {x!r}")
-    return [_integer(fn, f"{name}[{i}]", side) for i, side in enumerate(x)]
+    first, second = x
+    return [_integer(fn, f"{name}[0]", first), _integer(fn, f"{name}[1]", second)]
 
 
 def _scales(fn, query, scale, landmark_scale):

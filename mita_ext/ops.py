@@ -1,5 +1,5 @@
-"""The raw ops (schemas: csrc/ops.cpp), each with its shape-only fake right below. Private: they have no gradients, so the
-only door to them is autograd.py."""
+"""The ops (schemas: csrc/ops.cpp, gradients: csrc/autograd.cpp), each with its shape-only fake right below. Private: options
+are checked in functional.py."""
 
 import torch
 
