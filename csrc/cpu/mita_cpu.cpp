@@ -11,12 +11,15 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <c10/core/alignment.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <functional>
 #include <limits>
+#include <numeric>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -80,13 +83,20 @@ void parallel_backward(int64_t n, const F& f) {
   });
 }
 
-Tensor head(const Tensor& t, int64_t b, int64_t h) { return t.select(0, b).select(0, h); }
+// t[b, h], as one view: calls into ATen are what small heads wait for.
+Tensor head(const Tensor& t, int64_t b, int64_t h) {
+  return t.as_strided(t.sizes().slice(2), t.strides().slice(2), t.storage_offset() + b * t.stride(0) + h * t.stride(1));
+}
 
 at::TensorOptions acc_options(const Tensor& t) { return t.options().dtype(mita::accumulate_type(t.scalar_type())); }
 
-// A copy of its own even where none is needed: products then see the same strides and alignment whatever the layout,
-// and give the same bits.
-Tensor widen(const Tensor& slice) { return at::empty(slice.sizes(), acc_options(slice)).copy_(slice); }
+// A copy, unless the slice is as that would be: products then see the same strides and alignment whatever the layout, and give the
+// same bits.
+Tensor widen(const Tensor& slice) {
+  const bool is_as_a_copy = slice.scalar_type() == mita::accumulate_type(slice.scalar_type()) && slice.is_contiguous() &&
+                            reinterpret_cast<std::uintptr_t>(slice.const_data_ptr()) % c10::gAlignment == 0;
+  return is_as_a_copy ? slice : at::empty(slice.sizes(), acc_options(slice)).copy_(slice);
+}
 
 // Where no decision follows, without a copy if it is wide already; strides stay as they are.
 Tensor to_acc(const Tensor& slice) { return slice.to(mita::accumulate_type(slice.scalar_type())); }
@@ -124,7 +134,9 @@ struct Sequences {
   }
 
   Tensor head(const Tensor& x, int64_t b, int64_t h) const {
-    return (packed ? x.select(1, h) : ::head(x, b, h)).narrow(0, start[b], length[b]);
+    const int64_t of_row = x.stride(packed ? 0 : 2), of_batch = packed ? 0 : b * x.stride(0);
+    return x.as_strided({length[b], x.size(-1)}, {of_row, x.stride(-1)},
+                        x.storage_offset() + of_batch + h * x.stride(1) + start[b] * of_row);
   }
 
   // Memory for results, filled with what stays where there is no token.
@@ -148,6 +160,8 @@ Problem problem_of(const char* fn, const Shape& p, const Tensor& query, const Te
 
 // ---- Rows and columns ------------------------------------------------------------------------------------------------
 
+constexpr int64_t kAhead = 8, kLine = 64;  // rows that are asked for ahead, bytes of a cache line
+
 // rows[0 .. n) of a matrix whose last dimension has stride 1, widened.
 template <class scalar_t>
 Tensor gather_rows(const Tensor& matrix, const int64_t* rows, int64_t n) {
@@ -156,8 +170,11 @@ Tensor gather_rows(const Tensor& matrix, const int64_t* rows, int64_t n) {
   Tensor result = at::empty({n, D}, acc_options(matrix));
   const scalar_t* from = matrix.const_data_ptr<scalar_t>();
   T* to = result.mutable_data_ptr<T>();
-  for (int64_t i = 0; i < n; ++i, to += D)
+  for (int64_t i = 0; i < n; ++i, to += D) {
+    const scalar_t* later = from + rows[std::min(i + kAhead, n - 1)] * stride;
+    for (int64_t d = 0; d < D; d += kLine / sizeof(scalar_t)) __builtin_prefetch(later + d);
     for (int64_t d = 0; d < D; ++d) to[d] = static_cast<T>(from[rows[i] * stride + d]);
+  }
   return result;
 }
 
@@ -226,21 +243,44 @@ bool any_may_pass(const T* x, int64_t n, T worst) {
 
 constexpr int64_t kScan = 16;  // scores that are looked at together before any is looked at alone
 
-// highest[i] = the largest of x[i], x[i + kScan], ... of x[0 .. n), without branches; NaN is passed over.
-template <class T>
-void scan_maxima(const T* x, int64_t n, T* highest) {
+// highest[i] = the largest of f(x[i]), f(x[i + kScan]), ... of x[0 .. n), without branches; NaN is passed over.
+template <class T, class F>
+void scan_maxima(const T* __restrict x, int64_t n, T* __restrict highest, const F& f) {
   std::fill_n(highest, kScan, static_cast<T>(-kInf));
   const int64_t whole = n / kScan * kScan;
   for (int64_t j0 = 0; j0 < whole; j0 += kScan)
-    for (int64_t j = 0; j < kScan; ++j) highest[j] = x[j0 + j] > highest[j] ? x[j0 + j] : highest[j];
-  for (int64_t j = whole; j < n; ++j) highest[0] = x[j] > highest[0] ? x[j] : highest[0];
+    for (int64_t j = 0; j < kScan; ++j) highest[j] = f(x[j0 + j]) > highest[j] ? f(x[j0 + j]) : highest[j];
+  for (int64_t j = whole; j < n; ++j) highest[0] = f(x[j]) > highest[0] ? f(x[j]) : highest[0];
 }
 
-// The K-th largest of x, none of which is NaN.
+// std::count_if in 32 bits, which vectorises.
+template <class T, class F>
+int32_t count_of(const T* x, int64_t n, const F& f) {
+  int32_t count = 0;
+  for (int64_t j = 0; j < n; ++j) count += f(x[j]);
+  return count;
+}
+
+// A number that at least K of x[0 .. n) reach, of which fewer than K exceed it, or K if it is none of them; there are K numbers.
+// Halving finds it, unless ties or infinities are in the way: then it is the K-th largest.
 template <class T>
-T kth_largest(std::vector<T> x, int64_t K) {
-  std::nth_element(x.begin(), x.begin() + (K - 1), x.end(), std::greater<T>());
-  return x[K - 1];
+T find_cut(const T* x, int64_t n, int64_t K) {
+  T highest[kScan], lowest[kScan];
+  scan_maxima<T>(x, n, highest, [](T score) { return score; });
+  scan_maxima<T>(x, n, lowest, [](T score) { return -score; });
+  T high = *std::max_element(highest, highest + kScan), low = -*std::max_element(lowest, lowest + kScan);
+  T middle = low;
+  for (int halvings = 0; halvings < 40; ++halvings) {
+    const int32_t reach = count_of(x, n, [&](T score) { return score >= middle; });
+    if (reach == K) return middle;
+    (reach > K ? low : high) = middle;
+    middle = low + (high - low) / 2;
+    if (!(low < middle && middle < high)) break;
+  }
+  std::vector<T> numbers(n);
+  numbers.erase(std::copy_if(x, x + n, numbers.begin(), [](T score) { return !std::isnan(score); }), numbers.end());
+  std::nth_element(numbers.begin(), numbers.begin() + (K - 1), numbers.end(), std::greater<T>());
+  return numbers[K - 1];
 }
 
 // The K first of `scores` in that order, by ascending index. In long rows K groups have a maximum of at least `least`, so the
@@ -248,46 +288,56 @@ T kth_largest(std::vector<T> x, int64_t K) {
 template <class T>
 void select_topk(const T* scores, int64_t L, int64_t K, int32_t* chosen) {
   constexpr int64_t kGroup = 16, kSpan = kGroup * kScan;  // keys of a group, and of groups that are looked at together
-  T least = static_cast<T>(-kInf);
-  if (L >= 4 * kGroup * K) {
-    std::vector<T> maxima(ceil_div(L, kSpan) * kScan);
-    for (int64_t i = 0; i * kSpan < L; ++i)
-      scan_maxima(scores + i * kSpan, std::min(kSpan, L - i * kSpan), maxima.data() + i * kScan);
-    least = kth_largest(std::move(maxima), K);
-  }
   std::vector<T> values;
   std::vector<int32_t> keys;
-  for (int64_t j0 = 0; j0 < L; j0 += kScan) {
-    const int64_t j1 = std::min(j0 + kScan, L);
-    if (!any_may_pass(scores + j0, j1 - j0, least)) continue;
-    for (int64_t j = j0; j < j1; ++j)
-      if (scores[j] >= least) values.push_back(scores[j]), keys.push_back(static_cast<int32_t>(j));
+  const bool is_long = L >= 4 * kGroup * K;
+  if (is_long) {
+    std::vector<T> maxima(ceil_div(L, kSpan) * kScan);
+    for (int64_t i = 0; i * kSpan < L; ++i)
+      scan_maxima<T>(scores + i * kSpan, std::min(kSpan, L - i * kSpan), maxima.data() + i * kScan, [](T score) { return score; });
+    const T least = find_cut(maxima.data(), maxima.size(), K);
+    for (int64_t j0 = 0; j0 < L; j0 += kScan) {
+      const int64_t j1 = std::min(j0 + kScan, L);
+      if (!any_may_pass(scores + j0, j1 - j0, least)) continue;
+      for (int64_t j = j0; j < j1; ++j)
+        if (scores[j] >= least) values.push_back(scores[j]), keys.push_back(static_cast<int32_t>(j));
+    }
   }
-  int64_t n = 0, absent = K - static_cast<int64_t>(values.size());
+  const T* x = is_long ? values.data() : scores;
+  const int64_t candidates = is_long ? values.size() : L;
+  int64_t n = 0, absent = K - count_of(x, candidates, [](T score) { return !std::isnan(score); });
   if (absent > 0) {  // all numbers, and the first NaN
     for (int64_t j = 0; n < K; ++j)
       if (!std::isnan(scores[j]) || absent-- > 0) chosen[n++] = static_cast<int32_t>(j);
     return;
   }
-  const T last = kth_largest(values, K);
-  int64_t ties = K - std::count_if(values.begin(), values.end(), [&](T x) { return x > last; });
-  for (size_t i = 0; n < K; ++i)
-    if (values[i] > last || (values[i] == last && ties-- > 0)) chosen[n++] = keys[i];
+  const T last = find_cut(x, candidates, K);
+  int64_t ties = K - count_of(x, candidates, [&](T score) { return score > last; });
+  for (int64_t i = 0; n < K; ++i)
+    if (x[i] > last || (x[i] == last && ties-- > 0)) chosen[n++] = is_long ? keys[i] : static_cast<int32_t>(i);
 }
 
-// The first of M scores; -1 where every score is NaN or -inf.
+// The first of M scores, for each of n columns of [M, n]. One choice a loop, or the compiler makes branches of them.
 template <class T>
-int32_t select_best(const T* scores, int64_t M) {
-  T highest[kScan];
-  scan_maxima(scores, M, highest);
-  const T best = *std::max_element(highest, highest + kScan);
-  return best == static_cast<T>(-kInf) ? -1 : static_cast<int32_t>(std::find(scores, scores + M, best) - scores);
+void select_best(const T* __restrict scores, int64_t M, int64_t n, int32_t* __restrict chosen) {
+  std::vector<T> highest(n, static_cast<T>(-kInf));
+  T* __restrict best = highest.data();
+  std::fill_n(chosen, n, -1);
+  for (int32_t m = 0; m < M; ++m) {
+    const T* __restrict score = scores + m * n;
+    for (int64_t i = 0; i < n; ++i) chosen[i] = score[i] > best[i] ? m : chosen[i];
+    for (int64_t i = 0; i < n; ++i) best[i] = score[i] > best[i] ? score[i] : best[i];
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    for (int32_t m = 0; chosen[i] < 0 && m < M; ++m)  // the first -inf, or else of NaN
+      if (!std::isnan(scores[m * n + i])) chosen[i] = m;
+    chosen[i] = std::max(chosen[i], 0);
+  }
 }
 
 // The s first of M scores, best first. s is at most 8: insertion.
 template <class T>
 void select_routes(const T* scores, int64_t M, int64_t s, int32_t* chosen) {
-  if (s == 1 && (chosen[0] = select_best(scores, M)) >= 0) return;
   Candidate<T> best[mita::kMaxRoutes];
   for (int64_t m0 = 0; m0 < M; m0 += kScan) {
     const int64_t m1 = std::min(m0 + kScan, M);
@@ -397,13 +447,21 @@ Tensor pool_backward(const Tensor& dlandmarks, int64_t N, IntArrayRef num_landma
 
 // Logits relative to the largest of their row -> exponentials, in place. A row of -inf becomes zeros: its sum and its factor are 0,
 // its lse is -inf.
+template <class T>
 struct Exponentials {
   Tensor top, sum;  // [n, 1]
+  Exponentials(const Tensor& top, const Tensor& sum) : top(top), sum(sum) {}
   explicit Exponentials(const Tensor& logits) : top(logits.amax(1, true)) {
-    logits.sub_(top.masked_fill(top == -kInf, 0)).exp_();
+    logits.sub_(top.clamp_min(std::numeric_limits<T>::lowest())).exp_();
     sum = logits.sum(1, true);
   }
-  double largest() const { return top.masked_fill(top == -kInf, 0).abs_().max().item().toDouble(); }  // logit of its row, by magnitude
+  T largest() const {  // logit of its row, by magnitude
+    T result = 0;
+    const T* of_row = top.template const_data_ptr<T>();
+    for (int64_t i = 0; i < top.size(0); ++i)
+      if (std::isfinite(of_row[i])) result = std::max(result, std::abs(of_row[i]));
+    return result;
+  }
   Tensor factor() const { return sum.reciprocal().masked_fill_(sum == 0, 0); }
   Tensor lse() const { return sum.log().add_(top).squeeze(1); }
 };
@@ -413,6 +471,8 @@ struct Exponentials {
 int64_t landmark_block(int64_t M, int64_t L) {
   return std::clamp<int64_t>((int64_t{1} << 20) / std::max<int64_t>(L, 1), 1, M);
 }
+
+constexpr int64_t kSlab = int64_t{1} << 17;  // scores that are selected from and weighed at once
 
 struct Landmarked {
   Tensor indices, compressed, lse;
@@ -434,9 +494,15 @@ Landmarked landmark_stage(const Problem& x, const Tensor& landmarks, const Tenso
       Tensor S = widen(head(landmarks, b, h).narrow(0, m0, rows)).mm(widen(keys.head(key, b, hk)).t());
       const scalar_t* scores = S.const_data_ptr<scalar_t>();
       int32_t* chosen = head(result.indices, b, h).mutable_data_ptr<int32_t>() + m0 * x.K;
-      for (int64_t m = 0; m < rows; ++m) select_topk(scores + m * L, L, K, chosen + m * x.K);
-
-      const Exponentials weights(S.mul_(scale));
+      std::vector<Tensor> tops, sums;
+      const int64_t slab = std::clamp<int64_t>(kSlab / L, 1, rows);
+      for (int64_t m = 0; m < rows; m += slab) {  // each while its scores are in the cache
+        const int64_t n = std::min(slab, rows - m);
+        for (int64_t i = m; i < m + n; ++i) select_topk(scores + i * L, L, K, chosen + i * x.K);
+        const Exponentials<scalar_t> weights(S.narrow(0, m, n).mul_(scale));
+        tops.push_back(weights.top), sums.push_back(weights.sum);
+      }
+      const Exponentials<scalar_t> weights(at::cat(tops), at::cat(sums));
       head(result.compressed, b, h).narrow(0, m0, rows).copy_(S.mm(to_acc(keys.head(value, b, hk))).div_(weights.sum));
       head(result.lse, b, h).narrow(0, m0, rows).copy_(weights.lse());
     });
@@ -455,8 +521,8 @@ std::tuple<Tensor, Tensor, Tensor> landmark_topk(const Tensor& landmarks, const 
 // Softmax of each row of logits, in place. The backward passes start from the logits again and not from the saved lse and
 // outputs: those are rounded, which shows where logits are large or keys nearly the same.
 Tensor softmax_(const Tensor& logits) {
-  const Exponentials rows(logits);
-  return logits.mul_(rows.factor());
+  return AT_DISPATCH_FLOATING_TYPES(logits.scalar_type(), "mita_ext.softmax",
+                                    [&] { return logits.mul_(Exponentials<scalar_t>(logits).factor()); });
 }
 
 // dP -> the gradient of the logits, in place: P (dP - sum(P dP) + dlse).
@@ -529,9 +595,11 @@ Tensor route_stage(const Problem& x, const Tensor& query, const Tensor& landmark
       const int64_t b = i / blocks / x.H, h = i / blocks % x.H;
       const int64_t n0 = i % blocks * block, rows = std::min(block, x.queries.length[b] - n0);
       if (rows <= 0) return;
-      const Tensor S = widen(x.queries.head(query, b, h).narrow(0, n0, rows)).mm(widen(head(landmarks, b, h)).t());
-      const scalar_t* scores = S.const_data_ptr<scalar_t>();
+      const Tensor S = widen(head(landmarks, b, h)).mm(widen(x.queries.head(query, b, h).narrow(0, n0, rows)).t());
       int32_t* chosen = head(experts, b, h).mutable_data_ptr<int32_t>() + n0 * x.s;
+      if (x.s == 1) return select_best(S.const_data_ptr<scalar_t>(), x.M, rows, chosen);
+      const Tensor by_query = S.t().contiguous();
+      const scalar_t* scores = by_query.const_data_ptr<scalar_t>();
       for (int64_t n = 0; n < rows; ++n) select_routes(scores + n * x.M, x.M, x.s, chosen + n * x.s);
     });
   });
@@ -545,7 +613,33 @@ Tensor route(const Tensor& query, const Tensor& landmarks, int64_t routes) {
 // ---- Attention over the shared expert and the routed experts ---------------------------------------------------------
 
 constexpr int64_t kFewKeys = 8;  // times K
+constexpr int64_t kQueries = 512;  // of an expert at once: their logits stay in the cache
 constexpr double kLargeLogit = 64;
+
+// Merges a softmax over more units into out [n, D], which is one over those `so_far`, for some rows. `sums` are the values weighted by
+// the exponentials of `more`. Where there was nothing so far, out need not be there.
+template <class T>
+void merge_rows(const Tensor& out, const Exponentials<T>& so_far, const int64_t* rows, const Tensor& sums, const Exponentials<T>& more) {
+  const int64_t D = out.size(1), stride = out.stride(0);
+  const T *from = sums.const_data_ptr<T>(), *more_top = more.top.template const_data_ptr<T>();
+  const T* more_sum = more.sum.template const_data_ptr<T>();
+  T *outs = out.mutable_data_ptr<T>(), *tops = so_far.top.template mutable_data_ptr<T>();
+  T* totals = so_far.sum.template mutable_data_ptr<T>();
+  for (int64_t i = 0; i < sums.size(0); ++i, from += D) {
+    if (more_sum[i] == 0) continue;
+    T *to = outs + rows[i] * stride, &top = tops[rows[i]], &total = totals[rows[i]];
+    if (total == 0) {
+      const T factor = 1 / more_sum[i];
+      for (int64_t d = 0; d < D; ++d) to[d] = factor * from[d];
+      top = more_top[i], total = more_sum[i];
+    } else {
+      const T highest = std::max(top, more_top[i]), kept = total * std::exp(top - highest), add = std::exp(more_top[i] - highest);
+      top = highest, total = kept + add * more_sum[i];
+      const T of_out = kept / total, of_sums = add / total;
+      for (int64_t d = 0; d < D; ++d) to[d] = of_out * to[d] + of_sums * from[d];
+    }
+  }
+}
 
 // One query head. The units of a query are the columns of a matrix: the M landmarks (if the expert is shared), then K
 // for each route.
@@ -606,17 +700,32 @@ struct Head {
     }
   }
 
-  // Of few keys, one product with all of them costs less than one for each expert. Not so for values: what is not finite in
-  // one of them must not reach those who do not attend to it.
+  // Calls f(slot, key) for the filled slots of one query, of s K.
+  template <class F>
+  void each_slot(int64_t query, const F& f) const {
+    for (int64_t t = 0; t < p.s; ++t) {
+      const int32_t* keys = indices + experts[query * p.s + t] * p.K;
+      for (int64_t j = 0; j < p.K; ++j)
+        if (keys[j] >= 0 && keys[j] < p.L) f(t * p.K + j, keys[j]);
+    }
+  }
+
+  // Of few keys, one product with all of them costs less than one for each expert. So too for values, but for those that are not
+  // finite: they must not reach who does not attend to them.
   bool few_keys() const { return p.L <= kFewKeys * p.K; }
 
-  // The exponentials of all logits of queries n0 .. n0 + n, given as q. The rounding of a large logit is the largest error of a
-  // softmax, so the products of experts' keys are made in double then.
-  std::pair<Tensor, Exponentials> weights(const Tensor& q, int64_t n0) const {
-    Tensor S = logits(q, n0, false);
-    Exponentials rows(S);
-    if (p.s > 0 && !std::is_same_v<T, double> && rows.largest() > kLargeLogit) rows = Exponentials(S = logits(q, n0, true));
+  // The exponentials of logits(false), in its place; or of logits(true), made in double, where they are large: the rounding of a
+  // large logit is the largest error of a softmax. Without experts, whose keys it is that come close, nothing is gained.
+  template <class F>
+  std::pair<Tensor, Exponentials<T>> exponentials(const F& logits) const {
+    Tensor S = logits(false);
+    Exponentials<T> rows(S);
+    if (p.s > 0 && !std::is_same_v<T, double> && rows.largest() > kLargeLogit) rows = Exponentials<T>(S = logits(true));
     return {S, rows};
+  }
+
+  std::pair<Tensor, Exponentials<T>> weights(const Tensor& q, int64_t n0) const {
+    return exponentials([&](bool large) { return logits(q, n0, large); });
   }
 
   // -inf in empty slots.
@@ -628,15 +737,11 @@ struct Head {
     const Tensor S = few_keys() ? at::full({n, width()}, -kInf, q.options()) : at::empty({n, width()}, q.options());
     if (shared_expert) shared(S).addmm_(q, Z.t(), 0, landmark_scale);
     if (few_keys()) {
-      const Tensor all = dots(q, to_acc(k)).mul_(scale);
+      const Tensor all = dots(q, to_acc(k));
       const T* from = all.template const_data_ptr<T>();
       T* to = S.template mutable_data_ptr<T>();
       for (int64_t i = 0; i < n; ++i, from += p.L, to += width())
-        for (int64_t t = 0; t < p.s; ++t) {
-          const int32_t* keys = indices + experts[(n0 + i) * p.s + t] * p.K;
-          for (int64_t j = 0; j < p.K; ++j)
-            if (keys[j] >= 0 && keys[j] < p.L) to[shared_width() + t * p.K + j] = from[keys[j]];
-        }
+        each_slot(n0 + i, [&](int64_t slot, int64_t key) { to[shared_width() + slot] = static_cast<T>(scale) * from[key]; });
     } else {
       each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
         const Tensor k_e = gather_rows<scalar_t>(k, keys, b.used);
@@ -646,16 +751,76 @@ struct Head {
     return S;
   }
 
-  // -> out [n, D] and lse [n] of queries n0 .. n0 + n. A query without any unit gets 0 and -inf.
-  std::pair<Tensor, Tensor> forward(int64_t n0, int64_t n) const {
+  // Fills out [n, D] and lse [n] of queries n0 .. n0 + n. A query without any unit gets 0 and -inf.
+  void forward(int64_t n0, int64_t n, const Tensor& out, const Tensor& lse) const {
+    const Tensor wide = std::is_same_v<scalar_t, T> ? out : at::empty(out.sizes(), Z.options());
+    const Exponentials<T> total(at::full({n, 1}, -kInf, Z.options()), at::zeros({n, 1}, Z.options()));
+    if (p.s == 0 || few_keys())
+      attend_at_once(n0, n, wide, total);
+    else
+      attend_by_expert(n0, n, wide, total);
+    const T *top = total.top.template const_data_ptr<T>(), *sum = total.sum.template const_data_ptr<T>();
+    T* of_row = lse.template mutable_data_ptr<T>();
+    for (int64_t i = 0; i < n; ++i) {
+      of_row[i] = top[i] + std::log(sum[i]);
+      if (sum[i] == 0) wide.select(0, i).zero_();
+    }
+    if (!out.is_same(wide)) out.copy_(wide);
+  }
+
+  // Where there are few units: the logits of all queries as one matrix.
+  void attend_at_once(int64_t n0, int64_t n, const Tensor& out, const Exponentials<T>& total) const {
     const auto weighed = weights(to_acc(q.narrow(0, n0, n)), n0);
     const Tensor& P = weighed.first;
-    const Tensor out = shared_expert ? shared(P).mm(C) : at::zeros({n, p.D}, P.options());
+    const Tensor sums = shared_expert ? shared(P).mm(C) : at::zeros({n, p.D}, P.options());
+    if (p.s > 0) {
+      const Tensor values = to_acc(v);
+      const bool finite = std::isfinite(values.sum().template item<T>());
+      const Tensor numbers = finite ? values : values.nan_to_num(0, 0, 0);
+      sums.addmm_(of_all_keys(P, n0), numbers);
+      if (!finite) {
+        const Tensor others = values.sub(numbers);
+        each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
+          add_rows<T>(sums, b.rows, get_block<T>(P, b).mm(gather_rows<T>(others, keys, b.used)));
+        });
+      }
+    }
+    std::vector<int64_t> rows(n);
+    std::iota(rows.begin(), rows.end(), 0);
+    merge_rows<T>(out, total, rows.data(), sums, weighed.second);
+  }
+
+  // P of the routed units, as a matrix over all keys.
+  Tensor of_all_keys(const Tensor& P, int64_t n0) const {
+    const Tensor all = at::zeros({P.size(0), p.L}, P.options());
+    const T* from = P.template const_data_ptr<T>() + shared_width();
+    T* to = all.template mutable_data_ptr<T>();
+    for (int64_t i = 0; i < P.size(0); ++i, from += width(), to += p.L)
+      each_slot(n0 + i, [&](int64_t slot, int64_t key) { to[key] += from[slot]; });
+    return all;
+  }
+
+  // Where experts have many queries: all units of a route in one product, whose logits stay in the cache. The shared expert goes
+  // with the first route; softmaxes of several routes are merged.
+  void attend_by_expert(int64_t n0, int64_t n, const Tensor& out, const Exponentials<T>& total) const {
+    const Tensor q_n = q.narrow(0, n0, n);
     each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
-      add_rows<T>(out, b.rows, get_block<T>(P, b).mm(gather_rows<scalar_t>(v, keys, b.used)));
+      const int64_t M = b.column == p.M ? shared_width() : 0;
+      if (M + b.used == 0) return;
+      const Tensor k_e = gather_rows<scalar_t>(k, keys, b.used), v_e = gather_rows<scalar_t>(v, keys, b.used);
+      const Tensor values = M ? at::cat({C, v_e}) : v_e;
+      for (int64_t i = 0; i < b.n; i += kQueries) {
+        const Tensor q_e = gather_rows<scalar_t>(q_n, b.rows + i, std::min(kQueries, b.n - i));
+        const auto weighed = exponentials([&](bool large) {
+          const auto type = large ? at::kDouble : q_e.scalar_type();
+          const Tensor x = q_e.to(type), S = at::empty({x.size(0), M + b.used}, x.options());
+          if (M) shared(S).addmm_(x, Z.to(type).t(), 0, landmark_scale);
+          S.narrow(1, M, b.used).addmm_(x, k_e.to(type).t(), 0, scale);
+          return S.to(q_e.scalar_type());
+        });
+        merge_rows<T>(out, total, b.rows + i, weighed.first.mm(values), weighed.second);
+      }
     });
-    out.mul_(weighed.second.factor());
-    return {out, weighed.second.lse()};
   }
 
   // Adds to dq [N, D], dZ, dC [M, D] and the kv gradients, if wanted, what queries n0 .. n0 + n contribute.
@@ -720,9 +885,7 @@ std::tuple<Tensor, Tensor> attention_stage(const Problem& x, const Tensor& query
       if (n <= 0) return;
       const Head<scalar_t> one(x, b, h, query, key, value, landmarks, compressed, indices, experts, shared_expert,
                                scale, landmark_scale);
-      const auto [out_n, lse_n] = one.forward(n0, n);
-      x.queries.head(out, b, h).narrow(0, n0, n).copy_(out_n);
-      head(lse, b, h).narrow(0, n0, n).copy_(lse_n);
+      one.forward(n0, n, x.queries.head(out, b, h).narrow(0, n0, n), head(lse, b, h).narrow(0, n0, n));
     });
   });
   return {out, lse};
