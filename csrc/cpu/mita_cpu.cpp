@@ -162,19 +162,22 @@ Problem problem_of(const char* fn, const Shape& p, const Tensor& query, const Te
 
 constexpr int64_t kAhead = 8, kLine = 64;  // rows that are asked for ahead, bytes of a cache line
 
-// rows[0 .. n) of a matrix whose last dimension has stride 1, widened.
+// rows[0 .. n) of a matrix whose last dimension has stride 1, widened, times a factor.
 template <class scalar_t>
-Tensor gather_rows(const Tensor& matrix, const int64_t* rows, int64_t n) {
-  using T = acc_t<scalar_t>;
+void gather_rows(const Tensor& matrix, const int64_t* rows, int64_t n, acc_t<scalar_t> factor, acc_t<scalar_t>* to) {
   const int64_t D = matrix.size(1), stride = matrix.stride(0);
-  Tensor result = at::empty({n, D}, acc_options(matrix));
   const scalar_t* from = matrix.const_data_ptr<scalar_t>();
-  T* to = result.mutable_data_ptr<T>();
   for (int64_t i = 0; i < n; ++i, to += D) {
     const scalar_t* later = from + rows[std::min(i + kAhead, n - 1)] * stride;
     for (int64_t d = 0; d < D; d += kLine / sizeof(scalar_t)) __builtin_prefetch(later + d);
-    for (int64_t d = 0; d < D; ++d) to[d] = static_cast<T>(from[rows[i] * stride + d]);
+    for (int64_t d = 0; d < D; ++d) to[d] = factor * static_cast<acc_t<scalar_t>>(from[rows[i] * stride + d]);
   }
+}
+
+template <class scalar_t>
+Tensor gather_rows(const Tensor& matrix, const int64_t* rows, int64_t n) {
+  const Tensor result = at::empty({n, matrix.size(1)}, acc_options(matrix));
+  gather_rows<scalar_t>(matrix, rows, n, 1, result.mutable_data_ptr<acc_t<scalar_t>>());
   return result;
 }
 
@@ -700,19 +703,19 @@ struct Head {
     }
   }
 
-  // Calls f(slot, key) for the filled slots of one query, of s K.
+  // Calls f(column, column) for the filled slots of one query: among its units, and among the landmarks and all keys.
   template <class F>
   void each_slot(int64_t query, const F& f) const {
     for (int64_t t = 0; t < p.s; ++t) {
       const int32_t* keys = indices + experts[query * p.s + t] * p.K;
       for (int64_t j = 0; j < p.K; ++j)
-        if (keys[j] >= 0 && keys[j] < p.L) f(t * p.K + j, keys[j]);
+        if (keys[j] >= 0 && keys[j] < p.L) f(shared_width() + t * p.K + j, shared_width() + keys[j]);
     }
   }
 
   // Of few keys, one product with all of them costs less than one for each expert. So too for values, but for those that are not
   // finite: they must not reach who does not attend to them.
-  bool few_keys() const { return p.L <= kFewKeys * p.K; }
+  bool few_keys() const { return p.s > 0 && p.L <= kFewKeys * p.K; }
 
   // The exponentials of logits(false), in its place; or of logits(true), made in double, where they are large: the rounding of a
   // large logit is the largest error of a softmax. Without experts, whose keys it is that come close, nothing is gained.
@@ -728,26 +731,34 @@ struct Head {
     return exponentials([&](bool large) { return logits(q, n0, large); });
   }
 
+  // The logits of q against some keys, and before them the landmarks if wanted. Products are made in double where they are large.
+  Tensor logits_of(const Tensor& q, const Tensor& keys, bool with_landmarks, bool large) const {
+    const auto type = large ? at::kDouble : q.scalar_type();
+    const Tensor k = keys.to(type).mul(scale);
+    const Tensor units = with_landmarks ? at::cat({Z.to(type).mul(landmark_scale), k}) : k;
+    return q.to(type).mm(units.t()).to(q.scalar_type());
+  }
+
   // -inf in empty slots.
   Tensor logits(const Tensor& q, int64_t n0, bool large) const {
     const int64_t n = q.size(0);
-    const auto dots = [&](const Tensor& q, const Tensor& k) {
-      return large ? q.to(at::kDouble).mm(k.to(at::kDouble).t()).to(q.scalar_type()) : q.mm(k.t());
-    };
-    const Tensor S = few_keys() ? at::full({n, width()}, -kInf, q.options()) : at::empty({n, width()}, q.options());
-    if (shared_expert) shared(S).addmm_(q, Z.t(), 0, landmark_scale);
+    const Tensor S = at::empty({n, width()}, q.options());
     if (few_keys()) {
-      const Tensor all = dots(q, to_acc(k));
+      const Tensor all = logits_of(q, to_acc(k), shared_expert, large);
       const T* from = all.template const_data_ptr<T>();
       T* to = S.template mutable_data_ptr<T>();
-      for (int64_t i = 0; i < n; ++i, from += p.L, to += width())
-        each_slot(n0 + i, [&](int64_t slot, int64_t key) { to[shared_width() + slot] = static_cast<T>(scale) * from[key]; });
-    } else {
-      each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
-        const Tensor k_e = gather_rows<scalar_t>(k, keys, b.used);
-        put_block<T>(S, b, dots(gather_rows<T>(q, b.rows, b.n), k_e), static_cast<T>(scale), static_cast<T>(-kInf));
-      });
+      std::fill_n(to, S.numel(), static_cast<T>(-kInf));
+      for (int64_t i = 0; i < n; ++i, from += shared_width() + p.L, to += width()) {
+        std::copy_n(from, shared_width(), to);
+        each_slot(n0 + i, [&](int64_t slot, int64_t key) { to[slot] = from[key]; });
+      }
+      return S;
     }
+    if (shared_expert) shared(S).addmm_(q, Z.t(), 0, landmark_scale);
+    each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
+      const Tensor k_e = gather_rows<scalar_t>(k, keys, b.used);
+      put_block<T>(S, b, logits_of(gather_rows<T>(q, b.rows, b.n), k_e, false, large), 1, static_cast<T>(-kInf));
+    });
     return S;
   }
 
@@ -772,53 +783,58 @@ struct Head {
   void attend_at_once(int64_t n0, int64_t n, const Tensor& out, const Exponentials<T>& total) const {
     const auto weighed = weights(to_acc(q.narrow(0, n0, n)), n0);
     const Tensor& P = weighed.first;
-    const Tensor sums = shared_expert ? shared(P).mm(C) : at::zeros({n, p.D}, P.options());
-    if (p.s > 0) {
-      const Tensor values = to_acc(v);
-      const bool finite = std::isfinite(values.sum().template item<T>());
-      const Tensor numbers = finite ? values : values.nan_to_num(0, 0, 0);
-      sums.addmm_(of_all_keys(P, n0), numbers);
-      if (!finite) {
-        const Tensor others = values.sub(numbers);
-        each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
-          add_rows<T>(sums, b.rows, get_block<T>(P, b).mm(gather_rows<T>(others, keys, b.used)));
-        });
-      }
-    }
+    const Tensor sums = few_keys() ? sums_of_keys(P, n0, n) : P.mm(C);
     std::vector<int64_t> rows(n);
     std::iota(rows.begin(), rows.end(), 0);
     merge_rows<T>(out, total, rows.data(), sums, weighed.second);
   }
 
-  // P of the routed units, as a matrix over all keys.
+  // P times the values of its units.
+  Tensor sums_of_keys(const Tensor& P, int64_t n0, int64_t n) const {
+    const Tensor values = to_acc(v);
+    const bool finite = std::isfinite(values.sum().template item<T>());
+    const Tensor numbers = finite ? values : values.nan_to_num(0, 0, 0);
+    const Tensor sums = of_all_keys(P, n0).mm(shared_expert ? at::cat({C, numbers}) : numbers);
+    if (finite) return sums;
+    const Tensor others = values.sub(numbers);
+    each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
+      add_rows<T>(sums, b.rows, get_block<T>(P, b).mm(gather_rows<T>(others, keys, b.used)));
+    });
+    return sums;
+  }
+
+  // P as a matrix over the landmarks, if the expert is shared, and all keys.
   Tensor of_all_keys(const Tensor& P, int64_t n0) const {
-    const Tensor all = at::zeros({P.size(0), p.L}, P.options());
-    const T* from = P.template const_data_ptr<T>() + shared_width();
+    const Tensor all = at::zeros({P.size(0), shared_width() + p.L}, P.options());
+    const T* from = P.template const_data_ptr<T>();
     T* to = all.template mutable_data_ptr<T>();
-    for (int64_t i = 0; i < P.size(0); ++i, from += width(), to += p.L)
+    for (int64_t i = 0; i < P.size(0); ++i, from += width(), to += shared_width() + p.L) {
+      std::copy_n(from, shared_width(), to);
       each_slot(n0 + i, [&](int64_t slot, int64_t key) { to[key] += from[slot]; });
+    }
     return all;
   }
 
   // Where experts have many queries: all units of a route in one product, whose logits stay in the cache. The shared expert goes
   // with the first route; softmaxes of several routes are merged.
   void attend_by_expert(int64_t n0, int64_t n, const Tensor& out, const Exponentials<T>& total) const {
+    const int64_t M = shared_width();
     const Tensor q_n = q.narrow(0, n0, n);
+    const Tensor units = at::empty({M + p.K, p.D}, Z.options()), values = at::empty_like(units);  // units times their scale
+    if (shared_expert) units.narrow(0, 0, M).copy_(Z.mul(landmark_scale)), values.narrow(0, 0, M).copy_(C);
+    T *units_of_keys = units.template mutable_data_ptr<T>() + M * p.D, *values_of_keys = values.template mutable_data_ptr<T>() + M * p.D;
     each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
-      const int64_t M = b.column == p.M ? shared_width() : 0;
-      if (M + b.used == 0) return;
-      const Tensor k_e = gather_rows<scalar_t>(k, keys, b.used), v_e = gather_rows<scalar_t>(v, keys, b.used);
-      const Tensor values = M ? at::cat({C, v_e}) : v_e;
+      const int64_t first = b.column == M ? 0 : M, width = M + b.used - first;
+      if (width == 0) return;
+      gather_rows<scalar_t>(k, keys, b.used, static_cast<T>(scale), units_of_keys);
+      gather_rows<scalar_t>(v, keys, b.used, 1, values_of_keys);
+      const Tensor units_e = units.narrow(0, first, width), values_e = values.narrow(0, first, width);
       for (int64_t i = 0; i < b.n; i += kQueries) {
         const Tensor q_e = gather_rows<scalar_t>(q_n, b.rows + i, std::min(kQueries, b.n - i));
         const auto weighed = exponentials([&](bool large) {
-          const auto type = large ? at::kDouble : q_e.scalar_type();
-          const Tensor x = q_e.to(type), S = at::empty({x.size(0), M + b.used}, x.options());
-          if (M) shared(S).addmm_(x, Z.to(type).t(), 0, landmark_scale);
-          S.narrow(1, M, b.used).addmm_(x, k_e.to(type).t(), 0, scale);
-          return S.to(q_e.scalar_type());
+          return large ? logits_of(q_e, gather_rows<scalar_t>(k, keys, b.used), first < M, true) : q_e.mm(units_e.t());
         });
-        merge_rows<T>(out, total, b.rows + i, weighed.first.mm(values), weighed.second);
+        merge_rows<T>(out, total, b.rows + i, weighed.first.mm(values_e), weighed.second);
       }
     });
   }
