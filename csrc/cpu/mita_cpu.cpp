@@ -208,13 +208,13 @@ Tensor get_block(const Tensor& matrix, const Block& b) {
 }
 
 template <class T>
-void put_block(const Tensor& matrix, const Block& b, const Tensor& block, T alpha, T empty) {
+void put_block(const Tensor& matrix, const Block& b, const Tensor& block, T empty) {
   const int64_t width = matrix.size(1);
   const T* from = block.const_data_ptr<T>();
   T* to = matrix.mutable_data_ptr<T>() + b.column;
   for (int64_t i = 0; i < b.n; ++i, from += b.used) {
     T* row = to + b.rows[i] * width;
-    for (int64_t j = 0; j < b.used; ++j) row[j] = alpha * from[j];
+    std::copy_n(from, b.used, row);
     std::fill(row + b.used, row + b.K, empty);
   }
 }
@@ -757,7 +757,7 @@ struct Head {
     if (shared_expert) shared(S).addmm_(q, Z.t(), 0, landmark_scale);
     each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
       const Tensor k_e = gather_rows<scalar_t>(k, keys, b.used);
-      put_block<T>(S, b, logits_of(gather_rows<T>(q, b.rows, b.n), k_e, false, large), 1, static_cast<T>(-kInf));
+      put_block<T>(S, b, logits_of(gather_rows<T>(q, b.rows, b.n), k_e, false, large), static_cast<T>(-kInf));
     });
     return S;
   }
@@ -850,7 +850,7 @@ struct Head {
     if (shared_expert) shared(dS).addmm_(do_n, C.t(), 0, 1);
     each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
       const Tensor v_e = gather_rows<scalar_t>(v, keys, b.used);
-      put_block<T>(dS, b, gather_rows<T>(do_n, b.rows, b.n).mm(v_e.t()), 1, 0);
+      put_block<T>(dS, b, gather_rows<T>(do_n, b.rows, b.n).mm(v_e.t()), 0);
     });
     softmax_backward_(dS, P, dlse ? OptionalTensor(part(*dlse)) : std::nullopt);
 
