@@ -86,14 +86,17 @@ Tensor incoming(const Tensor& dout, const Tensor& out) {
 }
 
 // That of a logsumexp: contiguous, or absent.
-OptionalTensor incoming_lse(const Tensor& dlse) { return if_defined(dlse.defined() ? dlse.contiguous() : dlse); }
+OptionalTensor incoming_lse(const Tensor& dlse) {
+  return dlse.defined() ? OptionalTensor(dlse.contiguous()) : std::nullopt;
+}
 
-// One gradient per argument of an op that takes `arguments`, the first of them tensors that are there: undefined where
-// none is needed. Further gradients belong to tensors that are not there.
-variable_list wanted(const AutogradContext* ctx, variable_list grads, size_t tensors, size_t arguments) {
+// One gradient per argument of an op, from those of the tensors that come first: undefined where none is needed, and for
+// every option.
+template <class... Args>
+variable_list wanted(variable_list (*)(AutogradContext*, Args...), const AutogradContext* ctx, variable_list grads) {
   for (size_t i = 0; i < grads.size(); ++i)
-    if (i >= tensors || !ctx->needs_input_grad(i)) grads[i] = Tensor();
-  grads.resize(arguments);
+    if (!ctx->needs_input_grad(i)) grads[i] = Tensor();
+  grads.resize(sizeof...(Args));
   return grads;
 }
 
@@ -124,7 +127,7 @@ struct Pool : Function<Pool> {
                                        ctx->saved_data["N"].toSymInt(), SymIntArrayRef(num_landmarks),
                                        SymIntArrayRef(grid), ctx->saved_data["num_prefix_tokens"].toSymInt(),
                                        if_defined(ctx->get_saved_variables()[0]));
-    return wanted(ctx, {dquery}, 1, 5);
+    return wanted(&forward, ctx, {dquery});
   }
 };
 
@@ -144,14 +147,13 @@ struct LandmarkTopk : Function<LandmarkTopk> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     refuse_second_derivative();
-    if (!grads[1].defined() && !grads[2].defined()) return variable_list(6);
+    if (!grads[1].defined() && !grads[2].defined()) return wanted(&forward, ctx, {});
     const variable_list saved = ctx->get_saved_variables();
-    return wanted(ctx,
+    return wanted(&forward, ctx,
                   list_of(call<std::tuple<Tensor, Tensor, Tensor>>(
                       "mita_ext::landmark_topk_backward", incoming(grads[1], saved[3]), incoming_lse(grads[2]),
                       saved[0], saved[1], saved[2], saved[3], saved[4], ctx->saved_data["scale"].toDouble(),
-                      if_defined(saved[5]))),
-                  3, 6);
+                      if_defined(saved[5]))));
   }
 };
 
@@ -174,15 +176,14 @@ struct ExpertAttention : Function<ExpertAttention> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     refuse_second_derivative();
-    if (!grads[0].defined() && !grads[1].defined()) return variable_list(10);
+    if (!grads[0].defined() && !grads[1].defined()) return wanted(&forward, ctx, {});
     const variable_list saved = ctx->get_saved_variables();
-    return wanted(ctx,
+    return wanted(&forward, ctx,
                   list_of(call<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>>(
                       "mita_ext::expert_attention_backward", incoming(grads[0], saved[7]), incoming_lse(grads[1]),
                       saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6], saved[7], saved[8],
                       ctx->saved_data["shared_expert"].toBool(), ctx->saved_data["scale"].toDouble(),
-                      ctx->saved_data["landmark_scale"].toDouble())),
-                  5, 10);
+                      ctx->saved_data["landmark_scale"].toDouble())));
   }
 };
 
@@ -216,22 +217,21 @@ struct Attention : Function<Attention> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     refuse_second_derivative();
-    if (!grads[0].defined() && !grads[1].defined()) return variable_list(16);
+    if (!grads[0].defined() && !grads[1].defined()) return wanted(&forward, ctx, {});
     const variable_list saved = ctx->get_saved_variables();
     auto& option = ctx->saved_data;
     const bool pooled = option["pooled"].toBool();
     const auto num_landmarks = option["num_landmarks"].toSymIntVector(), grid = option["grid"].toSymIntVector();
     const bool want_keys = ctx->needs_input_grad(1) || ctx->needs_input_grad(2);
     const bool want_landmarks = ctx->needs_input_grad(pooled ? 0 : 3);
-    return wanted(ctx,
-                  list_of(call<std::tuple<Tensor, Tensor, Tensor, Tensor>>(
-                      "mita_ext::attention_backward", incoming(grads[0], saved[8]), incoming_lse(grads[1]), saved[0],
-                      saved[1], saved[2], saved[3], saved[4], saved[5], saved[6], saved[7], saved[8], saved[9], pooled,
-                      SymIntArrayRef(num_landmarks), SymIntArrayRef(grid), option["num_prefix_tokens"].toSymInt(),
-                      option["shared_expert"].toBool(), option["scale"].toDouble(), option["landmark_scale"].toDouble(),
-                      want_keys, want_landmarks, if_defined(saved[10]), if_defined(saved[11]),
-                      option["max_seqlen_q"].toOptional<SymInt>(), option["max_seqlen_k"].toOptional<SymInt>())),
-                  pooled ? 3 : 4, 16);
+    variable_list results = list_of(call<std::tuple<Tensor, Tensor, Tensor, Tensor>>(
+        "mita_ext::attention_backward", incoming(grads[0], saved[8]), incoming_lse(grads[1]), saved[0], saved[1], saved[2],
+        saved[3], saved[4], saved[5], saved[6], saved[7], saved[8], saved[9], pooled, SymIntArrayRef(num_landmarks),
+        SymIntArrayRef(grid), option["num_prefix_tokens"].toSymInt(), option["shared_expert"].toBool(),
+        option["scale"].toDouble(), option["landmark_scale"].toDouble(), want_keys, want_landmarks, if_defined(saved[10]),
+        if_defined(saved[11]), option["max_seqlen_q"].toOptional<SymInt>(), option["max_seqlen_k"].toOptional<SymInt>()));
+    if (pooled) results.pop_back();  // landmarks were no argument
+    return wanted(&forward, ctx, results);
   }
 };
 

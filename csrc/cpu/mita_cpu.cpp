@@ -466,7 +466,11 @@ struct Exponentials {
     return result;
   }
   Tensor factor() const { return sum.reciprocal().masked_fill_(sum == 0, 0); }
-  Tensor lse() const { return sum.log().add_(top).squeeze(1); }
+  void put_lse(const Tensor& lse) const {  // [n], contiguous
+    const T *tops = top.template const_data_ptr<T>(), *sums = sum.template const_data_ptr<T>();
+    T* to = lse.mutable_data_ptr<T>();
+    for (int64_t i = 0; i < top.size(0); ++i) to[i] = tops[i] + std::log(sums[i]);
+  }
 };
 
 // Rows of landmark scores that are held at once: 2^20 scores or one row. A function of the keys alone, never of the batch
@@ -507,7 +511,7 @@ Landmarked landmark_stage(const Problem& x, const Tensor& landmarks, const Tenso
       }
       const Exponentials<scalar_t> weights(at::cat(tops), at::cat(sums));
       head(result.compressed, b, h).narrow(0, m0, rows).copy_(S.mm(to_acc(keys.head(value, b, hk))).div_(weights.sum));
-      head(result.lse, b, h).narrow(0, m0, rows).copy_(weights.lse());
+      weights.put_lse(head(result.lse, b, h).narrow(0, m0, rows));
     });
   });
   return result;
@@ -770,12 +774,10 @@ struct Head {
       attend_at_once(n0, n, wide, total);
     else
       attend_by_expert(n0, n, wide, total);
-    const T *top = total.top.template const_data_ptr<T>(), *sum = total.sum.template const_data_ptr<T>();
-    T* of_row = lse.template mutable_data_ptr<T>();
-    for (int64_t i = 0; i < n; ++i) {
-      of_row[i] = top[i] + std::log(sum[i]);
+    total.put_lse(lse);
+    const T* sum = total.sum.template const_data_ptr<T>();
+    for (int64_t i = 0; i < n; ++i)
       if (sum[i] == 0) wide.select(0, i).zero_();
-    }
     if (!out.is_same(wide)) out.copy_(wide);
   }
 
