@@ -162,32 +162,38 @@ Problem problem_of(const char* fn, const Shape& p, const Tensor& query, const Te
 
 constexpr int64_t kAhead = 8, kLine = 64;  // rows that are asked for ahead, bytes of a cache line
 
+std::vector<int64_t> ascending(int64_t n) {  // 0 .. n - 1
+  std::vector<int64_t> result(n);
+  std::iota(result.begin(), result.end(), 0);
+  return result;
+}
+
 // rows[0 .. n) of a matrix whose last dimension has stride 1, widened, times a factor.
-template <class scalar_t>
-void gather_rows(const Tensor& matrix, const int64_t* rows, int64_t n, acc_t<scalar_t> factor, acc_t<scalar_t>* to) {
+template <class scalar_t, class T>
+void gather_rows(const Tensor& matrix, const int64_t* rows, int64_t n, T factor, T* to) {
   const int64_t D = matrix.size(1), stride = matrix.stride(0);
   const scalar_t* from = matrix.const_data_ptr<scalar_t>();
   for (int64_t i = 0; i < n; ++i, to += D) {
     const scalar_t* later = from + rows[std::min(i + kAhead, n - 1)] * stride;
     for (int64_t d = 0; d < D; d += kLine / sizeof(scalar_t)) __builtin_prefetch(later + d);
-    for (int64_t d = 0; d < D; ++d) to[d] = factor * static_cast<acc_t<scalar_t>>(from[rows[i] * stride + d]);
+    for (int64_t d = 0; d < D; ++d) to[d] = factor * static_cast<T>(from[rows[i] * stride + d]);
   }
 }
 
 template <class scalar_t>
 Tensor gather_rows(const Tensor& matrix, const int64_t* rows, int64_t n) {
   const Tensor result = at::empty({n, matrix.size(1)}, acc_options(matrix));
-  gather_rows<scalar_t>(matrix, rows, n, 1, result.mutable_data_ptr<acc_t<scalar_t>>());
+  gather_rows<scalar_t>(matrix, rows, n, acc_t<scalar_t>{1}, result.mutable_data_ptr<acc_t<scalar_t>>());
   return result;
 }
 
 template <class T>
 void add_rows(const Tensor& matrix, const int64_t* rows, const Tensor& terms, T alpha = 1) {
-  const int64_t n = terms.size(0), D = terms.size(1);
+  const int64_t n = terms.size(0), D = terms.size(1), stride = matrix.stride(0);
   const T* from = terms.const_data_ptr<T>();
   T* to = matrix.mutable_data_ptr<T>();
   for (int64_t i = 0; i < n; ++i, from += D)
-    for (int64_t d = 0; d < D; ++d) to[rows[i] * D + d] += alpha * from[d];
+    for (int64_t d = 0; d < D; ++d) to[rows[i] * stride + d] += alpha * from[d];
 }
 
 // The units of one expert, seen from its queries: some rows of a [n, width] matrix, K columns from `column` on, of
@@ -256,6 +262,32 @@ void scan_maxima(const T* __restrict x, int64_t n, T* __restrict highest, const 
   for (int64_t j = whole; j < n; ++j) highest[0] = f(x[j]) > highest[0] ? f(x[j]) : highest[0];
 }
 
+template <class T, class F>
+T fold(T* lanes, const F& f) {
+  for (int64_t n = kScan / 2; n > 0; n /= 2)
+    for (int64_t j = 0; j < n; ++j) lanes[j] = f(lanes[j], lanes[j + n]);
+  return lanes[0];
+}
+
+// The largest f(x[j]) of x[0 .. n); NaN is passed over.
+template <class T, class F>
+T largest_of(const T* x, int64_t n, const F& f) {
+  T highest[kScan];
+  scan_maxima<T>(x, n, highest, f);
+  return fold(highest, [](T a, T b) { return a > b ? a : b; });
+}
+
+// In kScan sums, which vectorise.
+template <class T>
+T sum_of(const T* x, int64_t n) {
+  T sums[kScan] = {};
+  const int64_t whole = n / kScan * kScan;
+  for (int64_t j0 = 0; j0 < whole; j0 += kScan)
+    for (int64_t j = 0; j < kScan; ++j) sums[j] += x[j0 + j];
+  for (int64_t j = whole; j < n; ++j) sums[j - whole] += x[j];
+  return fold(sums, std::plus<T>());
+}
+
 // std::count_if in 32 bits, which vectorises.
 template <class T, class F>
 int32_t count_of(const T* x, int64_t n, const F& f) {
@@ -268,17 +300,14 @@ int32_t count_of(const T* x, int64_t n, const F& f) {
 // Halving finds it, unless ties or infinities are in the way: then it is the K-th largest.
 template <class T>
 T find_cut(const T* x, int64_t n, int64_t K) {
-  T highest[kScan], lowest[kScan];
-  scan_maxima<T>(x, n, highest, [](T score) { return score; });
-  scan_maxima<T>(x, n, lowest, [](T score) { return -score; });
-  T high = *std::max_element(highest, highest + kScan), low = -*std::max_element(lowest, lowest + kScan);
-  T middle = low;
+  T high = largest_of(x, n, [](T score) { return score; }), low = -largest_of(x, n, [](T score) { return -score; });
+  if (K == n) return low;
   for (int halvings = 0; halvings < 40; ++halvings) {
+    const T middle = low + (high - low) / 2;
+    if (!(low < middle && middle < high)) break;
     const int32_t reach = count_of(x, n, [&](T score) { return score >= middle; });
     if (reach == K) return middle;
     (reach > K ? low : high) = middle;
-    middle = low + (high - low) / 2;
-    if (!(low < middle && middle < high)) break;
   }
   std::vector<T> numbers(n);
   numbers.erase(std::copy_if(x, x + n, numbers.begin(), [](T score) { return !std::isnan(score); }), numbers.end());
@@ -316,8 +345,12 @@ void select_topk(const T* scores, int64_t L, int64_t K, int32_t* chosen) {
   }
   const T last = find_cut(x, candidates, K);
   int64_t ties = K - count_of(x, candidates, [&](T score) { return score > last; });
-  for (int64_t i = 0; n < K; ++i)
-    if (x[i] > last || (x[i] == last && ties-- > 0)) chosen[n++] = is_long ? keys[i] : static_cast<int32_t>(i);
+  for (int64_t i = 0; n < K; ++i) {  // without branches, which nothing could predict
+    const bool tie = x[i] == last;
+    chosen[n] = is_long ? keys[i] : static_cast<int32_t>(i);
+    n += (x[i] > last) | (tie & (ties > 0));
+    ties -= tie;
+  }
 }
 
 // The first of M scores, for each of n columns of [M, n]. One choice a loop, or the compiler makes branches of them.
@@ -448,28 +481,63 @@ Tensor pool_backward(const Tensor& dlandmarks, int64_t N, IntArrayRef num_landma
 
 // ---- Landmarks: scores, top-k, compressed values ---------------------------------------------------------------------
 
-// Logits relative to the largest of their row -> exponentials, in place. A row of -inf becomes zeros: its sum and its factor are 0,
-// its lse is -inf.
+constexpr int64_t kShortRow = 256;  // up to here loops of our own take less time than calls into ATen
+
+// Rows of a contiguous matrix, each times a factor.
+template <class T, class F>
+void scale_rows(const Tensor& matrix, const F& factor) {
+  const int64_t width = matrix.size(1);
+  T* row = matrix.mutable_data_ptr<T>();
+  for (int64_t i = 0; i < matrix.size(0); ++i, row += width) {
+    const T f = factor(i);
+    for (int64_t j = 0; j < width; ++j) row[j] *= f;
+  }
+}
+
+// Of rows of logits the largest, and the sum of the exponentials relative to it. A row of -inf, or of nothing so far, has the sum 0,
+// the lse -inf and a softmax of zeros.
 template <class T>
 struct Exponentials {
-  Tensor top, sum;  // [n, 1]
-  Exponentials(const Tensor& top, const Tensor& sum) : top(top), sum(sum) {}
-  explicit Exponentials(const Tensor& logits) : top(logits.amax(1, true)) {
-    logits.sub_(top.clamp_min(std::numeric_limits<T>::lowest())).exp_();
-    sum = logits.sum(1, true);
+  std::vector<T> top, sum;
+
+  explicit Exponentials(int64_t n) : top(n, static_cast<T>(-kInf)), sum(n, T{0}) {}
+  explicit Exponentials(const Tensor& logits) : Exponentials(logits.size(0)) { put(0, logits); }
+
+  // Rows from `first` on: logits -> exponentials, in place.
+  void put(int64_t first, const Tensor& logits) {
+    const int64_t n = logits.size(0), width = logits.size(1);
+    if (n * width == 0) return;
+    T *x = logits.mutable_data_ptr<T>(), *tops = top.data() + first, *sums = sum.data() + first;
+    if (width > kShortRow) {
+      const Tensor highest = logits.amax(1, true);
+      logits.sub_(highest.clamp_min(std::numeric_limits<T>::lowest())).exp_();
+      std::copy_n(highest.const_data_ptr<T>(), n, tops);
+      std::copy_n(logits.sum(1).template const_data_ptr<T>(), n, sums);
+      return;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      tops[i] = largest_of(x + i * width, width, [](T logit) { return logit; });
+      const T shift = std::max(tops[i], std::numeric_limits<T>::lowest());
+      for (int64_t j = 0; j < width; ++j) x[i * width + j] -= shift;
+    }
+    logits.exp_();
+    for (int64_t i = 0; i < n; ++i) sums[i] = sum_of(x + i * width, width);
   }
+
+  // Exponentials -> softmax, in place.
+  void normalise(const Tensor& rows) const {
+    scale_rows<T>(rows, [&](int64_t i) { return sum[i] == 0 ? T{0} : 1 / sum[i]; });
+  }
+
   T largest() const {  // logit of its row, by magnitude
     T result = 0;
-    const T* of_row = top.template const_data_ptr<T>();
-    for (int64_t i = 0; i < top.size(0); ++i)
-      if (std::isfinite(of_row[i])) result = std::max(result, std::abs(of_row[i]));
+    for (const T of_row : top)
+      if (std::isfinite(of_row)) result = std::max(result, std::abs(of_row));
     return result;
   }
-  Tensor factor() const { return sum.reciprocal().masked_fill_(sum == 0, 0); }
   void put_lse(const Tensor& lse) const {  // [n], contiguous
-    const T *tops = top.template const_data_ptr<T>(), *sums = sum.template const_data_ptr<T>();
     T* to = lse.mutable_data_ptr<T>();
-    for (int64_t i = 0; i < top.size(0); ++i) to[i] = tops[i] + std::log(sums[i]);
+    for (size_t i = 0; i < top.size(); ++i) to[i] = top[i] + std::log(sum[i]);
   }
 };
 
@@ -501,16 +569,16 @@ Landmarked landmark_stage(const Problem& x, const Tensor& landmarks, const Tenso
       Tensor S = widen(head(landmarks, b, h).narrow(0, m0, rows)).mm(widen(keys.head(key, b, hk)).t());
       const scalar_t* scores = S.const_data_ptr<scalar_t>();
       int32_t* chosen = head(result.indices, b, h).mutable_data_ptr<int32_t>() + m0 * x.K;
-      std::vector<Tensor> tops, sums;
+      Exponentials<scalar_t> weights(rows);
       const int64_t slab = std::clamp<int64_t>(kSlab / L, 1, rows);
       for (int64_t m = 0; m < rows; m += slab) {  // each while its scores are in the cache
         const int64_t n = std::min(slab, rows - m);
         for (int64_t i = m; i < m + n; ++i) select_topk(scores + i * L, L, K, chosen + i * x.K);
-        const Exponentials<scalar_t> weights(S.narrow(0, m, n).mul_(scale));
-        tops.push_back(weights.top), sums.push_back(weights.sum);
+        weights.put(m, S.narrow(0, m, n).mul_(scale));
       }
-      const Exponentials<scalar_t> weights(at::cat(tops), at::cat(sums));
-      head(result.compressed, b, h).narrow(0, m0, rows).copy_(S.mm(to_acc(keys.head(value, b, hk))).div_(weights.sum));
+      const Tensor sums = S.mm(to_acc(keys.head(value, b, hk)));
+      scale_rows<scalar_t>(sums, [&](int64_t i) { return 1 / weights.sum[i]; });
+      head(result.compressed, b, h).narrow(0, m0, rows).copy_(sums);
       weights.put_lse(head(result.lse, b, h).narrow(0, m0, rows));
     });
   });
@@ -528,8 +596,9 @@ std::tuple<Tensor, Tensor, Tensor> landmark_topk(const Tensor& landmarks, const 
 // Softmax of each row of logits, in place. The backward passes start from the logits again and not from the saved lse and
 // outputs: those are rounded, which shows where logits are large or keys nearly the same.
 Tensor softmax_(const Tensor& logits) {
-  return AT_DISPATCH_FLOATING_TYPES(logits.scalar_type(), "mita_ext.softmax",
-                                    [&] { return logits.mul_(Exponentials<scalar_t>(logits).factor()); });
+  AT_DISPATCH_FLOATING_TYPES(logits.scalar_type(), "mita_ext.softmax",
+                             [&] { Exponentials<scalar_t>(logits).normalise(logits); });
+  return logits;
 }
 
 // dP -> the gradient of the logits, in place: P (dP - sum(P dP) + dlse).
@@ -626,22 +695,21 @@ constexpr double kLargeLogit = 64;
 // Merges a softmax over more units into out [n, D], which is one over those `so_far`, for some rows. `sums` are the values weighted by
 // the exponentials of `more`. Where there was nothing so far, out need not be there.
 template <class T>
-void merge_rows(const Tensor& out, const Exponentials<T>& so_far, const int64_t* rows, const Tensor& sums, const Exponentials<T>& more) {
+void merge_rows(const Tensor& out, Exponentials<T>& so_far, const int64_t* rows, const Tensor& sums, const Exponentials<T>& more) {
   const int64_t D = out.size(1), stride = out.stride(0);
-  const T *from = sums.const_data_ptr<T>(), *more_top = more.top.template const_data_ptr<T>();
-  const T* more_sum = more.sum.template const_data_ptr<T>();
-  T *outs = out.mutable_data_ptr<T>(), *tops = so_far.top.template mutable_data_ptr<T>();
-  T* totals = so_far.sum.template mutable_data_ptr<T>();
+  const T* from = sums.const_data_ptr<T>();
+  T* outs = out.mutable_data_ptr<T>();
   for (int64_t i = 0; i < sums.size(0); ++i, from += D) {
-    if (more_sum[i] == 0) continue;
-    T *to = outs + rows[i] * stride, &top = tops[rows[i]], &total = totals[rows[i]];
+    const T more_top = more.top[i], more_sum = more.sum[i];
+    if (more_sum == 0) continue;
+    T *to = outs + rows[i] * stride, &top = so_far.top[rows[i]], &total = so_far.sum[rows[i]];
     if (total == 0) {
-      const T factor = 1 / more_sum[i];
+      const T factor = 1 / more_sum;
       for (int64_t d = 0; d < D; ++d) to[d] = factor * from[d];
-      top = more_top[i], total = more_sum[i];
+      top = more_top, total = more_sum;
     } else {
-      const T highest = std::max(top, more_top[i]), kept = total * std::exp(top - highest), add = std::exp(more_top[i] - highest);
-      top = highest, total = kept + add * more_sum[i];
+      const T highest = std::max(top, more_top), kept = total * std::exp(top - highest), add = std::exp(more_top - highest);
+      top = highest, total = kept + add * more_sum;
       const T of_out = kept / total, of_sums = add / total;
       for (int64_t d = 0; d < D; ++d) to[d] = of_out * to[d] + of_sums * from[d];
     }
@@ -731,16 +799,28 @@ struct Head {
     return {S, rows};
   }
 
+  // The softmax of all units of some queries.
   std::pair<Tensor, Exponentials<T>> weights(const Tensor& q, int64_t n0) const {
-    return exponentials([&](bool large) { return logits(q, n0, large); });
+    const auto result = exponentials([&](bool large) { return logits(q, n0, large); });
+    result.second.normalise(result.first);
+    return result;
   }
 
-  // The logits of q against some keys, and before them the landmarks if wanted. Products are made in double where they are large.
-  Tensor logits_of(const Tensor& q, const Tensor& keys, bool with_landmarks, bool large) const {
-    const auto type = large ? at::kDouble : q.scalar_type();
-    const Tensor k = keys.to(type).mul(scale);
-    const Tensor units = with_landmarks ? at::cat({Z.to(type).mul(landmark_scale), k}) : k;
-    return q.to(type).mm(units.t()).to(q.scalar_type());
+  // Some keys and, before them, the landmarks if wanted, times their scales.
+  template <class U>
+  Tensor units_of(const int64_t* keys, int64_t n, bool with_landmarks) const {
+    const int64_t M = with_landmarks ? p.M : 0;
+    const Tensor result = at::empty({M + n, p.D}, Z.options().dtype(c10::CppTypeToScalarType<U>::value));
+    U* to = result.template mutable_data_ptr<U>();
+    gather_rows<T>(Z, ascending(M).data(), M, static_cast<U>(landmark_scale), to);
+    gather_rows<scalar_t>(k, keys, n, static_cast<U>(scale), to + M * p.D);
+    return result;
+  }
+
+  // Products are made in double where they are large.
+  Tensor logits_of(const Tensor& q, const int64_t* keys, int64_t n, bool with_landmarks, bool large) const {
+    if (!large) return q.mm(units_of<T>(keys, n, with_landmarks).t());
+    return q.to(at::kDouble).mm(units_of<double>(keys, n, with_landmarks).t()).to(q.scalar_type());
   }
 
   // -inf in empty slots.
@@ -748,7 +828,7 @@ struct Head {
     const int64_t n = q.size(0);
     const Tensor S = at::empty({n, width()}, q.options());
     if (few_keys()) {
-      const Tensor all = logits_of(q, to_acc(k), shared_expert, large);
+      const Tensor all = logits_of(q, ascending(p.L).data(), p.L, shared_expert, large);
       const T* from = all.template const_data_ptr<T>();
       T* to = S.template mutable_data_ptr<T>();
       std::fill_n(to, S.numel(), static_cast<T>(-kInf));
@@ -760,8 +840,7 @@ struct Head {
     }
     if (shared_expert) shared(S).addmm_(q, Z.t(), 0, landmark_scale);
     each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
-      const Tensor k_e = gather_rows<scalar_t>(k, keys, b.used);
-      put_block<T>(S, b, logits_of(gather_rows<T>(q, b.rows, b.n), k_e, false, large), static_cast<T>(-kInf));
+      put_block<T>(S, b, logits_of(gather_rows<T>(q, b.rows, b.n), keys, b.used, false, large), static_cast<T>(-kInf));
     });
     return S;
   }
@@ -769,49 +848,40 @@ struct Head {
   // Fills out [n, D] and lse [n] of queries n0 .. n0 + n. A query without any unit gets 0 and -inf.
   void forward(int64_t n0, int64_t n, const Tensor& out, const Tensor& lse) const {
     const Tensor wide = std::is_same_v<scalar_t, T> ? out : at::empty(out.sizes(), Z.options());
-    const Exponentials<T> total(at::full({n, 1}, -kInf, Z.options()), at::zeros({n, 1}, Z.options()));
-    if (p.s == 0 || few_keys())
-      attend_at_once(n0, n, wide, total);
-    else
-      attend_by_expert(n0, n, wide, total);
+    const Exponentials<T> total = p.s == 0 || few_keys() ? attend_at_once(n0, n, wide) : attend_by_expert(n0, n, wide);
     total.put_lse(lse);
-    const T* sum = total.sum.template const_data_ptr<T>();
     for (int64_t i = 0; i < n; ++i)
-      if (sum[i] == 0) wide.select(0, i).zero_();
+      if (total.sum[i] == 0) wide.select(0, i).zero_();
     if (!out.is_same(wide)) out.copy_(wide);
   }
 
   // Where there are few units: the logits of all queries as one matrix.
-  void attend_at_once(int64_t n0, int64_t n, const Tensor& out, const Exponentials<T>& total) const {
-    const auto weighed = weights(to_acc(q.narrow(0, n0, n)), n0);
-    const Tensor& P = weighed.first;
-    const Tensor sums = few_keys() ? sums_of_keys(P, n0, n) : P.mm(C);
-    std::vector<int64_t> rows(n);
-    std::iota(rows.begin(), rows.end(), 0);
-    merge_rows<T>(out, total, rows.data(), sums, weighed.second);
-  }
-
-  // P times the values of its units.
-  Tensor sums_of_keys(const Tensor& P, int64_t n0, int64_t n) const {
+  Exponentials<T> attend_at_once(int64_t n0, int64_t n, const Tensor& out) const {
+    const auto [P, total] = weights(to_acc(q.narrow(0, n0, n)), n0);
+    Tensor result = out;
+    if (!few_keys()) {
+      at::mm_out(result, P, C);
+      return total;
+    }
     const Tensor values = to_acc(v);
     const bool finite = std::isfinite(values.sum().template item<T>());
     const Tensor numbers = finite ? values : values.nan_to_num(0, 0, 0);
-    const Tensor sums = of_all_keys(P, n0).mm(shared_expert ? at::cat({C, numbers}) : numbers);
-    if (finite) return sums;
+    at::mm_out(result, of_all_keys(P, n0), shared_expert ? at::cat({C, numbers}) : numbers);
+    if (finite) return total;
     const Tensor others = values.sub(numbers);
     each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
-      add_rows<T>(sums, b.rows, get_block<T>(P, b).mm(gather_rows<T>(others, keys, b.used)));
+      add_rows<T>(out, b.rows, get_block<T>(P, b).mm(gather_rows<T>(others, keys, b.used)));
     });
-    return sums;
+    return total;
   }
 
   // P as a matrix over the landmarks, if the expert is shared, and all keys.
   Tensor of_all_keys(const Tensor& P, int64_t n0) const {
-    const Tensor all = at::zeros({P.size(0), shared_width() + p.L}, P.options());
+    const Tensor all = at::empty({P.size(0), shared_width() + p.L}, P.options());
     const T* from = P.template const_data_ptr<T>();
     T* to = all.template mutable_data_ptr<T>();
     for (int64_t i = 0; i < P.size(0); ++i, from += width(), to += shared_width() + p.L) {
-      std::copy_n(from, shared_width(), to);
+      std::fill_n(std::copy_n(from, shared_width(), to), p.L, T{0});
       each_slot(n0 + i, [&](int64_t slot, int64_t key) { to[key] += from[slot]; });
     }
     return all;
@@ -819,7 +889,8 @@ struct Head {
 
   // Where experts have many queries: all units of a route in one product, whose logits stay in the cache. The shared expert goes
   // with the first route; softmaxes of several routes are merged.
-  void attend_by_expert(int64_t n0, int64_t n, const Tensor& out, const Exponentials<T>& total) const {
+  Exponentials<T> attend_by_expert(int64_t n0, int64_t n, const Tensor& out) const {
+    Exponentials<T> total(n);
     const int64_t M = shared_width();
     const Tensor q_n = q.narrow(0, n0, n);
     const Tensor units = at::empty({M + p.K, p.D}, Z.options()), values = at::empty_like(units);  // units times their scale
@@ -829,16 +900,17 @@ struct Head {
       const int64_t first = b.column == M ? 0 : M, width = M + b.used - first;
       if (width == 0) return;
       gather_rows<scalar_t>(k, keys, b.used, static_cast<T>(scale), units_of_keys);
-      gather_rows<scalar_t>(v, keys, b.used, 1, values_of_keys);
+      gather_rows<scalar_t>(v, keys, b.used, T{1}, values_of_keys);
       const Tensor units_e = units.narrow(0, first, width), values_e = values.narrow(0, first, width);
       for (int64_t i = 0; i < b.n; i += kQueries) {
         const Tensor q_e = gather_rows<scalar_t>(q_n, b.rows + i, std::min(kQueries, b.n - i));
         const auto weighed = exponentials([&](bool large) {
-          return large ? logits_of(q_e, gather_rows<scalar_t>(k, keys, b.used), first < M, true) : q_e.mm(units_e.t());
+          return large ? logits_of(q_e, keys, b.used, first < M, true) : q_e.mm(units_e.t());
         });
         merge_rows<T>(out, total, b.rows + i, weighed.first.mm(values_e), weighed.second);
       }
     });
+    return total;
   }
 
   // Adds to dq [N, D], dZ, dC [M, D] and the kv gradients, if wanted, what queries n0 .. n0 + n contribute.
@@ -846,8 +918,7 @@ struct Head {
                 const Tensor& dZ, const Tensor& dC, bool want_keys, KeyValueGrad& grad) const {
     const auto part = [&](const Tensor& t) { return t.narrow(0, n0, n); };
     const Tensor q_n = to_acc(part(q)), do_n = to_acc(part(dout)), dq_n = part(dq);
-    const auto weighed = weights(q_n, n0);
-    const Tensor P = weighed.first.mul_(weighed.second.factor());
+    const Tensor P = weights(q_n, n0).first;
     const Tensor dS = at::empty_like(P);
     if (shared_expert) shared(dS).addmm_(do_n, C.t(), 0, 1);
     each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
