@@ -1,8 +1,9 @@
 // The CPU backend: every op of the package, forward and backward, for float64, float32, bfloat16 and float16.
 //
 // Matrix products go through ATen on 2-D slices, one (batch, head) and one block of rows at a time, so that no score
-// matrix of all heads ever exists. Low precision is widened to float32 slice by slice; scores are never rounded before
-// a decision, and results are rounded once, when they are stored. T is the type that is computed in.
+// matrix of all heads ever exists; those of an expert with few queries are loops. Low precision is widened to float32
+// slice by slice; scores are never rounded before a decision, and results are rounded once, when they are stored. T is
+// the type that is computed in.
 //
 // Forward tasks are (batch, head, block of rows); backward tasks are (batch, kv head), so that each dkey and dvalue has
 // one owner and the order of every sum is fixed. A task works on the rows of its sequence as if it were alone.
@@ -194,6 +195,60 @@ void add_rows(const Tensor& matrix, const int64_t* rows, const Tensor& terms, T 
   T* to = matrix.mutable_data_ptr<T>();
   for (int64_t i = 0; i < n; ++i, from += D)
     for (int64_t d = 0; d < D; ++d) to[rows[i] * stride + d] += alpha * from[d];
+}
+
+// Some rows of a matrix, widened if need be.
+template <class scalar_t>
+class WideRows {
+  using T = acc_t<scalar_t>;
+  std::vector<T> copies;
+  std::vector<const T*> rows;
+
+ public:
+  const T* const* operator()(const Tensor& matrix, const int64_t* chosen, int64_t n) {
+    rows.resize(n);
+    if constexpr (std::is_same_v<scalar_t, T>) {
+      for (int64_t i = 0; i < n; ++i) rows[i] = matrix.const_data_ptr<T>() + chosen[i] * matrix.stride(0);
+    } else {
+      copies.resize(n * matrix.size(1));
+      gather_rows<scalar_t>(matrix, chosen, n, T{1}, copies.data());
+      for (int64_t i = 0; i < n; ++i) rows[i] = copies.data() + i * matrix.size(1);
+    }
+    return rows.data();
+  }
+};
+
+// to[i] = factor x . rows[i], for n rows of D numbers; four at a time, so that x is loaded once.
+template <class T>
+void multiply(const T* __restrict x, const T* const* rows, int64_t n, int64_t D, T factor, T* __restrict to) {
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4) {
+    const T *__restrict A = rows[i], *__restrict B = rows[i + 1], *__restrict C = rows[i + 2], *__restrict E = rows[i + 3];
+    T a = 0, b = 0, c = 0, e = 0;
+#pragma omp simd reduction(+ : a, b, c, e)
+    for (int64_t d = 0; d < D; ++d) a += x[d] * A[d], b += x[d] * B[d], c += x[d] * C[d], e += x[d] * E[d];
+    to[i] = factor * a, to[i + 1] = factor * b, to[i + 2] = factor * c, to[i + 3] = factor * e;
+  }
+  for (; i < n; ++i) {
+    const T* __restrict A = rows[i];
+    T a = 0;
+#pragma omp simd reduction(+ : a)
+    for (int64_t d = 0; d < D; ++d) a += x[d] * A[d];
+    to[i] = factor * a;
+  }
+}
+
+// to += sum of weights[i] rows[i].
+template <class T>
+void add_products(const T* __restrict weights, const T* const* rows, int64_t n, int64_t D, T* __restrict to) {
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4) {
+    const T *__restrict A = rows[i], *__restrict B = rows[i + 1], *__restrict C = rows[i + 2], *__restrict E = rows[i + 3];
+    const T a = weights[i], b = weights[i + 1], c = weights[i + 2], e = weights[i + 3];
+    for (int64_t d = 0; d < D; ++d) to[d] += a * A[d] + b * B[d] + c * C[d] + e * E[d];
+  }
+  for (; i < n; ++i)
+    for (int64_t d = 0; d < D; ++d) to[d] += weights[i] * rows[i][d];
 }
 
 // The units of one expert, seen from its queries: some rows of a [n, width] matrix, K columns from `column` on, of
@@ -688,8 +743,8 @@ Tensor route(const Tensor& query, const Tensor& landmarks, int64_t routes) {
 
 // ---- Attention over the shared expert and the routed experts ---------------------------------------------------------
 
-constexpr int64_t kFewKeys = 8;  // times K
 constexpr int64_t kQueries = 512;  // of an expert at once: their logits stay in the cache
+constexpr int64_t kSmallProduct = int64_t{1} << 15;  // times and adds that take as long as a call into ATen
 constexpr double kLargeLogit = 64;
 
 // Merges a softmax over more units into out [n, D], which is one over those `so_far`, for some rows. `sums` are the values weighted by
@@ -775,19 +830,9 @@ struct Head {
     }
   }
 
-  // Calls f(column, column) for the filled slots of one query: among its units, and among the landmarks and all keys.
-  template <class F>
-  void each_slot(int64_t query, const F& f) const {
-    for (int64_t t = 0; t < p.s; ++t) {
-      const int32_t* keys = indices + experts[query * p.s + t] * p.K;
-      for (int64_t j = 0; j < p.K; ++j)
-        if (keys[j] >= 0 && keys[j] < p.L) f(shared_width() + t * p.K + j, shared_width() + keys[j]);
-    }
-  }
-
-  // Of few keys, one product with all of them costs less than one for each expert. So too for values, but for those that are not
-  // finite: they must not reach who does not attend to them.
-  bool few_keys() const { return p.s > 0 && p.L <= kFewKeys * p.K; }
+  // Whether so few queries meet so few units that a call into ATen would take longer than their products do.
+  bool is_small(int64_t queries, int64_t units) const { return queries * units * p.D <= kSmallProduct; }
+  bool is_small(const Block& b) const { return is_small(b.n, b.used); }
 
   // The exponentials of logits(false), in its place; or of logits(true), made in double, where they are large: the rounding of a
   // large logit is the largest error of a softmax. Without experts, whose keys it is that come close, nothing is gained.
@@ -825,22 +870,22 @@ struct Head {
 
   // -inf in empty slots.
   Tensor logits(const Tensor& q, int64_t n0, bool large) const {
-    const int64_t n = q.size(0);
+    const int64_t n = q.size(0), stride = q.stride(0);
     const Tensor S = at::empty({n, width()}, q.options());
-    if (few_keys()) {
-      const Tensor all = logits_of(q, ascending(p.L).data(), p.L, shared_expert, large);
-      const T* from = all.template const_data_ptr<T>();
-      T* to = S.template mutable_data_ptr<T>();
-      std::fill_n(to, S.numel(), static_cast<T>(-kInf));
-      for (int64_t i = 0; i < n; ++i, from += shared_width() + p.L, to += width()) {
-        std::copy_n(from, shared_width(), to);
-        each_slot(n0 + i, [&](int64_t slot, int64_t key) { to[slot] = from[key]; });
-      }
-      return S;
-    }
-    if (shared_expert) shared(S).addmm_(q, Z.t(), 0, landmark_scale);
+    if (shared_expert) shared(S).copy_(logits_of(q, nullptr, 0, true, large));
+    const T* from = q.template const_data_ptr<T>();
+    T* to = S.template mutable_data_ptr<T>();
+    WideRows<scalar_t> rows_of;
     each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
-      put_block<T>(S, b, logits_of(gather_rows<T>(q, b.rows, b.n), keys, b.used, false, large), static_cast<T>(-kInf));
+      constexpr T empty = -std::numeric_limits<T>::infinity();
+      if (large || !is_small(b))
+        return put_block<T>(S, b, logits_of(gather_rows<T>(q, b.rows, b.n), keys, b.used, false, large), empty);
+      const T* const* k_e = rows_of(k, keys, b.used);
+      for (int64_t i = 0; i < b.n; ++i) {
+        T* row = to + b.rows[i] * width() + b.column;
+        multiply(from + b.rows[i] * stride, k_e, b.used, p.D, static_cast<T>(scale), row);
+        std::fill(row + b.used, row + b.K, empty);
+      }
     });
     return S;
   }
@@ -848,7 +893,8 @@ struct Head {
   // Fills out [n, D] and lse [n] of queries n0 .. n0 + n. A query without any unit gets 0 and -inf.
   void forward(int64_t n0, int64_t n, const Tensor& out, const Tensor& lse) const {
     const Tensor wide = std::is_same_v<scalar_t, T> ? out : at::empty(out.sizes(), Z.options());
-    const Exponentials<T> total = p.s == 0 || few_keys() ? attend_at_once(n0, n, wide) : attend_by_expert(n0, n, wide);
+    const bool at_once = p.s == 0 || is_small(ceil_div(n * p.s, p.M), p.K);
+    const Exponentials<T> total = at_once ? attend_at_once(n0, n, wide) : attend_by_expert(n0, n, wide);
     total.put_lse(lse);
     for (int64_t i = 0; i < n; ++i)
       if (total.sum[i] == 0) wide.select(0, i).zero_();
@@ -859,32 +905,21 @@ struct Head {
   Exponentials<T> attend_at_once(int64_t n0, int64_t n, const Tensor& out) const {
     const auto [P, total] = weights(to_acc(q.narrow(0, n0, n)), n0);
     Tensor result = out;
-    if (!few_keys()) {
-      at::mm_out(result, P, C);
-      return total;
-    }
-    const Tensor values = to_acc(v);
-    const bool finite = std::isfinite(values.sum().template item<T>());
-    const Tensor numbers = finite ? values : values.nan_to_num(0, 0, 0);
-    at::mm_out(result, of_all_keys(P, n0), shared_expert ? at::cat({C, numbers}) : numbers);
-    if (finite) return total;
-    const Tensor others = values.sub(numbers);
-    each_expert(n0, n, [&](const Block& b, const int64_t* keys) {
-      add_rows<T>(out, b.rows, get_block<T>(P, b).mm(gather_rows<T>(others, keys, b.used)));
+    if (shared_expert)
+      at::mm_out(result, shared(P), C);
+    else
+      result.zero_();
+    const T* from = P.template const_data_ptr<T>();
+    T* to = out.template mutable_data_ptr<T>();
+    const int64_t stride = out.stride(0);
+    WideRows<scalar_t> rows_of;
+    each_expert(n0, n, [&, &P = P](const Block& b, const int64_t* keys) {
+      if (!is_small(b)) return add_rows<T>(out, b.rows, get_block<T>(P, b).mm(gather_rows<scalar_t>(v, keys, b.used)));
+      const T* const* v_e = rows_of(v, keys, b.used);
+      for (int64_t i = 0; i < b.n; ++i)
+        add_products(from + b.rows[i] * width() + b.column, v_e, b.used, p.D, to + b.rows[i] * stride);
     });
     return total;
-  }
-
-  // P as a matrix over the landmarks, if the expert is shared, and all keys.
-  Tensor of_all_keys(const Tensor& P, int64_t n0) const {
-    const Tensor all = at::empty({P.size(0), shared_width() + p.L}, P.options());
-    const T* from = P.template const_data_ptr<T>();
-    T* to = all.template mutable_data_ptr<T>();
-    for (int64_t i = 0; i < P.size(0); ++i, from += width(), to += shared_width() + p.L) {
-      std::fill_n(std::copy_n(from, shared_width(), to), p.L, T{0});
-      each_slot(n0 + i, [&](int64_t slot, int64_t key) { to[key] += from[slot]; });
-    }
-    return all;
   }
 
   // Where experts have many queries: all units of a route in one product, whose logits stay in the cache. The shared expert goes
