@@ -16,9 +16,18 @@ namespace mita {
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int round_up(int a, int step) { return ceil_div(a, step) * step; }
 
-// Blocks that fill a large GPU once: 132 multiprocessors with 4 blocks each. A constant, so that results do not depend on the
-// device.
-constexpr int kBlocksOfAWave = 528;
+// A large GPU's multiprocessors, and blocks that fill them once, four each. Constants, so that results do not depend on the device.
+constexpr int kMultiprocessors = 132, kBlocksOfAWave = 4 * kMultiprocessors;
+
+// Parts into which the pieces of every head are cut so that they busy a large GPU least long: it runs so many `blocks` at a time, a block takes
+// so many pieces `at_once`, and its start takes as long as `start` halves of a piece.
+inline int least_busy_parts(std::int64_t heads, int pieces, int at_once, int blocks, int start) {
+  const auto time = [&](int parts) { return (heads * parts + blocks - 1) / blocks * (2 * ceil_div(ceil_div(pieces, parts), at_once) + start); };
+  int best = 1;
+  for (int parts = 2; parts <= std::min(ceil_div(pieces, at_once), blocks); ++parts)
+    if (time(parts) < time(best)) best = parts;
+  return best;
+}
 
 // Queries that a block, or a warpgroup of it, holds at a time, by element size and padded head dimension: what fits two blocks'
 // registers on a multiprocessor and 99 KB of shared memory.
@@ -26,12 +35,13 @@ constexpr int kPassRows = 64;
 template <int BYTES, int DP> constexpr int kAttentionRows = BYTES * DP <= 512 ? kPassRows : 32;
 template <int BYTES, int DP> constexpr int kRowGradientRows = BYTES * DP <= 256 ? kPassRows : BYTES * DP <= 512 ? 32 : 16;
 
-// Experts whose keys and values fit in the registers of one warp, as operands of its products, and the shared units in half of a
-// multiprocessor's memory; and with few queries. H100: at 8, 21 and 33 queries of an expert this takes 63, 71 and 91 % of the time that blocks
-// take, at 256 and 1024 it takes half as long again.
+// Experts whose keys fit in the registers of one warp, as operands of its products, and the shared units with four warps' values in
+// the 99 KB that every block may have; and with few queries. H100: at 8, 21 and 33 queries of an expert this takes 63, 71 and 91 % of the
+// time that blocks take, at 256 and 1024 it takes half as long again.
 constexpr int kSmallExpertKeys = 64, kSmallExpertQueries = 64;
 inline bool small_experts(const Problem& x) {
-  return x.dtype != Dtype::fp32 && x.D <= 64 && x.D % kCudaHeadDimStep == 0 && x.M <= 256 && x.s > 0 && x.K <= kSmallExpertKeys &&
+  return x.dtype != Dtype::fp32 && x.D <= 64 && x.D % kCudaHeadDimStep == 0 && x.M <= (x.K <= kSmallExpertKeys / 2 ? 256 : 192) && x.s > 0 &&
+         x.K <= kSmallExpertKeys &&
          std::int64_t(x.queries.max_length) * x.s <= std::int64_t(kSmallExpertQueries) * x.M;
 }
 

@@ -161,7 +161,8 @@ __global__ void __launch_bounds__(Layout<C>::kThreads, Layout<C>::kBlocks) atten
 
 // ---- small experts -------------------------------------------------------------------------------------------------
 
-constexpr int kSmallWarps = 4;  // of a block
+constexpr int kSmallWarps = 4;                                    // of a block
+template <int KT> constexpr int kSmallBlocks = KT == 8 ? 3 : 4;  // of a multiprocessor, by registers
 
 // The two chunks of a row of up to 64 columns that a lane holds of eight rows in an operand of `mma`: lane 4g + t the chunks t and t + 4 of
 // row g. Products so meet the columns in an order of their own, the same in both operands. Chunks behind the last column read the
@@ -179,6 +180,13 @@ __device__ inline void load_fragment(Fragment& x, const unsigned char* base, int
       "ld.global.nc.v4.u32 {%4,%5,%6,%7}, [from]; }"
       : "=r"(x[0][0]), "=r"(x[0][1]), "=r"(x[0][2]), "=r"(x[0][3]), "=r"(x[1][0]), "=r"(x[1][1]), "=r"(x[1][2]), "=r"(x[1][3])
       : "r"(row), "r"(static_cast<std::uint32_t>(rows.row * 2)), "l"(base + columns.bytes(0)), "l"(static_cast<std::int64_t>(columns.bytes(1) - columns.bytes(0))));
+}
+// The same into shared memory, as below.
+__device__ inline void copy_fragment(std::uint32_t address, const unsigned char* base, int row, const Rows& rows, const Columns& columns) {
+  asm volatile("{ .reg .u64 from; mad.wide.u32 from, %1, %2, %3; cp.async.cg.shared.global [%0], [from], 16; add.s64 from, from, %4; "
+               "cp.async.cg.shared.global [%0 + 512], [from], 16; }" ::"r"(address),
+               "r"(row), "r"(static_cast<std::uint32_t>(rows.row * 2)), "l"(base + columns.bytes(0)), "l"(static_cast<std::int64_t>(columns.bytes(1) - columns.bytes(0)))
+               : "memory");
 }
 template <int N> __device__ inline void clear_absent(Fragment (&x)[N], const Columns& columns) {
   if (columns.D == 64) return;
@@ -225,8 +233,9 @@ __device__ inline void load_number(std::uint32_t target, const std::int32_t* sou
 
 // KT: eights of keys, which one tile of units and the registers of a warp hold.
 template <class T, int KT>
-__global__ void __launch_bounds__(32 * kSmallWarps, KT == 8 ? 2 : 3) small_kernel(const AttentionParams p, const int parts) {
-  extern __shared__ __align__(kPanel) unsigned char memory[];  // for every eight shared units a fragment of keys and one of values
+__global__ void __launch_bounds__(32 * kSmallWarps, kSmallBlocks<KT>) small_kernel(const AttentionParams p, const int parts) {
+  // For every eight shared units a fragment of keys and one of values; then for every warp the fragments of its expert's values.
+  extern __shared__ __align__(kPanel) unsigned char memory[];
   __shared__ Head head;
   __shared__ Coming of_warp[kSmallWarps];
   __shared__ int taken;
@@ -259,6 +268,7 @@ __global__ void __launch_bounds__(32 * kSmallWarps, KT == 8 ? 2 : 3) small_kerne
   __syncthreads();
 
   Coming& coming = of_warp[warp];
+  const std::uint32_t values = window.address + 1024 * KT * (2 * shared_tiles + warp) + 16 * lane;
   const std::uint32_t place = window.of(coming), keys = place + offsetof(Coming, keys), entries = place + offsetof(Coming, entries);
   const auto arrived = [&] {
     wait_loads<0>();
@@ -290,7 +300,7 @@ __global__ void __launch_bounds__(32 * kSmallWarps, KT == 8 ? 2 : 3) small_kerne
     const int size = load_shared_int(place + offsetof(Work, entries));
     if (size <= 0) return;
     const auto entry = [&](int i) { return load_shared_int(entries + 4 * (kMaxSmallTile * set + min(i, size - 1))); };
-    Fragment q[2], k[KT], v[KT];
+    Fragment q[2], k[KT];
     const auto load_queries = [&](int first) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) load_fragment(q[i], head.q, query_of(entry(first + g + 8 * i), slots), p.q, columns);
@@ -306,16 +316,21 @@ __global__ void __launch_bounds__(32 * kSmallWarps, KT == 8 ? 2 : 3) small_kerne
       for (int n = 0; n < KT; ++n) {
         const int row = min(static_cast<unsigned>(load_shared_int(keys + 4 * min(8 * n + g, gathered - 1))), static_cast<unsigned>(head.keys - 1));
         load_fragment(k[n], head.k, row, p.units.k, columns);
-        load_fragment(v[n], head.v, row, p.units.v, columns);
+        copy_fragment(values + 1024 * n, head.v, row, p.units.v, columns);
       }
     __syncwarp();  // all have read what is now replaced
     take();
-    if (gathered > 0) {
-      clear_absent(k, columns);
-#pragma unroll
-      for (int n = 0; n < KT; ++n) transpose(v[n]);
-    }
+    if (gathered > 0) clear_absent(k, columns);
     look(set ^ 1);
+    if (gathered > 0)
+#pragma unroll
+      for (int n = 0; n < KT; ++n) {
+        Fragment v;
+        load_half(v[0], values + 1024 * n);
+        load_half(v[1], values + 1024 * n + 512);
+        transpose(v);
+        store_fragment(v, values + 1024 * n);
+      }
 
 #pragma unroll 1
     for (int first = 0; first < size; first += 16) {
@@ -369,8 +384,18 @@ __global__ void __launch_bounds__(32 * kSmallWarps, KT == 8 ? 2 : 3) small_kerne
                  use(one, other);
                },
                [] {});
-      if (gathered > 0) attend(false, gathered, [&](bool value, int n, int half, auto use) { value ? use(v[n][half], v[n + 1][half]) : use(k[n][half], k[n + 1][half]); }, next_queries);
-      else next_queries();
+      if (gathered > 0)
+        attend(false, gathered,
+               [&](bool value, int n, int half, auto use) {
+                 if (!value) return use(k[n][half], k[n + 1][half]);
+                 std::uint32_t one[4], other[4];
+                 load_half(one, values + 1024 * n + 512 * half);
+                 load_half(other, values + 1024 * (n + 1) + 512 * half);
+                 use(one, other);
+               },
+               next_queries);
+      else
+        next_queries();
       softmax.finish();
 
 #pragma unroll
@@ -400,10 +425,10 @@ __global__ void __launch_bounds__(32 * kSmallWarps, KT == 8 ? 2 : 3) small_kerne
 template <class T, int KT> cudaError_t launch_small(const AttentionParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
   const int heads = x.B * x.H, entries = x.queries.max_length * x.s;
-  // Tiles of a head as they come on average, eight to a block, or one to a warp where that would leave blocks idle.
-  const int tiles = std::min(max_tiles(x, p.groups.tile_rows), entries / p.groups.tile_rows + ceil_div(x.M, 2));
-  const int parts = ceil_div(tiles, std::int64_t(heads) * ceil_div(tiles, 8) < kBlocksOfAWave ? kSmallWarps : 2 * kSmallWarps);
-  const std::size_t bytes = p.units.shared ? ceil_div(x.M, 8 * KT) * KT * 2048 : 0;
+  const int tiles = std::min(max_tiles(x, p.groups.tile_rows), entries / p.groups.tile_rows + ceil_div(x.M, 2));  // of a head, on average
+  // The start of a block takes as long as a tile.
+  const int parts = least_busy_parts(heads, tiles, kSmallWarps, kSmallBlocks<KT> * kMultiprocessors, 2);
+  const std::size_t bytes = 1024 * KT * (2 * (p.units.shared ? ceil_div(x.M, 8 * KT) : 0) + kSmallWarps);
   if (cudaError_t status = allow_shared_memory(small_kernel<T, KT>, bytes)) return status;
   small_kernel<T, KT><<<static_cast<unsigned>(heads) * parts, 32 * kSmallWarps, bytes, stream>>>(p, parts);
   return cudaGetLastError();

@@ -433,17 +433,6 @@ void landmark_gradient_stage(const Context& context, const Problem& x, const Sof
   context.run("mita_ext::landmark_gradient", launch_row_gradient, p);
 }
 
-// Parts of each head's keys that busy 132 multiprocessors least long, with a block on each, whose start takes as long as one and a half tiles.
-int key_parts(const Problem& x) {
-  constexpr int64_t kMultiprocessors = 132;
-  const int tiles = ceil_div(x.keys.max_length, kKeyBlock);
-  const auto time = [&](int splits) { return (heads(x) * splits + kMultiprocessors - 1) / kMultiprocessors * (2 * ceil_div(tiles, splits) + 3); };
-  int best = 1;
-  for (int splits = 2; splits <= std::min<int64_t>(tiles, kMultiprocessors); ++splits)
-    if (time(splits) < time(best)) best = splits;
-  return best;
-}
-
 // dkey and dvalue: through the compressed values where `landmarks` says how, plus what routed queries gave to the keys of their experts, if any.
 // With `own`, which few landmarks may have, the landmarks' own gradient in the same pass; then the other two need not be wanted.
 void key_gradient_stage(const Context& context, const Problem& x, const Softmax* landmarks, const OwnGradient* own, const UnitSums* routed, const Groups& groups, const Tensor& key,
@@ -453,7 +442,7 @@ void key_gradient_stage(const Context& context, const Problem& x, const Softmax*
   if (landmarks) p.landmark_rows = x.M;
   if (routed) p.groups = groups;
   if (!own) return context.run("mita_ext::key_gradient", launch_unit_gradient, p);
-  p.splits = key_parts(x);
+  p.splits = least_busy_parts(heads(x), ceil_div(x.keys.max_length, kKeyBlock), 1, kMultiprocessors, 3);  // one block on each
   Tensor memory;
   const RowGradientParams of_landmarks = own_gradient_params(x, *landmarks, *own, p.splits, scale, memory);
   context.run("mita_ext::key_gradient", launch_key_specialists, {p, of_landmarks});
