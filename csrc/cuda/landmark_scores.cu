@@ -319,18 +319,22 @@ cudaError_t launch_landmark_scores(const LandmarkParams& p, cudaStream_t stream)
       score_compress_kernel<C><<<static_cast<unsigned>(x.B) * x.H * p.splits * groups, 32 * warps, bytes, stream>>>(p);
       return cudaGetLastError();
     };
-    cudaError_t status;
     if constexpr (C::kGroups) {
       using L = Specialists<C>;
       const int groups = std::min(ceil_div(x.M, 64), L::kGroups);
       const std::int64_t pieces = std::int64_t(x.B) * x.H * ceil_div(x.M, 64 * groups) * ceil_div(p.splits, L::kGroups / groups);
-      status = x.keys.max_length >= kSpecialistKeys ? launch_specialists(score_compress_specialists_kernel<C>, L::kThreads, sizeof(typename L::Shared), pieces, stream, p) : by_blocks();
-    } else {
-      status = by_blocks();
+      if (x.keys.max_length >= kSpecialistKeys) return launch_specialists(score_compress_specialists_kernel<C>, L::kThreads, sizeof(typename L::Shared), pieces, stream, p);
     }
-    if (status != cudaSuccess) return status;
+    return by_blocks();
+  });
+}
+
+cudaError_t launch_landmark_combine(const LandmarkParams& p, cudaStream_t stream) {
+  const Problem& x = p.problem;
+  return dispatch(x.dtype, x.D, [&](auto config) {
+    using C = decltype(config);
     const std::int64_t rows = std::int64_t(x.B) * x.H * x.M;
-    combine_kernel<T, C::DP><<<static_cast<unsigned>((rows + kCombineWarps - 1) / kCombineWarps), 32 * kCombineWarps, 0, stream>>>(p);
+    combine_kernel<typename C::T, C::DP><<<static_cast<unsigned>((rows + kCombineWarps - 1) / kCombineWarps), 32 * kCombineWarps, 0, stream>>>(p);
     return cudaGetLastError();
   });
 }

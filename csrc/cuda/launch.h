@@ -9,7 +9,8 @@ namespace mita {
 
 cudaError_t launch_pool(const PoolParams&, cudaStream_t);
 cudaError_t launch_pool_backward(const PoolBackwardParams&, cudaStream_t);
-cudaError_t launch_landmark_scores(const LandmarkParams&, cudaStream_t);    // scores, compressed, lse
+cudaError_t launch_landmark_scores(const LandmarkParams&, cudaStream_t);    // scores, and the softmax over parts of the keys
+cudaError_t launch_landmark_combine(const LandmarkParams&, cudaStream_t);   // compressed, lse
 cudaError_t launch_landmark_topk(const LandmarkParams&, cudaStream_t);      // scores -> indices
 cudaError_t launch_route(const RouteParams&, cudaStream_t);
 cudaError_t launch_group(const GroupParams&, cudaStream_t);

@@ -85,9 +85,8 @@ class Branch {
 
  public:
   Context context;
-  explicit Branch(const Context& trunk) : trunk(trunk), own(of_thread(trunk.guard.current_device().index())), context(trunk.guard.current_device(), own.stream) {
-    C10_CUDA_CHECK(follow(own.stream, trunk.stream));
-  }
+  explicit Branch(const Context& trunk) : trunk(trunk), own(of_thread(trunk.guard.current_device().index())), context(trunk.guard.current_device(), own.stream) { follow(); }
+  void follow() { C10_CUDA_CHECK(follow(own.stream, trunk.stream)); }  // again, what the trunk has done since
   void join() {
     joined = true;
     C10_CUDA_CHECK(follow(trunk.stream, own.stream));
@@ -182,7 +181,8 @@ struct Landmarked {
   Tensor indices, compressed, lse;
 };
 
-Landmarked landmark_stage(const Context& context, const Problem& x, const Tensor& landmarks, const Tensor& key, const Tensor& value, float scale) {
+// Compressed values are ready on the branch, if there is one.
+Landmarked landmark_stage(const Context& context, const Problem& x, const Tensor& landmarks, const Tensor& key, const Tensor& value, float scale, Branch* branch = nullptr) {
   const int64_t BH = heads(x);
   const int L = x.keys.max_length, group = group_keys(L, x.K, x.D), most_splits = parts(BH * ceil_div(x.M, 128), L),
             splits = most_splits < 4 ? most_splits : most_splits / 4 * 4;  // four warpgroups may share them
@@ -201,6 +201,8 @@ Landmarked landmark_stage(const Context& context, const Problem& x, const Tensor
   p.compressed = result.compressed.data_ptr();
   p.lse = result.lse.data_ptr<float>();
   context.run("mita_ext::landmark_scores", launch_landmark_scores, p);
+  if (branch) branch->follow();
+  (branch ? branch->context : context).run("mita_ext::landmark_combine", launch_landmark_combine, p);
   context.run("mita_ext::landmark_topk", launch_landmark_topk, p);
   return result;
 }
@@ -750,7 +752,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(con
   const Context& beside = branch ? branch->context : context;
   const Tensor experts = route_stage(beside, x, q, z);
   const Grouped grouped = attention_groups(beside, x, experts);
-  const Landmarked landmarked = landmark_stage(context, x, z, k, v, static_cast<float>(scale));
+  const Landmarked landmarked = landmark_stage(context, x, z, k, v, static_cast<float>(scale), branch ? &*branch : nullptr);
   if (branch) branch->join();
   auto [out, lse] = attention_stage(context, x, units(shared_expert, z, landmarked.compressed, k, v, landmarked.indices), q, grouped, static_cast<float>(scale),
                                     static_cast<float>(landmark_scale));

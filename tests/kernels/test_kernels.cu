@@ -500,6 +500,7 @@ void run(const Case& c) {
   const LandmarkParams landmark{problem, scale, z_rows, k.rows, v.rows, kSplits, group, scores.data, partial_values.data, partial_state.data,
                                 indices.data, compressed.memory.data, landmark_lse.data};
   RUN(launch_landmark_scores(landmark, 0));
+  RUN(launch_landmark_combine(landmark, 0));
   const auto got_scores = scores.get();
   std::vector<double> want_scores, seen_scores;
   Host want_compressed(B, H, M, D);
@@ -887,6 +888,7 @@ void run_topk(const char* name, int L, int K, int group, const std::function<flo
   const LandmarkParams p{{Dtype::fp32, B, 1, 1, 1, K, 1, D, {L, nullptr, nullptr}, {L, nullptr, nullptr}}, 1.0f, rows(landmark, 1), rows(keys, L), rows(keys, L), splits, group,
                          scores.data, values.data, state.data, indices.data, compressed.data, lse.data};
   RUN(launch_landmark_scores(p, 0));
+  RUN(launch_landmark_combine(p, 0));
   RUN(launch_landmark_topk(p, 0));
   std::vector<std::int32_t> want;
   for (int b = 0; b < B; ++b) {
