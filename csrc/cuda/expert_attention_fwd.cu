@@ -337,20 +337,24 @@ __global__ void __launch_bounds__(32 * kSmallWarps, kSmallBlocks<KT>) small_kern
       OnlineSoftmax<T> softmax;
       float out[8][4];
       clear(out);
-      // Units of one tile: halves of two fragments at a time from `fragment`, then what else is to be done once the queries are through.
-      const auto attend = [&](bool shared, int count, auto fragment, auto then) {
+      // Units of one tile: `load` brings half of a fragment, of keys or values; then what else is to be done once the queries are through.
+      // Four sums of a product grow by turns, as each step waits for the one before.
+      const auto attend = [&](bool shared, int count, auto load, auto then) {
         float s[KT][4];
         clear(s);
 #pragma unroll
-        for (int i = 0; i < KT; ++i)
-          fragment(false, i / 2 * 2, i % 2, [&](const std::uint32_t(&one)[4], const std::uint32_t(&other)[4]) {
+        for (int i = 0; i < KT / 2; ++i) {
+          const int half = i / (KT / 4), n = 4 * (i % (KT / 4));
+          std::uint32_t x[4][4];
 #pragma unroll
-            for (int j = 0; j < 4; j += 2) {
-              const std::uint32_t a[4] = {q[0][i % 2][j], q[1][i % 2][j], q[0][i % 2][j + 1], q[1][i % 2][j + 1]};
-              mma<T>(s[i / 2 * 2], a, one[j], one[j + 1]);
-              mma<T>(s[i / 2 * 2 + 1], a, other[j], other[j + 1]);
-            }
-          });
+          for (int r = 0; r < 4; ++r) load(x[r], false, n + r, half);
+#pragma unroll
+          for (int j = 0; j < 4; j += 2) {
+            const std::uint32_t a[4] = {q[0][half][j], q[1][half][j], q[0][half][j + 1], q[1][half][j + 1]};
+#pragma unroll
+            for (int r = 0; r < 4; ++r) mma<T>(s[n + r], a, x[r][j], x[r][j + 1]);
+          }
+        }
         then();
         const float scale = positive_scale(s, (shared ? p.landmark_scale : p.scale) * kLogit<T>);
         if (count < 8 * KT) mask_logits(s, count, lane);
@@ -361,14 +365,15 @@ __global__ void __launch_bounds__(32 * kSmallWarps, kSmallBlocks<KT>) small_kern
         softmax.update(s, scale, out);
         const Weights<T, KT> weights(s);
 #pragma unroll
-        for (int i = 0; i < KT; ++i)
-          fragment(true, i / 2 * 2, i % 2, [&](const std::uint32_t(&one)[4], const std::uint32_t(&other)[4]) {
-            const auto& w = weights.packed[i / 2 * 2];
-            const auto& w1 = weights.packed[i / 2 * 2 + 1];
-            const std::uint32_t a[4] = {w[0], w[1], w1[0], w1[1]};
+        for (int i = 0; i < KT; ++i) {
+          const int half = i % 2, n = i / 2 * 2;
+          std::uint32_t x[2][4];
 #pragma unroll
-            for (int j = 0; j < 4; ++j) mma<T>(out[i % 2 * 4 + j], a, one[j], other[j]);
-          });
+          for (int r = 0; r < 2; ++r) load(x[r], true, n + r, half);
+          const std::uint32_t a[4] = {weights.packed[n][0], weights.packed[n][1], weights.packed[n + 1][0], weights.packed[n + 1][1]};
+#pragma unroll
+          for (int j = 0; j < 4; ++j) mma<T>(out[4 * half + j], a, x[0][j], x[1][j]);
+        }
       };
       const auto next_queries = [&] {
         if (first + 16 < size) load_queries(first + 16);
@@ -376,22 +381,14 @@ __global__ void __launch_bounds__(32 * kSmallWarps, kSmallBlocks<KT>) small_kern
 #pragma unroll 1
       for (int tile = 0; tile < shared_tiles; ++tile)
         attend(true, x.M - 8 * KT * tile,
-               [&](bool value, int n, int half, auto use) {
-                 std::uint32_t one[4], other[4];
-                 const std::uint32_t at = window.address + 2048 * (KT * tile + n) + 1024 * value + 512 * half + 16 * lane;
-                 load_half(one, at);
-                 load_half(other, at + 2048);
-                 use(one, other);
-               },
-               [] {});
+               [&](std::uint32_t(&to)[4], bool value, int n, int half) { load_half(to, window.address + 2048 * (KT * tile + n) + 1024 * value + 512 * half + 16 * lane); }, [] {});
       if (gathered > 0)
         attend(false, gathered,
-               [&](bool value, int n, int half, auto use) {
-                 if (!value) return use(k[n][half], k[n + 1][half]);
-                 std::uint32_t one[4], other[4];
-                 load_half(one, values + 1024 * n + 512 * half);
-                 load_half(other, values + 1024 * (n + 1) + 512 * half);
-                 use(one, other);
+               [&](std::uint32_t(&to)[4], bool value, int n, int half) {
+                 if (value) load_half(to, values + 1024 * n + 512 * half);
+                 else
+#pragma unroll
+                   for (int j = 0; j < 4; ++j) to[j] = k[n][half][j];
                },
                next_queries);
       else
