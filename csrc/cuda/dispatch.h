@@ -36,13 +36,13 @@ template <int BYTES, int DP> constexpr int kAttentionRows = BYTES * DP <= 512 ? 
 template <int BYTES, int DP> constexpr int kRowGradientRows = BYTES * DP <= 256 ? kPassRows : BYTES * DP <= 512 ? 32 : 16;
 
 // Experts whose keys fit in the registers of one warp, as operands of its products, and the shared units with four warps' values in
-// the 99 KB that every block may have; and with few queries. H100: at 8, 21 and 33 queries of an expert this takes 63, 71 and 91 % of the
-// time that blocks take, at 256 and 1024 it takes half as long again.
-constexpr int kSmallExpertKeys = 64, kSmallExpertQueries = 64;
+// the 99 KB that every block may have; and with few queries. H100, time against that of specialists: with 64 keys 83 % at 32 queries of an
+// expert, 115 % at 64; with 25 keys 60 % at 32, 92 % at 64, 97 to 110 % at 128.
+constexpr int kSmallExpertKeys = 64;
 inline bool small_experts(const Problem& x) {
-  return x.dtype != Dtype::fp32 && x.D <= 64 && x.D % kCudaHeadDimStep == 0 && x.M <= (x.K <= kSmallExpertKeys / 2 ? 256 : 192) && x.s > 0 &&
-         x.K <= kSmallExpertKeys &&
-         std::int64_t(x.queries.max_length) * x.s <= std::int64_t(kSmallExpertQueries) * x.M;
+  const bool half = x.K <= kSmallExpertKeys / 2;
+  return x.dtype != Dtype::fp32 && x.D <= 64 && x.D % kCudaHeadDimStep == 0 && x.M <= (half ? 256 : 192) && x.s > 0 && x.K <= kSmallExpertKeys &&
+         std::int64_t(x.queries.max_length) * x.s <= std::int64_t(half ? 64 : 48) * x.M;
 }
 
 // Queries of one block, or warp: the smallest tile that takes most experts whole (two standard deviations above the average load), as

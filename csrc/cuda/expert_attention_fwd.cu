@@ -6,9 +6,10 @@
 //   first the shared units, as dense rows, then the expert's keys and values, gathered by index. Where all of them fit in shared
 //   memory they stay there; else they pass by for every pass. Queries are gathered and outputs scattered as whole rows. On sm_90a
 //   the kernel of expert_attention_sm90.cu takes its place, up to 128 columns.
-// small: experts that fit in the registers of one warp (up to 64 keys of up to 64 columns) and have few queries. A block holds the
+// small: experts whose keys fit in the registers of one warp (up to 64 of up to 64 columns) and that have few queries. A block holds the
 //   shared units of its head in shared memory, as operands; each of its warps takes one tile of queries after the other, and walks
-//   through it 16 at a time, with the expert's keys and values in its registers. Rows go from memory straight into operands and back.
+//   through it 16 at a time, with the expert's keys in its registers and its values in a place of its own in shared memory. Rows go from
+//   memory straight into operands and back.
 // merge: with s > 1 experts per query every (query, slot) entry leaves a partial output and lse (slot 0 has the shared units);
 //   one warp per query combines its s parts in slot order.
 #include "device.cuh"
