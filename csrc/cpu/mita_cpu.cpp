@@ -177,7 +177,14 @@ void gather_rows(const Tensor& matrix, const int64_t* rows, int64_t n, T factor,
   for (int64_t i = 0; i < n; ++i, to += D) {
     const scalar_t* later = from + rows[std::min(i + kAhead, n - 1)] * stride;
     for (int64_t d = 0; d < D; d += kLine / sizeof(scalar_t)) __builtin_prefetch(later + d);
-    for (int64_t d = 0; d < D; ++d) to[d] = factor * static_cast<T>(from[rows[i] * stride + d]);
+    const scalar_t* row = from + rows[i] * stride;
+    if constexpr (std::is_same_v<scalar_t, T>) {
+      if (factor == 1) {
+        std::copy_n(row, D, to);
+        continue;
+      }
+    }
+    for (int64_t d = 0; d < D; ++d) to[d] = factor * static_cast<T>(row[d]);
   }
 }
 
