@@ -213,13 +213,15 @@ class WideRows {
 
  public:
   const T* const* operator()(const Tensor& matrix, const int64_t* chosen, int64_t n) {
+    const int64_t D = matrix.size(1), stride = matrix.stride(0);
     rows.resize(n);
     if constexpr (std::is_same_v<scalar_t, T>) {
-      for (int64_t i = 0; i < n; ++i) rows[i] = matrix.const_data_ptr<T>() + chosen[i] * matrix.stride(0);
+      const T* from = matrix.const_data_ptr<T>();
+      for (int64_t i = 0; i < n; ++i) rows[i] = from + chosen[i] * stride;
     } else {
-      copies.resize(n * matrix.size(1));
+      copies.resize(n * D);
       gather_rows<scalar_t>(matrix, chosen, n, T{1}, copies.data());
-      for (int64_t i = 0; i < n; ++i) rows[i] = copies.data() + i * matrix.size(1);
+      for (int64_t i = 0; i < n; ++i) rows[i] = copies.data() + i * D;
     }
     return rows.data();
   }
@@ -324,6 +326,7 @@ void scan_maxima(const T* __restrict x, int64_t n, T* __restrict highest, const 
   for (int64_t j = whole; j < n; ++j) highest[0] = f(x[j]) > highest[0] ? f(x[j]) : highest[0];
 }
 
+// f over kScan numbers, by halves: a chain would wait for each.
 template <class T, class F>
 T fold(T* lanes, const F& f) {
   for (int64_t n = kScan / 2; n > 0; n /= 2)
@@ -908,7 +911,7 @@ struct Head {
     if (!out.is_same(wide)) out.copy_(wide);
   }
 
-  // Where there are few units: the logits of all queries as one matrix.
+  // Where there are few units, or few queries of an expert: the logits of all queries as one matrix.
   Exponentials<T> attend_at_once(int64_t n0, int64_t n, const Tensor& out) const {
     const auto [P, total] = weights(to_acc(q.narrow(0, n0, n)), n0);
     Tensor result = out;
