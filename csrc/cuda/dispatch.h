@@ -62,9 +62,10 @@ inline int attention_tile_rows(const Problem& x, int entries_per_expert) {
 }
 inline int row_gradient_tile_rows(int entries_per_expert) { return tile_rows(kMaxRowGradientTile, entries_per_expert); }
 
-// Keys of a group that leaves one score, the largest: eight, or one where computing their scores again would move more than
-// storing all of them. H100: groups of four are no better anywhere.
-constexpr int kGroupKeys = 8;
+// Keys of a group. It leaves two numbers: its largest score, NaN where none is a number; and in 32 bits, above the place of that in the
+// lowest four, the second largest as `ordered` has it, all ones where a score is not finite. Or every key is its own group, which leaves its score, where
+// computing scores again would move more than storing all of them.
+constexpr int kGroupKeys = 16;
 constexpr int kShortKeys = 256;  // so many scores eight lanes select from
 inline int group_keys(int L, int K, int D) { return L <= kShortKeys || (L <= 4096 && L <= K * D) ? 1 : kGroupKeys; }
 // Rows of many groups are first cut down by a sample of them: one of every `stride`, at a hashed place, as contiguous structure
@@ -78,8 +79,8 @@ __host__ __device__ inline int sampled_group(int i, int stride) {
   hash = (hash ^ (hash >> 15)) * 0x85ebca6bu;
   return i * stride + static_cast<int>((hash ^ (hash >> 13)) % stride);
 }
-// Floats between the rows of scores: whole tiles of the scoring kernel.
-__host__ __device__ inline std::int64_t score_pitch(int L, int group) { return (std::int64_t(L) + 63) / 64 * 64 / group; }
+// Numbers between the rows of scores: whole tiles of the scoring kernel.
+__host__ __device__ inline std::int64_t score_pitch(int L, int group) { return (std::int64_t(L) + 63) / 64 * 64 / group * (group > 1 ? 2 : 1); }
 
 // Queries whose key gradients one block sums: twice the average load, so that usual experts are one segment, and one expert
 // with all queries is still the work of many blocks.

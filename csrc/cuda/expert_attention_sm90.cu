@@ -1,8 +1,8 @@
 // Attention to shared and gathered units (see expert_attention_fwd.cu) for sm_90a and 16-bit elements, by specialists. A block stays on its
 // multiprocessor and takes one piece of work (queries of one expert, from the list of work) after the other:
-//   two warps bring queries, 64 of one pass at a time, half of the rows each, into a ring of sets; the first also hands out the pieces;
+//   two warps bring queries, 64 of one pass at a time, half of the rows each, into a ring of sets;
 //   two warps bring units, 64 at a time, half of the rows each, into a ring of stages: first the shared units, then the expert's keys and
-//   values, gathered by index;
+//   values, gathered by index; the first also hands out the pieces;
 //   whole warpgroups attend: every pass belongs to one of them, in turn. Units that fit in the ring stay there for all passes of a piece,
 //   others come again for every round of passes.
 #include "launch.h"
@@ -19,7 +19,7 @@ struct alignas(16) Piece {
 template <class C> struct Specialists : C {
   static constexpr int kGroups = C::DP == 64 ? 4 : 3;  // warpgroups that attend
   static constexpr int kThreads = 128 * (kGroups + 1);
-  static constexpr int kUnits = 64, kStages = C::DP == 64 ? 8 : 4, kSets = C::DP == 64 ? 8 : 5, kPieces = 8;
+  static constexpr int kUnits = 64, kStages = C::DP == 64 ? 8 : 4, kSets = C::DP == 64 ? 8 : 5, kPieces = 4;
   struct Shared {
     TileStorage<typename C::T, C::DP, kPassRows> queries[kSets];
     UnitStage<typename C::T, C::DP, kUnits> stages[kStages];
@@ -73,39 +73,6 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
       __syncwarp();
     };
     if (warp < 2) {
-      // The first warp hands out the pieces too, every gridDim.x-th of all heads' lists, some pieces before it comes to them.
-      const int of_head = max_tiles(x, p.groups.tile_rows);
-      const unsigned all = static_cast<unsigned>(x.B * x.H) * of_head;
-      unsigned looked_at = blockIdx.x, left = 0;
-      Ring<L::kPieces> coming = piece;
-      Piece own;
-      bool all_out = half == 1;
-      const auto hand_out = [&] {
-        while (!all_out && coming.count < piece.count + L::kPieces / 2) {
-          while (left == 0 && looked_at < all) {
-            const unsigned item = looked_at + lane * gridDim.x;
-            own = Piece{};
-            if (item < all) {
-              const int bh = item / of_head;
-              own = {{}, bh / x.H, bh % x.H};
-              own.work = find_work(p.groups.tiles, x, x.s, bh, span(x.queries, own.b).length, item % of_head, p.groups.tile_rows);
-            }
-            left = __ballot_sync(kAllLanes, own.work.entries > 0);
-            looked_at += 32 * gridDim.x;
-          }
-          all_out = left == 0;
-          if (all_out) own = Piece{};
-          coming.wait_free();
-          if (lane == (left ? __ffs(left) - 1 : 0)) {
-            shared.pieces[coming.at()] = own;
-            coming.there().arrive();
-          }
-          __syncwarp();
-          left &= left - 1;
-          ++coming.count;
-        }
-      };
-      hand_out();
       // The entry of the lane's row in one pass after the other, asked for one pass ahead.
       Ring<L::kPieces> ahead = piece;
       int ahead_pass = 0;
@@ -133,9 +100,35 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
           if (lane == 0) set.there().arrive();
         }
         give_back();
-        hand_out();
       }
     } else {
+      // The first of these warps hands out the pieces too, each while the one before it is brought: the next of all heads' lists. Experts have all
+      // sizes, so a block that took many ahead would be late at the end.
+      const int of_head = max_tiles(x, p.groups.tile_rows);
+      const unsigned all = static_cast<unsigned>(x.B * x.H) * of_head;
+      unsigned next = blockIdx.x;
+      Ring<L::kPieces> coming = piece;
+      bool all_out = half == 1;
+      const auto hand_out = [&] {
+        while (!all_out && coming.count < piece.count + 2) {
+          Piece own{};
+          while (own.work.entries <= 0) {
+            if (p.groups.taken) next = __shfl_sync(kAllLanes, lane == 0 ? atomicAdd(p.groups.taken, 1u) : 0u, 0);
+            if (all_out = next >= all; all_out) break;
+            const int bh = next / of_head, b = bh / x.H;
+            own = {find_work(p.groups.tiles, x, x.s, bh, span(x.queries, b).length, next % of_head, p.groups.tile_rows), b, bh % x.H};
+            next += gridDim.x;
+          }
+          coming.wait_free();
+          if (lane == 0) {
+            shared.pieces[coming.at()] = own;
+            coming.there().arrive();
+          }
+          __syncwarp();
+          ++coming.count;
+        }
+      };
+      hand_out();
       for (const Piece* its = &take(); its->work.entries > 0; its = &take()) {
         const int b = its->b, h = its->h;
         const Span keys = span(x.keys, b);
@@ -159,6 +152,7 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
           }
         }
         give_back();
+        hand_out();
       }
     }
     wait_loads<0>();

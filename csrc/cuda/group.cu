@@ -89,6 +89,7 @@ template <int THREADS> struct Lists {
     sum(first, M, size);
     sum(tiles, M, [&](int m) { return ceil_div(first[m + 1] - first[m], p.tile_rows); });
     sum(segments, M, [&](int m) { return ceil_div(first[m + 1] - first[m], p.segment_rows); });
+    if (bh == 0 && threadIdx.x == 0) *p.taken = 0;
     for (int m = threadIdx.x; m <= M; m += THREADS) p.segment_starts[std::int64_t(bh) * (M + 1) + m] = segments[m];
     const auto list_of = [&](Work* list, int rows) { return list + std::int64_t(bh) * max_tiles(p.problem, rows); };
     write_work(list_of(p.tiles, p.tile_rows), max_tiles(p.problem, p.tile_rows), p.tile_rows, M, tiles);

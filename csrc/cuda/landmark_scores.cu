@@ -2,7 +2,8 @@
 //
 // score_compress: one block per (batch, head, part of the key range, group of landmarks); one warp owns 16 landmarks (two warps above
 // 128 columns, half of the values each) and walks over key tiles that the block brings in with cp.async, two stages deep where they fit:
-//   S = Z k^T  -> the largest of every eight, or all of them, unscaled in fp32: the selection never sees a rounded score
+//   S = Z k^T  -> the largest of every group and what bounds the others, or all of them, unscaled in fp32: the selection never sees a
+//   rounded score
 //   online softmax over scale * S, O += P v  -> partial values, maximum and sum of this part
 // Where fp32 may be rounded to TF32, the values are, and S is not.
 // The keys of a tile are permuted, so that the columns of one lane are consecutive keys.
@@ -32,6 +33,34 @@ struct Part {
 // Row 8n + 2t + i of a tile is key t * kLaneKeys + 2n + i.
 template <class C> __device__ inline int key_of_row(int row) { return row / 2 % 4 * kLaneKeys<C> + row / 8 * 2 + row % 2; }
 
+// What is stored of a group's scores (kGroupKeys). The two largest are found with their places in the lowest bits, by exclusive or: they
+// are those of the scores but for these bits, and an infinity becomes NaN.
+struct GroupScores {
+  float highest, first = -kInfinity, second = -kInfinity;
+
+  __device__ static float larger(float a, float b) {  // NaN if one is
+    float x;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
+    return x;
+  }
+  __device__ void add(float score, int place) {
+    const float placed = __uint_as_float(__float_as_uint(score) ^ place);
+    second = fmaxf(second, fminf(first, placed));
+    first = larger(first, placed);
+  }
+  __device__ void add_neighbour() {
+    const auto of_neighbour = [](float x) { return __shfl_xor_sync(kAllLanes, x, 1); };
+    highest = fmaxf(highest, of_neighbour(highest));
+    second = fmaxf(fmaxf(second, of_neighbour(second)), fminf(first, of_neighbour(first)));
+    first = larger(first, of_neighbour(first));
+  }
+  __device__ float others() const {
+    constexpr std::uint32_t kPlace = kGroupKeys - 1;
+    const std::uint32_t bits = __float_as_uint(second), order = bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+    return __uint_as_float(first != first ? 0xffffffffu : (order & ~kPlace) | ((__float_as_uint(first) ^ __float_as_uint(highest)) & kPlace));
+  }
+};
+
 // The softmax of a warp's 16 landmarks over a part of the keys.
 template <class C> struct Compression {
   using T = typename C::T;
@@ -54,28 +83,40 @@ template <class C> struct Compression {
             if (lane_key + 2 * n + i % 2 >= length) f(s[n][i]);
     };
     each_absent([](float& score) { score = NAN; });
+    float highest[2];  // of a lane's keys; looks over NaN, unless all are
+    const auto find_highest = [&] {
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (column_of_warp<C>() == 0 && m + 8 * i < x.M) {
-        float* scores = p.scores + (bh * x.M + m + 8 * i) * pitch + (all_scores ? lane_key : lane_key / kGroupKeys);
-        if (all_scores) {
+      for (int i = 0; i < 2; ++i) {
+        highest[i] = fmaxf(s[0][2 * i], s[0][2 * i + 1]);
+#pragma unroll
+        for (int n = 1; n < kTiles; ++n) highest[i] = fmaxf(highest[i], fmaxf(s[n][2 * i], s[n][2 * i + 1]));
+      }
+    };
+    find_highest();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const bool stored = column_of_warp<C>() == 0 && m + 8 * i < x.M;
+      float* scores = p.scores + (bh * x.M + m + 8 * i) * pitch + (all_scores ? lane_key : lane_key / kGroupKeys * 2);
+      if (all_scores) {
+        if (stored)
 #pragma unroll
           for (int n = 0; n < kTiles; n += 2)
             *reinterpret_cast<float4*>(scores + 2 * n) = make_float4(s[n][2 * i], s[n][2 * i + 1], s[n + 1][2 * i], s[n + 1][2 * i + 1]);
-        } else {
-          const auto highest = [&](int first) {  // looks over NaN, unless all are
-            float score = fmaxf(s[first][2 * i], s[first][2 * i + 1]);
+      } else {
+        constexpr bool kHalf = kLaneKeys<C> < kGroupKeys;  // is a lane's half of a group?
+        GroupScores group{highest[i]};
 #pragma unroll
-            for (int n = first + 1; n < first + kGroupKeys / 2; ++n) score = fmaxf(score, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
-            return score;
-          };
-          if constexpr (kTiles == kGroupKeys) *reinterpret_cast<float2*>(scores) = make_float2(highest(0), highest(kGroupKeys / 2));
-          else *scores = highest(0);
-        }
+        for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+          for (int j = 0; j < 2; ++j) group.add(s[n][2 * i + j], (kHalf ? lane_key % kGroupKeys : 0) + 2 * n + j);
+        if constexpr (kHalf) group.add_neighbour();
+        if (stored && (!kHalf || lane_key % kGroupKeys == 0)) *reinterpret_cast<float2*>(scores) = make_float2(group.highest, group.others());
       }
-    const float positive = positive_scale(s, p.scale * kLogit<T>);
+    }
+    const float scale = p.scale * kLogit<T>, positive = positive_scale(s, scale);
+    if (positive != scale) find_highest();
     each_absent([](float& logit) { logit = -kInfinity; });
-    softmax.update(s, positive, values);
+    softmax.update(s, highest, positive, values);
     return Weights<T, kTiles>(s);
   }
 

@@ -4,13 +4,16 @@
 // comparison is decided, and nothing depends on the timing of threads. Indices come out ascending; -1 fills the rest.
 //
 // short rows: of up to kShortKeys scores eight lanes per landmark, of up to kWarpScores one warp, the scores in its registers.
-// long rows: of each group of consecutive keys only the largest score is known. The K best keys lie in the K best groups, in the
-//   total order of maxima and group indices: K groups in front of a key's would hold K keys in front of it. One block per landmark
+// long rows: of each group of consecutive keys only the largest score is known, and what bounds the others (kGroupKeys). The K best keys lie
+//   in the K best groups, in the total order of maxima and group indices: K groups in front of a key's would hold K keys in front of it.
+//   One block per landmark
 //   1. takes the K best groups. Where there are many, a rank of a stratified sample so low that fewer than K maxima above it are
 //      a 6-sigma event cuts them down first; should it have left fewer than K or more than fit, all of them are looked at,
-//   2. computes the scores of their keys again,
-//   3. takes the K best of those.
-//   Rows of up to kWarpScores maxima, where K is at most kWarpTopk, are the work of one warp in the same three steps.
+//   2. tells closed groups from open ones. Where all but the best key are below the least of the K maxima, these are not among the K best,
+//   3. is done if all groups are closed. Else it computes the scores again of the best keys of closed groups, and of all keys of open ones,
+//   4. and takes the K best of those.
+//   Rows of up to kPartGroups maxima, where K is at most kWarpTopk, are the work of one warp in the same steps; of four times as many and twice
+//   K, that of four warps, of which each first takes the K best of a part.
 #include <cub/block/block_radix_sort.cuh>
 
 #include "device.cuh"
@@ -33,18 +36,16 @@ __device__ float least_score(u64 candidate) {
 __device__ u32 index_of(u64 candidate) { return kAllBits - static_cast<u32>(candidate); }
 
 constexpr int kThreads = 128;  // few: most of the time is latency, and many rows hide it
-constexpr int kWarpScores = 2048, kWarpTopk = 64;
+constexpr int kWarpScores = 2048, kWarpTopk = 64, kPartGroups = 1024;
 
-// The keys of groups of them: key i of the list.
-struct GroupedKeys {
-  const u32* groups;
-  __device__ int operator[](int i) const { return static_cast<int>(groups[i / kGroupKeys] * kGroupKeys) + i % kGroupKeys; }
-};
+// The second number of a group, next to the least of the K best maxima.
+__device__ bool is_open(u32 others, u32 least) { return (others | (kGroupKeys - 1)) >= max(least, u32(kGroupKeys)) - kGroupKeys; }  // -0 there is +0 here
+__device__ u32 best_key(u32 group, u32 others) { return group * kGroupKeys + others % kGroupKeys; }
 
-// The scores of `count` keys with landmark m, by THREADS threads; put(i, key, score). 16-bit elements: a warp takes 16 keys at once, as a
+// The scores of `count` keys with landmark m, by THREADS threads: of key_of(i); put(i, score). 16-bit elements: a warp takes 16 keys at once, as a
 // product with eight times the same landmark. A lane has 16-byte chunks of two rows straight from memory; products so meet the columns
 // in an order of their own. fp32: a key has four lanes, each every fourth chunk of its row.
-template <class C, int THREADS, class Put> __device__ void score_keys(const LandmarkParams& p, int bh, int m, const GroupedKeys& keys, int count, Put put) {
+template <class C, int THREADS, class KeyOf, class Put> __device__ void score_keys(const LandmarkParams& p, int bh, int m, int count, KeyOf key_of, Put put) {
   using T = typename C::T;
   const Problem& x = p.problem;
   const int b = bh / x.H, h = bh % x.H, thread = threadIdx.x % THREADS, lane = thread % 32, t = lane % 4, chunks = x.D / kChunk<T>;
@@ -55,7 +56,7 @@ template <class C, int THREADS, class Put> __device__ void score_keys(const Land
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) to[c] = t + 4 * c < chunks ? load_vector(row + (t + 4 * c) * kChunk<T>) : Vector<T>{};
   };
-  const auto row_of = [&](int i) { return rows + min(keys[i], all.length - 1) * p.k.row; };
+  const auto row_of = [&](int i) { return rows + min(key_of(i), all.length - 1) * p.k.row; };
   Vector<T> z[kChunks];
   load(z, landmark);
   if constexpr (sizeof(T) == 2) {
@@ -74,7 +75,7 @@ template <class C, int THREADS, class Put> __device__ void score_keys(const Land
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        if (t == 0 && first + lane / 4 + 8 * i < count) put(own[i], keys[own[i]], score[2 * i]);
+        if (t == 0 && first + lane / 4 + 8 * i < count) put(own[i], score[2 * i]);
     }
   } else {
 #pragma unroll(kAtOnce)
@@ -89,7 +90,7 @@ template <class C, int THREADS, class Put> __device__ void score_keys(const Land
         for (int e = 0; e < kChunk<T>; ++e) score = fmaf(z[c].element[e], v[c].element[e], score);
       score += __shfl_xor_sync(kAllLanes, score, 1);
       score += __shfl_xor_sync(kAllLanes, score, 2);
-      if (t == 0 && first < count) put(own, keys[own], score);
+      if (t == 0 && first < count) put(own, score);
     }
   }
 }
@@ -109,30 +110,95 @@ template <int LANES, int MOST> __global__ void __launch_bounds__(kThreads) topk_
                           [&](int i, int key) { indices[i] = key; });
 }
 
-template <class C, int MOST> __global__ void __launch_bounds__(kThreads) topk_groups_kernel(const LandmarkParams p) {
-  constexpr int kWarps = kThreads / 32;
-  __shared__ __align__(16) float scores_of[kWarps][kWarpTopk * kGroupKeys];
-  __shared__ u32 groups_of[kWarps][kWarpTopk];
+template <int WARPS> __device__ void wait_for_warps() {
+  if constexpr (WARPS == 1) __syncwarp();
+  else __syncthreads();
+}
+
+// select_row for rows of up to WARPS * PART scores by as many warps, k <= TOPK: each takes the k best of a part, the first warp those of all, and
+// is the one that emits. one(key) is a score; found has room for WARPS * k numbers.
+template <int WARPS, int PART, int TOPK, class One, class Four, class Emit>
+__device__ void select_by_warps(int length, int k, std::uint16_t* found, One one, Four four, Emit emit) {
+  if constexpr (WARPS == 1) {
+    select_row<32, PART>(length, k, four, emit);
+  } else {
+    static_assert(TOPK <= PART);
+    const int warp = threadIdx.x / 32 % WARPS, first = warp * PART, own = min(max(length - first, 0), PART);
+    select_row<32, PART>(own, min(k, own), [&](int i) { return four(first + i); }, [&](int i, int j) { found[warp * k + i] = static_cast<std::uint16_t>(first + j); });
+    __syncthreads();
+    const int all = length / PART * k + min(k, length % PART);
+    const auto score = [&](int i) { return one(found[min(i, all - 1)]); };
+    if (warp == 0) select_row<32, WARPS * TOPK>(all, k, [&](int i) { return float4{score(i), score(i + 1), score(i + 2), score(i + 3)}; }, [&](int i, int j) { emit(i, found[j]); });
+  }
+}
+
+template <class C, int WARPS> __global__ void __launch_bounds__(kThreads, C::DP <= 128 ? 8 : 1) topk_groups_kernel(const LandmarkParams p) {
+  constexpr int kTopk = WARPS > 1 ? 2 * kWarpTopk : kWarpTopk, kMost = kTopk * kGroupKeys, kFew = 2 * kTopk;  // keys to choose from: at most, and mostly
+  constexpr int kRows = kThreads / 32 / WARPS;
+  static_assert(WARPS * kPartGroups * kGroupKeys <= 1 << 16 && (WARPS == 1 || kRows == 1));
+  struct alignas(16) Row {
+    float scores[kMost];
+    std::uint16_t found[WARPS > 1 ? WARPS * kTopk : 1], groups[kTopk], keys[kMost];
+    int count;  // of the keys
+  };
+  __shared__ Row rows[kRows];
   const Problem& x = p.problem;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const std::int64_t row = std::int64_t(blockIdx.x) * kWarps + warp;
+  const int lane = threadIdx.x % 32;
+  const bool first_warp = WARPS == 1 || threadIdx.x < 32;
+  const std::int64_t row = std::int64_t(gridDim.x - 1 - blockIdx.x) * kRows + threadIdx.x / 32 / WARPS;  // the last ones first: their scores and keys are still in the L2
   if (row >= std::int64_t(x.B) * x.H * x.M) return;
+  Row& its = rows[threadIdx.x / 32 / WARPS];
   const int m = static_cast<int>(row % x.M), bh = static_cast<int>(row / x.M), b = bh / x.H;
   const int length = span(x.keys, b).length, k = min(x.K, length), row_groups = ceil_div(length, kGroupKeys), groups = min(x.K, row_groups);
   std::int32_t* indices = p.indices + row * x.K;
-  float* const scores = scores_of[warp];
-  u32* const group = groups_of[warp];
-  for (int i = k + lane; i < x.K; i += 32) indices[i] = -1;
+  if (first_warp)
+    for (int i = k + lane; i < x.K; i += 32) indices[i] = -1;
   if (k == 0) return;
-  const float* maxima = p.scores + row * score_pitch(x.keys.max_length, kGroupKeys);
-  select_row<32, MOST>(row_groups, groups, [&](int i) { return *reinterpret_cast<const float4*>(maxima + i); }, [&](int i, int j) { group[i] = j; });
-  __syncwarp();
-  const GroupedKeys keys{group};
-  const int count = groups * kGroupKeys - (static_cast<int>(group[groups - 1]) == row_groups - 1 ? row_groups * kGroupKeys - length : 0);
-  score_keys<C, 32>(p, bh, m, keys, count, [&](int i, int, float score) { scores[i] = score; });
-  __syncwarp();
-  select_row<32, kWarpTopk * kGroupKeys>(count, k, [&](int i) { return *reinterpret_cast<const float4*>(scores + i); }, [&](int i, int j) { indices[i] = keys[j]; });
+  const float* pairs = p.scores + row * score_pitch(x.keys.max_length, kGroupKeys);
+  const auto maximum = [&](int i) { return pairs[2 * i]; };
+  const auto four_maxima = [&](int i) {
+    const float4 one = *reinterpret_cast<const float4*>(pairs + 2 * i), other = *reinterpret_cast<const float4*>(pairs + 2 * i + 4);
+    return float4{one.x, one.z, other.x, other.z};
+  };
+  select_by_warps<WARPS, kPartGroups, kTopk>(row_groups, groups, its.found, maximum, four_maxima, [&](int i, int j) { its.groups[i] = static_cast<std::uint16_t>(j); });
+  if (first_warp) {
+    __syncwarp();
+    u32 others[kTopk / 32], least = kAllBits;  // a lane has every 32nd of the groups
+#pragma unroll
+    for (int i = 0; i < kTopk / 32; ++i) {
+      const float2 pair = *reinterpret_cast<const float2*>(pairs + 2 * its.groups[min(lane + 32 * i, groups - 1)]);
+      least = min(least, ordered(pair.x)), others[i] = __float_as_uint(pair.y);
+    }
+    least = groups < k ? 0 : __reduce_min_sync(kAllLanes, least);
+    int count = 0;  // of keys to choose from, in their order
+#pragma unroll
+    for (int i = 0; i < kTopk / 32; ++i) {
+      const bool exists = lane + 32 * i < groups, open = exists && is_open(others[i], least);
+      const u32 closed_groups = __ballot_sync(kAllLanes, exists && !open), open_groups = __ballot_sync(kAllLanes, open), before = (1u << lane) - 1;
+      const int own = its.groups[min(lane + 32 * i, groups - 1)], first = count + __popc(closed_groups & before) + kGroupKeys * __popc(open_groups & before);
+      if (open)
+        for (int e = 0; e < kGroupKeys; ++e) its.keys[first + e] = static_cast<std::uint16_t>(own * kGroupKeys + e);
+      else if (exists) its.keys[first] = static_cast<std::uint16_t>(best_key(own, others[i]));
+      count += __popc(closed_groups) + kGroupKeys * __popc(open_groups);
+      if (__any_sync(kAllLanes, open && own == row_groups - 1)) count -= row_groups * kGroupKeys - length;
+    }
+    if (lane == 0) its.count = count;
+  }
+  wait_for_warps<WARPS>();
+  const int count = its.count;
+  const auto emit = [&](int i, int j) { indices[i] = its.keys[j]; };
+  if (count == k) {
+    if (first_warp)
+      for (int i = lane; i < k; i += 32) emit(i, i);
+    return;
+  }
+  score_keys<C, 32 * WARPS>(p, bh, m, count, [&](int i) { return int(its.keys[i]); }, [&](int i, float score) { its.scores[i] = score; });
+  wait_for_warps<WARPS>();
+  const auto four = [&](int i) { return *reinterpret_cast<const float4*>(its.scores + i); };
+  if (count > kFew) select_by_warps<WARPS, kMost / WARPS, kTopk>(count, k, its.found, [&](int i) { return its.scores[i]; }, four, emit);
+  else if (first_warp) select_row<32, kFew>(count, k, four, emit);
 }
+
 
 // ---- long rows -----------------------------------------------------------------------------------------------------
 
@@ -144,6 +210,8 @@ struct Selection {  // scratch of the functions below
   u32 histogram[256];
   u64 prefix, differing;
   int rank, bucket, count;
+  u32 least;
+  int open, closed;
 };
 
 // The k-th largest of the n different numbers value(0..n-1): radix digits from the first bit in which they differ, until a digit's
@@ -216,9 +284,9 @@ template <class Value> __device__ void choose(Selection& s, u32* chosen, int n, 
   __syncthreads();
 }
 
-// The k best groups of a row of maxima.
-__device__ void choose_groups(Selection& s, u32* chosen, u64* candidates, const float* maxima, int groups, int k, const Sampling& plan) {
-  const auto in_row = [&](int i) { return candidate(ordered(maxima[i]), i); };
+// The k best groups of a row of maxima, or of pairs of which these are the first.
+__device__ void choose_groups(Selection& s, u32* chosen, u64* candidates, const float* row, bool pairs, int groups, int k, const Sampling& plan) {
+  const auto in_row = [&](int i) { return candidate(ordered(row[i << pairs]), i); };
   const auto in_candidates = [&](int i) { return candidates[i]; };
   if (groups <= plan.capacity) {
     for (int i = threadIdx.x; i < groups; i += kThreads) candidates[i] = in_row(i);
@@ -226,29 +294,32 @@ __device__ void choose_groups(Selection& s, u32* chosen, u64* candidates, const 
     return choose(s, chosen, groups, k, in_candidates);
   }
   const int samples = groups / plan.stride;
+#pragma unroll 8  // all of their latency at once
   for (int i = threadIdx.x; i < samples; i += kThreads) candidates[i] = in_row(sampled_group(i, plan.stride));
   __syncthreads();
   const u64 threshold = samples > plan.rank ? kth_largest(s, samples, plan.rank, in_candidates) : 0;
   if (threadIdx.x == 0) s.count = 0;
   __syncthreads();
 
-  // Four maxima a load and four loads in flight.
+  // Four numbers a load and four loads in flight.
   const float least = least_score(threshold);
+  const int numbers = groups << pairs;
   constexpr int kLoads = 4, kStride = 4 * kThreads;
-  for (int base = 4 * threadIdx.x; base < groups; base += kLoads * kStride) {
+  for (int base = 4 * threadIdx.x; base < numbers; base += kLoads * kStride) {
     float4 four[kLoads];
 #pragma unroll
     for (int l = 0; l < kLoads; ++l)
-      if (base + l * kStride < groups) four[l] = *reinterpret_cast<const float4*>(maxima + base + l * kStride);
+      if (base + l * kStride < numbers) four[l] = *reinterpret_cast<const float4*>(row + base + l * kStride);
 #pragma unroll
     for (int l = 0; l < kLoads; ++l) {
-      if (base + l * kStride >= groups) break;
+      if (base + l * kStride >= numbers) break;
       const float score[4] = {four[l].x, four[l].y, four[l].z, four[l].w};
       // Nearly all maxima end here. NaN is below no number, and may be above the threshold.
-      if (score[0] < least && score[1] < least && score[2] < least && score[3] < least) continue;
+      if (score[0] < least && score[2] < least && (pairs || (score[1] < least && score[3] < least))) continue;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const int i = base + l * kStride + j;
+        if (score[j] < least || (pairs && j % 2)) continue;
+        const int i = (base + l * kStride + j) >> pairs;
         const u64 c = candidate(ordered(score[j]), i);
         if (i < groups && c >= threshold) {
           const int at = atomicAdd(&s.count, 1);
@@ -264,42 +335,72 @@ __device__ void choose_groups(Selection& s, u32* chosen, u64* candidates, const 
   else choose(s, chosen, count, k, in_candidates);
 }
 
-// Dynamic shared memory: candidates, or the scores of K groups, or what sorting needs; then K groups and the chosen keys.
+// Dynamic shared memory: candidates, or the scores of a round, or what sorting needs; then lists of K numbers.
+constexpr int kRoundGroups = 1024;  // whose scores fit beside the lists of the largest K
 struct LongLayout {
-  std::size_t groups, keys, bytes;
-  __host__ __device__ LongLayout(const Sampling& plan, int K, int group) {
-    groups = max(plan.capacity * sizeof(u64), (K * group + 1) / 2 * 2 * sizeof(u32));
-    if (K > kCountedTopk) groups = max(groups, (sizeof(typename Sort::TempStorage) + 7) / 8 * 8);
-    keys = groups + K * sizeof(u32);
-    bytes = keys + (K > kCountedTopk ? kMaxTopk : K) * sizeof(u32);
+  int round;  // scores of one
+  std::size_t lists, bytes;
+  __host__ __device__ LongLayout(const Sampling& plan, int K, int group) : round(group == 1 ? 0 : min(K, kRoundGroups) * kGroupKeys) {
+    lists = max(plan.capacity * sizeof(u64), round * sizeof(u32));
+    if (K > kCountedTopk) lists = max(lists, (sizeof(typename Sort::TempStorage) + 7) / 8 * 8);
+    bytes = lists + (K > kRoundGroups ? 3 : 2) * K * sizeof(u32);
   }
 };
 
-// The k best keys of the chosen groups, whose scores are computed again.
-template <class C> __device__ void choose_keys(Selection& s, u32* chosen, const u32* group, int groups, int k, u32* scores, const LandmarkParams& p, int bh, int m) {
+// The k best keys of the chosen groups: a list of them, one of the three from `lists` on, of which the first holds the groups.
+template <class C> __device__ const u32* choose_keys(Selection& s, u32* lists, int groups, int k, u32* scores, int round, const float* pairs, const LandmarkParams& p, int bh, int m) {
   const Problem& x = p.problem;
-  const int b = bh / x.H, count = groups * kGroupKeys, length = span(x.keys, b).length;
-  const GroupedKeys keys{group};
-  score_keys<C, kThreads>(p, bh, m, keys, count, [&](int i, int key, float score) { scores[i] = key < length ? ordered(score) : 0; });
+  const int length = span(x.keys, bh / x.H).length;
+  u32 least = groups < k ? 0 : kAllBits;
+  for (int i = threadIdx.x; i < groups; i += kThreads) least = min(least, ordered(pairs[2 * lists[i]]));
+  if (threadIdx.x == 0) s.least = kAllBits, s.open = s.closed = 0;
   __syncthreads();
-  choose(s, chosen, count, k, [&](int i) { return candidate(scores[i], keys[i]); });
+  least = __reduce_min_sync(kAllLanes, least);
+  if (threadIdx.x % 32 == 0) atomicMin(&s.least, least);
+  __syncthreads();
+  u32* const choice = lists + x.K;  // open groups, then the keys of closed ones
+  for (int i = threadIdx.x; i < groups; i += kThreads) {
+    const u32 group = lists[i], others = __float_as_uint(pairs[2 * group + 1]);
+    if (is_open(others, s.least)) choice[atomicAdd(&s.open, 1)] = group;
+    else choice[groups - 1 - atomicAdd(&s.closed, 1)] = best_key(group, others);
+  }
+  __syncthreads();
+  const int open = s.open, of_open = open * kGroupKeys, count = of_open + groups - open;
+  if (open == 0) return choice;
+
+  // In rounds: the best so far, and as many new ones as fit.
+  const u32* kept = nullptr;
+  for (int first = 0, before = 0, into = 0; first < count; into = 2 * x.K - into) {
+    const int fresh = min(count - first, round - before), all = before + fresh;
+    const auto key_of = [&](int i) -> u32 {
+      if (i < before) return kept[i];
+      const int j = first + i - before;
+      return j < of_open ? choice[j / kGroupKeys] * kGroupKeys + j % kGroupKeys : choice[j - of_open + open];
+    };
+    score_keys<C, kThreads>(p, bh, m, all, key_of, [&](int i, float score) { scores[i] = key_of(i) < static_cast<u32>(length) ? ordered(score) : 0; });
+    __syncthreads();
+    choose(s, lists + into, all, k, [&](int i) { return candidate(scores[i], key_of(i)); });
+    kept = lists + into, before = k, first += fresh;
+  }
+  return kept;
 }
 
-template <class C> __global__ void __launch_bounds__(kThreads, C::DP == 64 ? 7 : C::DP == 128 ? 6 : 3) topk_long_kernel(const LandmarkParams p, const Sampling plan) {
+template <class C> __global__ void __launch_bounds__(kThreads, C::DP == 64 ? 8 : C::DP == 128 ? 7 : 3) topk_long_kernel(const LandmarkParams p, const Sampling plan) {
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ Selection selection;
   const Problem& x = p.problem;
   const LongLayout layout(plan, x.K, p.group);
-  u32 *const group = reinterpret_cast<u32*>(memory + layout.groups), *const chosen = reinterpret_cast<u32*>(memory + layout.keys);
-  const std::int64_t row = blockIdx.x;
+  u32* const lists = reinterpret_cast<u32*>(memory + layout.lists);
+  const std::int64_t row = gridDim.x - 1 - blockIdx.x;  // the last ones first: their scores and keys are still in the L2
   const int m = static_cast<int>(row % x.M), bh = static_cast<int>(row / x.M);
   const Span keys = span(x.keys, bh / x.H);
   std::int32_t* indices = p.indices + row * x.K;
   const int k = min(x.K, keys.length), row_groups = ceil_div(keys.length, p.group), groups = min(x.K, row_groups);
   for (int i = k + threadIdx.x; i < x.K; i += kThreads) indices[i] = -1;
   if (k == 0) return;
-  choose_groups(selection, p.group == 1 ? chosen : group, reinterpret_cast<u64*>(memory), p.scores + row * score_pitch(x.keys.max_length, p.group), row_groups, groups, plan);
-  if (p.group > 1) choose_keys<C>(selection, chosen, group, groups, k, reinterpret_cast<u32*>(memory), p, bh, m);
+  const float* numbers = p.scores + row * score_pitch(x.keys.max_length, p.group);
+  choose_groups(selection, lists, reinterpret_cast<u64*>(memory), numbers, p.group > 1, row_groups, groups, plan);
+  const u32* chosen = p.group == 1 ? lists : choose_keys<C>(selection, lists, groups, k, reinterpret_cast<u32*>(memory), layout.round, numbers, p, bh, m);
 
   if (x.K <= kCountedTopk) {
     for (int i = threadIdx.x; i < k; i += kThreads) {
@@ -342,13 +443,16 @@ cudaError_t launch_landmark_topk(const LandmarkParams& p, cudaStream_t stream) {
   };
   if (p.group == 1 && row_scores <= kShortKeys) return dispatch_size<128, kShortKeys>(row_scores, rows_of(std::integral_constant<int, 8>{}));
   if (p.group == 1 && row_scores <= kWarpScores) return dispatch_size<512, 768, 1152, 1664, kWarpScores>(row_scores, rows_of(std::integral_constant<int, 32>{}));
-  if (p.group > 1 && row_scores <= kWarpScores && x.K <= kWarpTopk)
+  const auto groups_of = [&](auto warps) {
     return dispatch(x.dtype, x.D, [&](auto config) {
-      return dispatch_size<1024, kWarpScores>(row_scores, [&](auto most) {
-        topk_groups_kernel<decltype(config), most><<<ceil_div(rows, kThreads / 32), kThreads, 0, stream>>>(p);
-        return cudaGetLastError();
-      });
+      topk_groups_kernel<decltype(config), warps><<<ceil_div(rows * warps, kThreads / 32), kThreads, 0, stream>>>(p);
+      return cudaGetLastError();
     });
+  };
+  constexpr std::integral_constant<int, 1> one_warp;
+  constexpr std::integral_constant<int, kThreads / 32> block;
+  if (p.group > 1 && row_scores <= kPartGroups && x.K <= kWarpTopk) return groups_of(one_warp);
+  if (p.group > 1 && row_scores <= block * kPartGroups && x.K <= 2 * kWarpTopk) return groups_of(block);
   const Sampling plan = sampling(row_scores, x.K);
   const std::size_t bytes = LongLayout(plan, x.K, p.group).bytes;
   return dispatch(x.dtype, x.D, [&](auto config) {

@@ -60,8 +60,8 @@ struct Context {
   }
 };
 
-// A second stream for stages that do not need what the op's own stream does meanwhile. It follows that one from here on, until they join;
-// what it works on must have been allocated by then, as memory that is freed meanwhile may still be in use on the other stream.
+// Another stream, the first or second one, for stages that do not need what the op's own stream does meanwhile. It follows that one from here
+// on, until they join. What is in use on any of them must not be freed before.
 class Branch {
   struct Own {
     cudaStream_t stream = nullptr;
@@ -71,9 +71,9 @@ class Branch {
   const Own own;
   bool joined = false;
 
-  static Own of_thread(int device) {  // kept for the next call
-    static thread_local std::map<int, Own> owns;
-    Own& own = owns[device];
+  static Own of_thread(int device, int which) {  // kept for the next call
+    static thread_local std::map<std::pair<int, int>, Own> owns;
+    Own& own = owns[{device, which}];
     if (!own.stream) C10_CUDA_CHECK(cudaStreamCreateWithFlags(&own.stream, cudaStreamNonBlocking));
     if (!own.event) C10_CUDA_CHECK(cudaEventCreateWithFlags(&own.event, cudaEventDisableTiming));
     return own;
@@ -85,8 +85,10 @@ class Branch {
 
  public:
   Context context;
-  explicit Branch(const Context& trunk) : trunk(trunk), own(of_thread(trunk.guard.current_device().index())), context(trunk.guard.current_device(), own.stream) { follow(); }
-  void follow() { C10_CUDA_CHECK(follow(own.stream, trunk.stream)); }  // again, what the trunk has done since
+  explicit Branch(const Context& trunk, int which = 0)
+      : trunk(trunk), own(of_thread(trunk.guard.current_device().index(), which)), context(trunk.guard.current_device(), own.stream) {
+    C10_CUDA_CHECK(follow(own.stream, trunk.stream));
+  }
   void join() {
     joined = true;
     C10_CUDA_CHECK(follow(trunk.stream, own.stream));
@@ -177,35 +179,34 @@ Tensor pool_stage(const Context& context, const Problem& x, const Windows& w, co
   return landmarks;
 }
 
-struct Landmarked {
-  Tensor indices, compressed, lse;
-};
-
-// Compressed values are ready on the branch, if there is one.
-Landmarked landmark_stage(const Context& context, const Problem& x, const Tensor& landmarks, const Tensor& key, const Tensor& value, float scale, Branch* branch = nullptr) {
-  const int64_t BH = heads(x);
-  const int L = x.keys.max_length, group = group_keys(L, x.K, x.D), most_splits = parts(BH * ceil_div(x.M, 128), L),
-            splits = most_splits < 4 ? most_splits : most_splits / 4 * 4;  // four warpgroups may share them
-  Landmarked result{ints(landmarks, {x.B, x.H, x.M, x.K}), at::empty({x.B, x.H, x.M, x.D}, landmarks.options()), floats(landmarks, {x.B, x.H, x.M})};
-  const Tensor scores = floats(landmarks, {BH, x.M, score_pitch(L, group)}), values = floats(landmarks, {BH, splits, x.M, x.D}), state = floats(landmarks, {BH, splits, x.M, 2});
+// What landmarks give, and the memory for it.
+struct LandmarkStage {
+  Tensor indices, compressed, lse, scores, values, state;
   LandmarkParams p{};
-  p.problem = x;
-  p.scale = scale;
-  p.landmarks = rows(landmarks), p.k = rows(key), p.v = rows(value);
-  p.splits = splits;
-  p.group = group;
-  p.scores = scores.data_ptr<float>();
-  p.partial_values = values.data_ptr<float>();
-  p.partial_state = state.data_ptr<float>();
-  p.indices = result.indices.data_ptr<int>();
-  p.compressed = result.compressed.data_ptr();
-  p.lse = result.lse.data_ptr<float>();
-  context.run("mita_ext::landmark_scores", launch_landmark_scores, p);
-  if (branch) branch->follow();
-  (branch ? branch->context : context).run("mita_ext::landmark_combine", launch_landmark_combine, p);
-  context.run("mita_ext::landmark_topk", launch_landmark_topk, p);
-  return result;
-}
+
+  LandmarkStage(const Problem& x, const Tensor& landmarks, const Tensor& key, const Tensor& value, float scale) {
+    const int64_t BH = heads(x);
+    const int L = x.keys.max_length, group = group_keys(L, x.K, x.D), most_splits = parts(BH * ceil_div(x.M, 128), L),
+              splits = most_splits < 4 ? most_splits : most_splits / 4 * 4;  // four warpgroups may share them
+    indices = ints(landmarks, {x.B, x.H, x.M, x.K}), compressed = at::empty({x.B, x.H, x.M, x.D}, landmarks.options()), lse = floats(landmarks, {x.B, x.H, x.M});
+    scores = floats(landmarks, {BH, x.M, score_pitch(L, group)}), values = floats(landmarks, {BH, splits, x.M, x.D}), state = floats(landmarks, {BH, splits, x.M, 2});
+    p.problem = x;
+    p.scale = scale;
+    p.landmarks = rows(landmarks), p.k = rows(key), p.v = rows(value);
+    p.splits = splits;
+    p.group = group;
+    p.scores = scores.data_ptr<float>();
+    p.partial_values = values.data_ptr<float>();
+    p.partial_state = state.data_ptr<float>();
+    p.indices = indices.data_ptr<int>();
+    p.compressed = compressed.data_ptr();
+    p.lse = lse.data_ptr<float>();
+  }
+  void score(const Context& context) const { context.run("mita_ext::landmark_scores", launch_landmark_scores, p); }
+  void combine(const Context& context) const { context.run("mita_ext::landmark_combine", launch_landmark_combine, p); }
+  void choose(const Context& context) const { context.run("mita_ext::landmark_topk", launch_landmark_topk, p); }
+  void free_scratch() { scores = values = state = Tensor(); }
+};
 
 Tensor route_stage(const Context& context, const Problem& x, const Tensor& query, const Tensor& landmarks) {
   Tensor experts = ints(query, {x.B, x.H, x.queries.max_length, x.s});
@@ -227,7 +228,7 @@ Grouped group_stage(const Context& context, const Problem& x, const Tensor& expe
   const int64_t entries = int64_t(x.queries.max_length) * x.s, chunks = (entries + kGroupChunk - 1) / kGroupChunk;
   const int64_t tiles = heads(x) * max_tiles(x, tile_rows), segments = heads(x) * max_tiles(x, result.groups.segment_rows);
   constexpr int64_t kWork = sizeof(Work) / sizeof(int);
-  result.memory = ints(experts, {kWork * (tiles + segments) + heads(x) * (x.M + 1 + entries + x.M * chunks)});
+  result.memory = ints(experts, {kWork * (tiles + segments) + heads(x) * (x.M + 1 + entries + x.M * chunks) + 1});
   GroupParams p{};
   p.problem = x;
   p.experts = experts.const_data_ptr<int>();
@@ -237,10 +238,11 @@ Grouped group_stage(const Context& context, const Problem& x, const Tensor& expe
   p.segment_starts = reinterpret_cast<int*>(p.segments + segments);
   p.entries = p.segment_starts + heads(x) * (x.M + 1);
   p.counts = p.entries + heads(x) * entries;
+  p.taken = reinterpret_cast<unsigned*>(p.counts + heads(x) * x.M * chunks);
   p.tile_rows = result.groups.tile_rows;
   p.segment_rows = result.groups.segment_rows;
   context.run("mita_ext::group", launch_group, p);
-  result.groups.entries = p.entries, result.groups.tiles = p.tiles, result.groups.segments = p.segments, result.groups.segment_starts = p.segment_starts;
+  result.groups.entries = p.entries, result.groups.tiles = p.tiles, result.groups.taken = p.taken, result.groups.segments = p.segments, result.groups.segment_starts = p.segment_starts;
   return result;
 }
 
@@ -602,8 +604,12 @@ std::tuple<Tensor, Tensor, Tensor> landmark_topk(const Tensor& landmarks, const 
   x.keys = sequences(x.keys.max_length, key, seqlens_k);
   const Context context(landmarks);
   if (x.B == 0) return {ints(landmarks, {0, x.H, x.M, x.K}), at::empty({0, x.H, x.M, x.D}, landmarks.options()), floats(landmarks, {0, x.H, x.M})};
-  Landmarked result = landmark_stage(context, x, aligned(landmarks), aligned(key), aligned(value), static_cast<float>(scale));
-  return {result.indices, result.compressed, result.lse};
+  const Tensor z = aligned(landmarks), k = aligned(key), v = aligned(value);
+  const LandmarkStage stage(x, z, k, v, static_cast<float>(scale));
+  stage.score(context);
+  stage.combine(context);
+  stage.choose(context);
+  return {stage.indices, stage.compressed, stage.lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor> landmark_topk_backward(const Tensor& dcompressed, const OptionalTensor& dlse, const Tensor& landmarks, const Tensor& key,
@@ -747,16 +753,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(con
   }
   const Tensor pooled = landmarks ? none() : pool_stage(context, x, w, q);
   const Tensor z = landmarks ? aligned(*landmarks) : pooled;
-  std::optional<Branch> branch;  // beside the work of the landmarks
-  if (x.s > 0) branch.emplace(context);
-  const Context& beside = branch ? branch->context : context;
-  const Tensor experts = route_stage(beside, x, q, z);
-  const Grouped grouped = attention_groups(beside, x, experts);
-  const Landmarked landmarked = landmark_stage(context, x, z, k, v, static_cast<float>(scale), branch ? &*branch : nullptr);
-  if (branch) branch->join();
-  auto [out, lse] = attention_stage(context, x, units(shared_expert, z, landmarked.compressed, k, v, landmarked.indices), q, grouped, static_cast<float>(scale),
+  LandmarkStage landmark(x, z, k, v, static_cast<float>(scale));
+  Branch beside_all(context);
+  const Tensor experts = route_stage(beside_all.context, x, q, z);
+  const Grouped grouped = attention_groups(beside_all.context, x, experts);
+  landmark.score(context);
+  Branch beside_choice(context, 1);
+  landmark.combine(beside_choice.context);
+  landmark.choose(context);
+  beside_choice.join();
+  beside_all.join();
+  landmark.free_scratch();
+  auto [out, lse] = attention_stage(context, x, units(shared_expert, z, landmark.compressed, k, v, landmark.indices), q, grouped, static_cast<float>(scale),
                                     static_cast<float>(landmark_scale));
-  return {out, lse, pooled, landmarked.indices, experts, landmarked.compressed, landmarked.lse};
+  return {out, lse, pooled, landmark.indices, experts, landmark.compressed, landmark.lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& key, const Tensor& value,

@@ -93,6 +93,7 @@ struct alignas(8) KeyEntry {
 struct Groups {
   const std::int32_t* entries; // [BH, N*s], expert after expert; null where s = 0: the queries as they come
   const Work* tiles;           // [BH, max_tiles(tile_rows)]
+  unsigned* taken;             // how many of these blocks have taken so far; null where s = 0
   const Work* segments;        // [BH, max_tiles(segment_rows)]
   const std::int32_t* segment_starts;  // [BH, M+1], prefix sums of each expert's segments
   int tile_rows;               // queries of one forward or query-gradient block
@@ -108,6 +109,7 @@ struct GroupParams {
   std::int32_t* counts;        // [BH, M, chunks]
   std::int32_t* entries;       // the writable side of Groups
   Work* tiles;
+  unsigned* taken;
   Work* segments;
   std::int32_t* segment_starts;
   int tile_rows, segment_rows;

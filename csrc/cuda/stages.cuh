@@ -93,9 +93,13 @@ template <int LANES, int MOST, class Four, class Emit> __device__ inline void se
   constexpr std::uint32_t kTop = 0xff800001u;  // above infinity
   const int lane = threadIdx.x % LANES;
   const auto total = [](auto x) {
+    if constexpr (LANES == 32 && std::is_same_v<decltype(x), int>) {
+      return __reduce_add_sync(kAllLanes, x);
+    } else {
 #pragma unroll
-    for (int d = 1; d < LANES; d *= 2) x += __shfl_xor_sync(kAllLanes, x, d);
-    return x;
+      for (int d = 1; d < LANES; d *= 2) x += __shfl_xor_sync(kAllLanes, x, d);
+      return x;
+    }
   };
   const auto each_group = [&](auto&& f) {
 #pragma unroll

@@ -395,14 +395,15 @@ struct Grouping {
   int tile_rows, chunks, most_tiles, most_segments;  // of a head
   Buffer<std::int32_t> counts, entries, segment_starts;
   Buffer<Work> tiles, segments;
+  Buffer<unsigned> taken;
   Grouping(const Problem& x, int tile_rows)
       : tile_rows(tile_rows), chunks(std::max(1, parts_of(x.queries.max_length * x.s, kGroupChunk))), most_tiles(max_tiles(x, tile_rows)),
         most_segments(max_tiles(x, kSegmentRows)), counts(std::size_t(x.B) * x.H * x.M * chunks), entries(std::size_t(x.B) * x.H * x.queries.max_length * x.s),
-        segment_starts(x.B * x.H * (x.M + 1)), tiles(std::size_t(x.B) * x.H * most_tiles), segments(std::size_t(x.B) * x.H * most_segments) {}
+        segment_starts(x.B * x.H * (x.M + 1)), tiles(std::size_t(x.B) * x.H * most_tiles), segments(std::size_t(x.B) * x.H * most_segments), taken(1) {}
   GroupParams params(const Problem& x, const std::int32_t* experts) const {
-    return {x, experts, chunks, counts.data, entries.data, tiles.data, segments.data, segment_starts.data, tile_rows, kSegmentRows};
+    return {x, experts, chunks, counts.data, entries.data, tiles.data, taken.data, segments.data, segment_starts.data, tile_rows, kSegmentRows};
   }
-  Groups view() const { return {entries.data, tiles.data, segments.data, segment_starts.data, tile_rows, kSegmentRows, nullptr, nullptr}; }
+  Groups view() const { return {entries.data, tiles.data, taken.data, segments.data, segment_starts.data, tile_rows, kSegmentRows, nullptr, nullptr}; }
 };
 
 struct KeyLists {
@@ -516,7 +517,7 @@ void run(const Case& c) {
     for (int m = 0; m < M; ++m) {
       for (int j = 0; j < keys.each[b]; ++j) {  // a group leaves one score, the largest
         const double score = dot(z.row(b, h, m), k.host.row(b, g, j), D);
-        if (j % group == 0) want_scores.push_back(score), seen_scores.push_back(got_scores[(std::size_t(bh) * M + m) * pitch + j / group]);
+        if (j % group == 0) want_scores.push_back(score), seen_scores.push_back(got_scores[(std::size_t(bh) * M + m) * pitch + j / group * (group > 1 ? 2 : 1)]);
         want_scores.back() = std::max(want_scores.back(), score);
       }
       want_landmark_lse[std::size_t(bh) * M + m] = attend(z.row(b, h, m), units, D, want_compressed.row(b, h, m));
@@ -902,7 +903,7 @@ void run_topk(const char* name, int L, int K, int group, const std::function<flo
 }
 
 void run_topk_rows(int group) {
-  const int sizes[][2] = {{40, 7}, {256, 256}, {257, 31}, {1601, 49}, {2048, 2048}, {2049, 64}, {5001, 2048}, {16384, 64}, {16385, 33}, {20000, 700}, {200001, 128}};
+  const int sizes[][2] = {{40, 7}, {256, 256}, {257, 31}, {1601, 49}, {2048, 2048}, {2049, 64}, {5001, 2048}, {16384, 64}, {16385, 33}, {33000, 100}, {65536, 128}, {20000, 700}, {40000, 2048}, {200001, 128}};
   for (const auto& size : sizes) {
     const int L = size[0], K = size[1];
     if (L <= kShortKeys && group > 1) continue;
@@ -914,6 +915,7 @@ void run_topk_rows(int group) {
     run_topk("noise", L, K, group, noise);
     run_topk("all equal", L, K, group, [](int, int) { return 1.0f; });
     run_topk("three plateaus", L, K, group, [](int m, int j) { return static_cast<float>((j + m) % 3); });
+    run_topk("alike neighbours", L, K, group, [&](int m, int j) { return noise(m, j / 3); });
     run_topk("ascending", L, K, group, [](int, int j) { return static_cast<float>(j); });
     run_topk("descending", L, K, group, [](int, int j) { return -static_cast<float>(j); });
     run_topk("best at the end", L, K, group, [&](int m, int j) { return noise(m, j) + (j > L - K - 5 ? 10.0f : 0.0f); });
