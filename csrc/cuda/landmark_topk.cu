@@ -145,7 +145,7 @@ template <class C, int WARPS> __global__ void __launch_bounds__(kThreads, C::DP 
   const Problem& x = p.problem;
   const int lane = threadIdx.x % 32;
   const bool first_warp = WARPS == 1 || threadIdx.x < 32;
-  const std::int64_t row = std::int64_t(gridDim.x - 1 - blockIdx.x) * kRows + threadIdx.x / 32 / WARPS;  // the last ones first: their scores and keys are still in the L2
+  const std::int64_t row = std::int64_t(gridDim.x - 1 - blockIdx.x) * kRows + threadIdx.x / 32 / WARPS;  // the last ones first: the L2 still has their scores and keys
   if (row >= std::int64_t(x.B) * x.H * x.M) return;
   Row& its = rows[threadIdx.x / 32 / WARPS];
   const int m = static_cast<int>(row % x.M), bh = static_cast<int>(row / x.M), b = bh / x.H;
@@ -294,7 +294,6 @@ __device__ void choose_groups(Selection& s, u32* chosen, u64* candidates, const 
     return choose(s, chosen, groups, k, in_candidates);
   }
   const int samples = groups / plan.stride;
-#pragma unroll 8  // all of their latency at once
   for (int i = threadIdx.x; i < samples; i += kThreads) candidates[i] = in_row(sampled_group(i, plan.stride));
   __syncthreads();
   const u64 threshold = samples > plan.rank ? kth_largest(s, samples, plan.rank, in_candidates) : 0;
@@ -391,7 +390,7 @@ template <class C> __global__ void __launch_bounds__(kThreads, C::DP == 64 ? 8 :
   const Problem& x = p.problem;
   const LongLayout layout(plan, x.K, p.group);
   u32* const lists = reinterpret_cast<u32*>(memory + layout.lists);
-  const std::int64_t row = gridDim.x - 1 - blockIdx.x;  // the last ones first: their scores and keys are still in the L2
+  const std::int64_t row = gridDim.x - 1 - blockIdx.x;  // the last ones first: the L2 still has their scores and keys
   const int m = static_cast<int>(row % x.M), bh = static_cast<int>(row / x.M);
   const Span keys = span(x.keys, bh / x.H);
   std::int32_t* indices = p.indices + row * x.K;

@@ -754,6 +754,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(con
   const Tensor pooled = landmarks ? none() : pool_stage(context, x, w, q);
   const Tensor z = landmarks ? aligned(*landmarks) : pooled;
   LandmarkStage landmark(x, z, k, v, static_cast<float>(scale));
+  // Experts and groups beside all that the landmarks give, and of that the compressed values beside the choice of keys.
   Branch beside_all(context);
   const Tensor experts = route_stage(beside_all.context, x, q, z);
   const Grouped grouped = attention_groups(beside_all.context, x, experts);

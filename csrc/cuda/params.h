@@ -51,15 +51,14 @@ struct PoolBackwardParams {
   Rows dq;                     // [B, H, N, D]
 };
 
-// Scores, compressed values and top-K keys of every landmark. Not the scores are stored, but the largest one of each group of
-// consecutive keys, NaN where none is a number.
+// Scores, compressed values and top-K keys of every landmark. Not the scores are stored, but what each group of consecutive keys leaves (kGroupKeys).
 struct LandmarkParams {
   Problem problem;
   float scale;
   Rows landmarks, k, v;        // [B, H, M, D], [B, Hkv, L, D] twice
   int splits;                  // parts of the key range, each with its own partial softmax
   int group;                   // group_keys(L, K, D)
-  float* scores;               // [BH, M, score_pitch(L, group)], unscaled, every bit of fp32
+  float* scores;               // [BH, M, score_pitch(L, group)], unscaled, every bit of fp32; pairs where group > 1
   float* partial_values;       // [BH, splits, M, D], not yet divided by the sums
   float* partial_state;        // [BH, splits, M, 2]: maximum, sum
   std::int32_t* indices;       // [B, H, M, K], ascending; -1 where a sequence has fewer keys
@@ -93,7 +92,7 @@ struct alignas(8) KeyEntry {
 struct Groups {
   const std::int32_t* entries; // [BH, N*s], expert after expert; null where s = 0: the queries as they come
   const Work* tiles;           // [BH, max_tiles(tile_rows)]
-  unsigned* taken;             // how many of these blocks have taken so far; null where s = 0
+  unsigned* taken;             // how many of all these have been taken by blocks that share them: 0, and used up by one launch; null where s = 0
   const Work* segments;        // [BH, max_tiles(segment_rows)]
   const std::int32_t* segment_starts;  // [BH, M+1], prefix sums of each expert's segments
   int tile_rows;               // queries of one forward or query-gradient block

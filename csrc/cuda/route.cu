@@ -109,29 +109,27 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, 2) 
 // ---- by specialists ------------------------------------------------------------------------------------------------
 
 constexpr int kGroups = 4, kThreads = 128 * (kGroups + 1);
-constexpr int kPieceRows = 16 * kPassRows, kTileLandmarks = 64;
+constexpr int kPieceRows = 16 * kPassRows, kTileLandmarks = 64, kStages = 8;  // stages for all landmarks
 
-// STAGES: for all landmarks. Up to four leave room on the multiprocessor for blocks of the top-K selection, which runs beside this.
-constexpr int kFewStages = 4, kMostStages = 8;
-template <class C, int STAGES> struct Specialists : C {
+template <class C> struct Specialists : C {
   static constexpr int kSets = C::DP == 64 ? 10 : 6;
   struct Shared {
     TileStorage<typename C::T, C::DP, kPassRows> queries[kSets];
-    TileStorage<typename C::T, C::DP, kTileLandmarks> stages[STAGES];
-    std::uint64_t of_queries[kSets][2], of_landmarks[STAGES][2];
+    TileStorage<typename C::T, C::DP, kTileLandmarks> stages[kStages];
+    std::uint64_t of_queries[kSets][2], of_landmarks[kStages][2];
   };
 };
 
-template <class C, int STAGES> __global__ void __launch_bounds__(kThreads, 1) route_specialists_kernel(const RouteParams p) {
+template <class C> __global__ void __launch_bounds__(kThreads, 1) route_specialists_kernel(const RouteParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using L = Specialists<C, STAGES>;
+  using L = Specialists<C>;
   using T = typename C::T;
   constexpr int DP = C::DP;
   extern __shared__ __align__(kPanel) unsigned char memory[];
   const Window window(memory);
   auto& shared = *reinterpret_cast<typename L::Shared*>(memory);
   Ring<L::kSets> set{window.of(shared.of_queries), 0};
-  Ring<STAGES> stage{window.of(shared.of_landmarks), 0};
+  Ring<kStages> stage{window.of(shared.of_landmarks), 0};
   if (threadIdx.x == 0) {
     set.init(128, 4), stage.init(128, 4 * kGroups);
     fence_barriers();
@@ -150,7 +148,7 @@ template <class C, int STAGES> __global__ void __launch_bounds__(kThreads, 1) ro
                                      Copy<T, DP>(target.from_row(kShare * warp), rows, b, h, start));
     place.there().arrive_loaded();
   };
-  for (int left = pieces - blockIdx.x; left > 0; left -= gridDim.x) {  // the last queries that pooling read, the first in the L2
+  for (int left = pieces - blockIdx.x; left > 0; left -= gridDim.x) {  // the last ones first: pooling has left them in the L2
     const int item = left - 1, bh = item / parts, b = bh / x.H, h = bh % x.H, first = item % parts * kPieceRows, passes = ceil_div(min(N - first, kPieceRows), kPassRows);
     const Span queries = span(x.queries, b);
     if (group == kGroups) {
@@ -196,14 +194,11 @@ template <class C, int STAGES> __global__ void __launch_bounds__(kThreads, 1) ro
 cudaError_t launch_route(const RouteParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
   if (x.s < 1) return cudaErrorInvalidValue;
-  return dispatch(x.dtype, x.D, x.s == 1 && x.M <= kMostStages * kTileLandmarks, [&](auto config) {
+  return dispatch(x.dtype, x.D, x.s == 1 && x.M <= kStages * kTileLandmarks, [&](auto config) {
     using C = decltype(config);
     if constexpr (C::kGroups) {
-      const auto launch = [&](auto stages) {
-        const std::int64_t pieces = std::int64_t(x.B) * x.H * ceil_div(x.queries.max_length, kPieceRows);
-        return launch_specialists(route_specialists_kernel<C, stages>, kThreads, sizeof(typename Specialists<C, stages>::Shared), pieces, stream, p);
-      };
-      return x.M <= kFewStages * kTileLandmarks ? launch(std::integral_constant<int, kFewStages>{}) : launch(std::integral_constant<int, kMostStages>{});
+      using L = Specialists<C>;
+      return launch_specialists(route_specialists_kernel<C>, kThreads, sizeof(typename L::Shared), std::int64_t(x.B) * x.H * ceil_div(x.queries.max_length, kPieceRows), stream, p);
     } else {
       using L = Layout<C>;
       if (cudaError_t status = allow_shared_memory(route_kernel<C>, sizeof(typename L::Shared))) return status;
