@@ -268,7 +268,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
             for (int n = 2 * k; n < 2 * k + 2; ++n)
 #pragma unroll
               for (int i = 0; i < 4; ++i) (n & 1 ? other : total)[i / 2] += w[n][i] = exponential<T>(w[n][i]);
-            store_columns<T>(address_of(to().probabilities[kind]), k,
+            store_weights<T>(address_of(to().probabilities[kind]), k,
                              {pack<T>(w[2 * k][0], w[2 * k][1]), pack<T>(w[2 * k][2], w[2 * k][3]), pack<T>(w[2 * k + 1][0], w[2 * k + 1][1]), pack<T>(w[2 * k + 1][2], w[2 * k + 1][3])});
           }
         }
@@ -331,7 +331,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
           std::uint32_t two[4];
 #pragma unroll
           for (int i = 0; i < 4; ++i) two[i] = pack<T>(sum[2 * k + i / 2][2 * (i % 2)] * last, sum[2 * k + i / 2][2 * (i % 2) + 1] * last);
-          store_columns<T>(address_of(dq), k, two);
+          store_weights<T>(address_of(dq), k, two);
         }
         __syncwarp();
         if (const int c = lane() % 8; c * kChunk<T> < x.D) {

@@ -831,40 +831,21 @@ __device__ inline void store_vector(void* base, std::int64_t pitch, int to, floa
                : "memory");
 }
 
-// Columns 16k and up of the accumulators of 16 rows, rounded, into a tile. address: of chunk lane / 16 of row lane % 16.
-template <class T> __device__ inline void store_columns(std::uint32_t address, int k, const Operand& columns) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(at_step<T>(address, k)), "r"(columns[0]), "r"(columns[1]), "r"(columns[2]), "r"(columns[3])
-               : "memory");
-#endif
-}
-
 // Writes the warp's 16 accumulator rows through its own 16 rows of a tile (free by now), so that global memory sees
 // whole 16-byte chunks. Row i goes to row index(i) behind `base`, nowhere if that is negative.
-template <class C, class Index, class T = typename C::T, int DP = C::DP>
-__device__ inline void store_rows(const Tile<T, DP>& rows, const float (&acc)[C::kColumns / 8][4], const float (&factor)[2], int D, int lane, T* base, std::int64_t pitch, Index index) {
+template <class C, class Index, class T = typename C::T>
+__device__ inline void store_rows(const Tile<T, C::DP>& rows, const float (&acc)[C::kColumns / 8][4], const float (&factor)[2], int D, int lane, T* base, std::int64_t pitch, Index index) {
   const int g = lane >> 2, t = lane & 3, first = column_of_warp<C>();
-  const Tile<T, DP> tile = own_columns<C>(rows);
+  const Tile<T, C::DP> tile = own_columns<C>(rows);
   wait_for_sharers<C>();
-  if constexpr (C::kGroups) {
-    const std::uint32_t to = tile.chunk(lane % 16, lane / 16);
 #pragma unroll
-    for (int k = 0; k < DP / 16; ++k) {
-      Operand columns;
+  for (int d = 0; d < C::kColumns / 8; ++d)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) columns[i] = pack<T>(acc[2 * k + i / 2][2 * (i % 2)] * factor[i % 2], acc[2 * k + i / 2][2 * (i % 2) + 1] * factor[i % 2]);
-      store_columns<T>(to, k, columns);
+    for (int h = 0; h < 2; ++h) {
+      const std::uint32_t to = tile.chunk(g + 8 * h, (8 * d + 2 * t) / kChunk<T>) + (8 * d + 2 * t) % kChunk<T> * sizeof(T);
+      if constexpr (sizeof(T) == 2) store_shared(to, pack<T>(acc[d][2 * h] * factor[h], acc[d][2 * h + 1] * factor[h]));
+      else store_shared2(to, acc[d][2 * h] * factor[h], acc[d][2 * h + 1] * factor[h]);
     }
-  } else {
-#pragma unroll
-    for (int d = 0; d < C::kColumns / 8; ++d)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const std::uint32_t to = tile.chunk(g + 8 * h, (8 * d + 2 * t) / kChunk<T>) + (8 * d + 2 * t) % kChunk<T> * sizeof(T);
-        if constexpr (sizeof(T) == 2) store_shared(to, pack<T>(acc[d][2 * h] * factor[h], acc[d][2 * h + 1] * factor[h]));
-        else store_shared2(to, acc[d][2 * h] * factor[h], acc[d][2 * h + 1] * factor[h]);
-      }
-  }
   __syncwarp();
   constexpr int kChunks = C::kColumns / kChunk<T>, kRows = 32 / kChunks;  // at once
   const int c = lane % kChunks;

@@ -66,11 +66,18 @@ template <int ROWS, class T, int DP, class Source, class... Copies> __device__ i
   else each([&](std::uint32_t place, int number) { (copies.part(place, c, number, inside && number >= 0), ...); });
 }
 
-// Weights of 16 rows into a tile: operand A of `wgmma_transposed`. address: of chunk lane / 16 of row lane % 16.
+// Columns 16k and up of the accumulators of 16 rows, rounded, into a tile; or all of them: operand A of `wgmma_transposed`. address: of chunk
+// lane / 16 of row lane % 16.
+template <class T> __device__ inline void store_weights(std::uint32_t address, int k, const Operand& weights) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(at_step<T>(address, k)), "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3])
+               : "memory");
+#endif
+}
 template <class T, int KT> __device__ inline void store_weights(std::uint32_t address, const Weights<T, KT>& weights) {
 #pragma unroll
   for (int k = 0; k < KT / 2; ++k)
-    store_columns<T>(address, k, {weights.packed[2 * k][0], weights.packed[2 * k][1], weights.packed[2 * k + 1][0], weights.packed[2 * k + 1][1]});
+    store_weights<T>(address, k, {weights.packed[2 * k][0], weights.packed[2 * k][1], weights.packed[2 * k + 1][0], weights.packed[2 * k + 1][1]});
 }
 
 // Registers of each thread of a warpgroup from here on, out of what the block has: those who bring rows leave some to the others.
