@@ -69,7 +69,8 @@ inline int row_gradient_tile_rows(int entries_per_expert) { return tile_rows(kMa
 // four, the second largest score in the others, as `ordered` has it, and all ones where a score is not finite. Or every key is a group, which leaves
 // its score alone, where computing scores again would move more than storing all of them.
 constexpr int kGroupKeys = 16;
-constexpr int kShortKeys = 256;  // so many scores eight lanes select from
+constexpr int kShortKeys = 256;        // so many scores eight lanes select from
+constexpr int kSpecialistKeys = 4096;  // from here on, specialists score 16-bit keys
 inline int group_keys(int L, int K, int D) { return L <= kShortKeys || (L <= 4096 && L <= K * D) ? 1 : kGroupKeys; }
 // Rows of many groups are first cut down by a sample of them: one of every `stride`, at a hashed place, as contiguous structure
 // cannot mislead that. H100: a smaller sample leaves more candidates, a larger one takes longer to sort.

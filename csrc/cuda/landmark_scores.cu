@@ -19,8 +19,6 @@ namespace {
 template <class C> constexpr int kKeys = sizeof(typename C::T) == 2 && C::DP <= 128 ? 64 : 32;  // of one tile
 template <class C> constexpr int kLaneKeys = kKeys<C> / 4;                                       // of one lane
 
-constexpr int kSpecialistKeys = 4096;  // and more: by specialists
-
 // The tiles [first, last) of keys that part `split` consists of.
 struct Part {
   int first, last;

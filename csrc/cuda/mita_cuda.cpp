@@ -165,8 +165,8 @@ Tensor lse_of(const Problem& x, const Tensor& like) {
 }
 
 // Parts into which the rows that a sum runs over are cut: enough blocks for one wave, not so many that the partial sums weigh.
-int parts(int64_t blocks, int64_t rows) {
-  return static_cast<int>(std::max<int64_t>(1, std::min(kBlocksOfAWave / std::max<int64_t>(blocks, 1), (rows + 511) / 512)));
+int parts(int64_t blocks, int64_t rows, int64_t wave = kBlocksOfAWave) {
+  return static_cast<int>(std::max<int64_t>(1, std::min(wave / std::max<int64_t>(blocks, 1), (rows + 511) / 512)));
 }
 int64_t heads(const Problem& x) { return int64_t(x.B) * x.H; }
 int entries_per_expert(const Problem& x) { return x.s == 0 ? x.queries.max_length : int(int64_t(x.queries.max_length) * x.s / x.M); }
@@ -186,8 +186,10 @@ struct LandmarkStage {
 
   LandmarkStage(const Problem& x, const Tensor& landmarks, const Tensor& key, const Tensor& value, float scale) {
     const int64_t BH = heads(x);
-    const int L = x.keys.max_length, group = group_keys(L, x.K, x.D), most_splits = parts(BH * ceil_div(x.M, 128), L),
-              splits = most_splits < 4 ? most_splits : most_splits / 4 * 4;  // four warpgroups may share them
+    const int L = x.keys.max_length, group = group_keys(L, x.K, x.D);
+    // A specialists' block on every multiprocessor takes as many parts as it has warpgroups, or half of them: four of few columns, two of more.
+    const int wave = x.dtype == Dtype::fp32 || x.D <= 64 || L < kSpecialistKeys ? kBlocksOfAWave : x.M > 64 ? kMultiprocessors : 2 * kMultiprocessors;
+    const int most_splits = parts(BH * ceil_div(x.M, 128), L, wave), splits = most_splits < 4 ? most_splits : most_splits / 4 * 4;
     indices = ints(landmarks, {x.B, x.H, x.M, x.K}), compressed = at::empty({x.B, x.H, x.M, x.D}, landmarks.options()), lse = floats(landmarks, {x.B, x.H, x.M});
     scores = floats(landmarks, {BH, x.M, score_pitch(L, group)}), values = floats(landmarks, {BH, splits, x.M, x.D}), state = floats(landmarks, {BH, splits, x.M, 2});
     p.problem = x;
