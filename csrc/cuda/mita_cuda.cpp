@@ -187,7 +187,8 @@ struct LandmarkStage {
   LandmarkStage(const Problem& x, const Tensor& landmarks, const Tensor& key, const Tensor& value, float scale) {
     const int64_t BH = heads(x);
     const int L = x.keys.max_length, group = group_keys(L, x.K, x.D);
-    // A specialists' block on every multiprocessor takes as many parts as it has warpgroups, or half of them: four of few columns, two of more.
+    // The warpgroups of a specialists' block that own the same landmarks share a piece of the keys, a part each: so parts come by fours. Above 64
+    // columns there are two warpgroups, which share where there are few landmarks, and one piece for every multiprocessor is enough.
     const int wave = x.dtype == Dtype::fp32 || x.D <= 64 || L < kSpecialistKeys ? kBlocksOfAWave : x.M > 64 ? kMultiprocessors : 2 * kMultiprocessors;
     const int most_splits = parts(BH * ceil_div(x.M, 128), L, wave), splits = most_splits < 4 ? most_splits : most_splits / 4 * 4;
     indices = ints(landmarks, {x.B, x.H, x.M, x.K}), compressed = at::empty({x.B, x.H, x.M, x.D}, landmarks.options()), lse = floats(landmarks, {x.B, x.H, x.M});

@@ -307,10 +307,11 @@ const Case kCases[] = {
     {"many_pieces_wide_heads", Dtype::fp16, 2, 4, 4, 700, 150, 200, 70, 1, 128},
     {"many_landmarks_of_passing_units", Dtype::bf16, 1, 2, 2, 400, 150, 600, 20, 1, 64},
     {"many_passes", Dtype::bf16, 2, 64, 8, 700, 40, 2, 20, 1, 64},
+    // several chunks of queries
+    {"many_chunks", Dtype::bf16, 3, 2, 1, 4500, 60, 37, 20, 1, 64, true, Batch::padded},
+    {"many_chunks_wide_heads", Dtype::fp16, 2, 1, 1, 4200, 60, 70, 16, 1, 128, true, Batch::packed},
+    {"many_chunks_grid", Dtype::bf16, 1, 2, 2, 4161, 60, 20, 16, 1, 40, true, Batch::full, false, {4, 5, 65, 64, 1}},
     // long parts of keys
-    {"many_queries", Dtype::bf16, 3, 2, 1, 4500, 60, 37, 20, 1, 64, true, Batch::padded},
-    {"many_queries_wide_heads", Dtype::fp16, 2, 1, 1, 4200, 60, 70, 16, 1, 128, true, Batch::packed},
-    {"many_queries_grid", Dtype::bf16, 1, 2, 2, 4161, 60, 20, 16, 1, 40, true, Batch::full, false, {4, 5, 65, 64, 1}},
     {"many_keys", Dtype::bf16, 3, 2, 1, 40, 4500, 60, 40, 1, 64, true, Batch::padded},
     {"many_keys_more_landmarks", Dtype::fp16, 1, 2, 2, 40, 4500, 130, 40, 1, 56},
     {"many_keys_wide_heads", Dtype::bf16, 2, 2, 1, 40, 4200, 150, 33, 1, 128, true, Batch::packed},
