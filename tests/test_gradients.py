@@ -1,5 +1,6 @@
 """Are the gradients right? Against finite differences in float64, and against the honest rival in every dtype."""
 
+import math
 from contextlib import contextmanager
 
 import pytest
@@ -372,9 +373,39 @@ def test_batch_entries_do_not_mix(backend):
 
 
 @pytest.mark.gpu
-def test_many_heads_take_several_launches():
+@pytest.mark.parametrize("K", [64, 128])  # queries and units in one pass, and not
+def test_gradients_scale_with_those_of_the_output(K):
+    """Whatever the size of what comes back, sums that are held in 16 bits on the way lose nothing by it."""
+    case = case_of("one_pass_clustered", K=K)
+    tensors = make_inputs(case, "cuda", torch.bfloat16, requires_grad=True)[:3]
+    dout, _ = grad_outputs(case, "cuda", torch.bfloat16)
+    out = mita_ext.attention(*tensors, **case.options(None))
+    grads = torch.autograd.grad(out, tensors, dout, retain_graph=True)
+    for factor in (2.0**-40, 2.0**40):
+        scaled = torch.autograd.grad(out, tensors, factor * dout, retain_graph=True)
+        for name, expected, got in zip(NAMES, grads, scaled, strict=False):
+            assert torch.equal(got.double() / factor, expected.double()), f"{name} times {factor}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_what_is_not_finite_reaches_the_keys_of_its_expert_alone(value):
+    case = case_of("no_shared_expert", N=100, D=64, M=4, K=20)
+    tensors = make_inputs(case, "cuda", torch.bfloat16, requires_grad=True)
+    dout, _ = grad_outputs(case, "cuda", torch.bfloat16)
+    dout[0, 1, 7, 3] = value
+    out, aux = mita_ext.attention(*tensors[:3], **case.options(tensors[3]), return_aux=True)
+    chosen = torch.zeros(tensors[1].shape[:3], dtype=torch.bool, device="cuda")
+    chosen[0, 1, aux.topk_indices[0, 1, aux.experts[0, 1, 7, 0]]] = True
+    for grad in torch.autograd.grad(out, tensors[1:3], dout):
+        assert torch.equal(~grad.isfinite().all(-1), chosen)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("K", [64, 128])  # queries and units in one pass, and not
+def test_many_heads_take_several_launches(K):
     """The routed sums of 160 heads of this size are more than are held at once."""
-    case = case_of("clustered_pooled", B=5, H=32, Hkv=16, N=4096, L=4096, D=64, M=64, K=128)
+    case = case_of("clustered_pooled", B=5, H=32, Hkv=16, N=4096, L=4096, D=64, M=64, K=K)
     tensors = make_inputs(case, "cuda", torch.bfloat16, requires_grad=True)[:3]
     dout, _ = grad_outputs(case, "cuda", torch.bfloat16)
     together = torch.autograd.grad(mita_ext.attention(*tensors, **case.options(None)), tensors, dout)

@@ -1,6 +1,6 @@
 // Attention's gradients of queries and units in one pass over the queries (else four: reduce.cu, row_gradient.cu, unit_gradient.cu), for sm_90a and
-// few units: 16-bit elements of up to 64 columns, up to 64 landmarks and 64 keys of an expert, one expert per query. By specialists; a block takes
-// every `splits`-th segment of one head:
+// few units: 16-bit elements of up to 64 columns, up to 64 landmarks and 64 keys of an expert, one expert per query. By specialists; the segments of
+// one head are dealt out to `splits` blocks, the largest ones first and back and forth, so that all have nearly the same to do:
 //   one warp lists the queries, 64 at a time, with what is said of each, and the keys of experts;
 //   three warps bring the rows of such lists: one q, one dout into a ring of sets; one the shared units, once, and then an expert's keys and values for
 //   every segment into a ring of stages;
@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kDP = 64, kUnits = 64;
 constexpr int kSets = 4, kStages = 3, kLists = 8, kKeyLists = 4, kWeighers = 2;  // a weigher sees every use of the places that it meets: multiples
-constexpr int kThreads = 128 * (kWeighers + 2);
+constexpr int kThreads = 128 * (kWeighers + 2), kTurns = 128;  // kTurns: segments of a block
 enum Kind { kShared, kRouted, kKinds };  // of units
 
 template <class T> struct Shared {
@@ -27,8 +27,9 @@ template <class T> struct Shared {
   struct {
     TileStorage<T, kUnits, kPassRows> probabilities[kKinds], dlogits[kKinds];
   } weights[kWeighers];
-  TileStorage<T, kDP, kPassRows> dq[kWeighers];
-  struct {
+  TileStorage<T, kDP, kPassRows> dq[kWeighers];  // on their way out
+  TileStorage<Fixed, kDP, kUnits> sums;
+  struct List {
     std::int32_t query[kPassRows];  // -1 behind the last
     float lse[kPassRows], dlse[kPassRows];
     std::int32_t stage, keys;  // of their units: where, and how many
@@ -41,7 +42,7 @@ template <class T> struct Shared {
     std::int32_t key[kUnits];  // -1 behind the last
   } key_lists[kKeyLists];
   Segment segments[kStages];
-  Work works[32];  // the segments that come next
+  Work works[kTurns + 1];  // no entries: there was no more
   std::uint32_t counts[4 * kWeighers][2];  // of a weigher's warp: what it has counted
   struct HeadRows {
     T* row0;
@@ -52,8 +53,7 @@ template <class T> struct Shared {
     T* dq;
     const float *lse, *dlse;
     const std::int32_t *entries, *indices;
-    const Work* segments;
-    std::int32_t number, segment_count, keys;
+    std::int32_t number, keys;
   } head;
   std::uint64_t of_lists[kLists][2], of_key_lists[kKeyLists][2], of_sets[kSets][2], of_landmarks[1][2], of_stages[kStages][2], of_weights[kWeighers][2];
 };
@@ -91,10 +91,22 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
                    p.dlse ? p.dlse + row0 : nullptr,
                    p.groups.entries + row0,
                    p.units.indices + std::int64_t(bh) * x.M * x.K,
-                   p.groups.segments + std::int64_t(bh) * max_tiles(x, p.groups.segment_rows),
                    bh,
-                   p.groups.segment_starts[std::int64_t(bh) * (x.M + 1) + x.M],
                    its_keys.length};
+  }
+  {
+    auto& sizes = reinterpret_cast<std::int32_t (&)[kThreads]>(shared.sets);
+    const unsigned i = threadIdx.x, segments = max_tiles(x, p.groups.segment_rows), first = blockIdx.x / p.splits * segments;  // 64 bits: registers
+    if (i < segments) sizes[i] = p.groups.segments[first + i].entries;
+    if (i <= kTurns) shared.works[i].entries = 0;
+    __syncthreads();
+    if (i < segments) {
+      const int own = sizes[i];
+      int place = 0;  // larger ones, and earlier ones of the same size
+      for (int j = 0; j < segments; ++j) place += sizes[j] > own || (sizes[j] == own && j < i);
+      const int turn = place / p.splits, dealt = place % p.splits, part = blockIdx.x % p.splits;
+      if (own > 0 && part == (turn % 2 ? p.splits - 1 - dealt : dealt)) shared.works[turn] = p.groups.segments[first + i];
+    }
   }
   __syncthreads();
   window.address = opaque(window.address);  // nothing of the above is kept: registers
@@ -120,17 +132,9 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
       if (lane() == 0) shared.key_lists[0].segment.entries = 1;
       key_list().there().arrive();
       ++keys;
-      const auto segment_at = [&](int turn) { return static_cast<int>(blockIdx.x) - shared.head.number * p.splits + turn * p.splits; };
-      int turn = 0;
 #pragma unroll 1
-      for (bool more = true; more; ++turn) {
-        if (turn % 32 == 0) {
-          const int segment = segment_at(turn + lane());
-          __syncwarp();
-          shared.works[lane()] = segment < shared.head.segment_count ? shared.head.segments[segment] : Work{};
-          __syncwarp();
-        }
-        const auto work = [&]() -> auto& { return shared.works[turn % 32]; };
+      for (bool more = true; more; ++keys) {
+        const auto work = [&]() -> auto& { return shared.works[keys - 1]; };
         more = work().entries > 0;
         const auto query_at = [&](int i) { return i < work().entries ? shared.head.entries[work().first + i] : -1; };
         int query[2], key[2], found = 0;  // those of a tile are asked for before the last ones are listed
@@ -148,9 +152,8 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
           found += __popc(__ballot_sync(kAllLanes, present));
           to.key[32 * i + lane()] = present ? key[i] : -1;
         }
-        if (lane() == 0) to.segment = {segment_at(turn), static_cast<int>(queries), work().entries};
+        if (lane() == 0) to.segment = {work().place, static_cast<int>(queries), work().entries};
         key_list().there().arrive();
-        ++keys;
 #pragma unroll 1
         for (int done = 0; done < work().entries; done += kPassRows, ++queries) {
           list().wait_free();
@@ -163,7 +166,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
             load_number(window.of(to.dlse) + 4 * place, query[i] >= 0 && shared.head.dlse ? shared.head.dlse + query[i] : nullptr);
             query[i] = query_at(done + kPassRows + place);
           }
-          if (lane() == 0) to.stage = (keys - 2) % kStages, to.keys = found;
+          if (lane() == 0) to.stage = stage().at(), to.keys = found;
           list().there().arrive_loaded();
           __syncwarp();
           if (lane() == 0) list().there().arrive();
@@ -236,7 +239,10 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
         product<C>(gradient[kShared], dout, shared.landmarks.v.in(window), lane());
         product<C>(gradient[kRouted], dout, units().v.in(window), lane());
         window.address = opaque(window.address);
-        const auto number = [&](const auto& of_rows, int i) { return load_shared_int(window.of(of_rows) + 4 * (16 * warp() + i)); };
+        // A number of the list, of those that it has of rows: row i of the warp.
+        const auto number = [&](int offset, int i) { return load_shared_int(window.of(listed()) + 4 * (16 * warp() + i) + offset); };
+        const auto number_of_own = [&](int offset, int i) { return load_shared_int(window.of(listed()) + 4 * (16 * warp() + lane() / 4) + offset + 32 * i); };
+        using List = typename Shared<T>::List;
         // What is counted, and what was computed of it, is not kept in registers over products.
         const auto counts = [&] { return window.of(shared.counts[opaque(threadIdx.x) / 32]); };
         store_shared2(counts(), __uint_as_float(queries), __uint_as_float(keys));
@@ -245,8 +251,8 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
         float lse[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {  // infinity where a row attended to nothing, or is not there
-          const float its = __int_as_float(number(listed().lse, lane() / 4 + 8 * i));
-          lse[i] = number(listed().query, lane() / 4 + 8 * i) < 0 || its == -kInfinity ? kInfinity : its * kLogit<T> - kProbabilityShift<T>;
+          const float its = __int_as_float(number_of_own(offsetof(List, lse), i));
+          lse[i] = number_of_own(offsetof(List, query), i) < 0 || its == -kInfinity ? kInfinity : its * kLogit<T> - kProbabilityShift<T>;
         }
         weights().wait_free();
         forget();
@@ -285,7 +291,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
         for (int i = 0; i < 2; ++i) {
 #pragma unroll
           for (int d = 1; d < 4; d *= 2) delta[i] += __shfl_xor_sync(kAllLanes, delta[i], d), total[i] += __shfl_xor_sync(kAllLanes, total[i], d);
-          delta[i] = exact_delta<T>(delta[i] - __int_as_float(number(listed().dlse, lane() / 4 + 8 * i)) * power_of_2(kProbabilityShift<T>), total[i]);
+          delta[i] = exact_delta<T>(delta[i] - __int_as_float(number_of_own(offsetof(List, dlse), i)) * power_of_2(kProbabilityShift<T>), total[i]);
         }
         forget();
         struct Pair {
@@ -319,31 +325,15 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
         weights().there().arrive();
         clear(sum);
         add(of_landmarks, shared.landmarks.k.in(window));
-        const float ratio = p.landmark_scale / p.scale, last = p.scale * kUnshifted;
+        const float ratio = p.landmark_scale / p.scale, last[2] = {p.scale * kUnshifted, p.scale * kUnshifted};
 #pragma unroll
         for (int d = 0; d < kDP / 8; ++d)
 #pragma unroll
           for (int i = 0; i < 4; ++i) sum[d][i] *= ratio;
         add(of_keys, units().k.in(window));
         const auto& dq = shared.dq[thread / 128];
-#pragma unroll
-        for (int k = 0; k < kDP / 16; ++k) {
-          std::uint32_t two[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) two[i] = pack<T>(sum[2 * k + i / 2][2 * (i % 2)] * last, sum[2 * k + i / 2][2 * (i % 2) + 1] * last);
-          store_weights<T>(address_of(dq), k, two);
-        }
-        __syncwarp();
-        if (const int c = lane() % 8; c * kChunk<T> < x.D) {
-          T* const row0 = shared.head.dq + c * kChunk<T>;
-#pragma unroll
-          for (int row = lane() / 8; row < 16; row += 4) {
-            const int query = number(listed().query, row);
-            const float4 chunk = load_shared4(dq.in(window).from_row(16 * warp()).chunk(row, c));
-            if (query >= 0) store_vector(row0, p.dq.row * sizeof(T), query, chunk);
-          }
-        }
-        __syncwarp();  // the next gradients take the place of these
+        forget();
+        store_rows_by_warp(dq.in(window).from_row(16 * warp()), address_of(dq), sum, last, x.D, lane(), shared.head.dq, p.dq.row, [&](int row) { return number(offsetof(List, query), row); });
         forget();
         list().done().arrive();
         set().done().arrive();
@@ -390,10 +380,20 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
         wait_products<C, 0>(dk[kShared], dk[kRouted], dv[kShared], dv[kRouted]);
         if (lane() == 0) weights().done().arrive(), set().done().arrive();
       }
-      const std::int64_t first = (std::int64_t(shared.head.number) * max_tiles(x, p.groups.segment_rows) + load_shared_int(window.of(shared.key_lists[key_list().at()].segment.index))) * x.K;
-      if (p.routed_dk) {
-        store(dk[kRouted], p.scale * kUnshifted, p.routed_dk, first, x.K);
-        store(dv[kRouted], kProbability, p.routed_dv, first, x.K);
+      if (p.routed_dk.numbers) {
+        const std::int64_t first = (std::int64_t(shared.head.number) * max_tiles(x, p.groups.segment_rows) + load_shared_int(window.of(shared.key_lists[key_list().at()].segment.index))) * x.K;
+        const int row0 = 16 * warp();
+        const auto rows = shared.sums.in(window).from_row(row0);
+        const auto store_rounded = [&](float (&sums)[kDP / 8][4], float factor, const RoutedRows& to) {
+          const FixedRows fixed(sums);
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+            if (const int row = row0 + lane() / 4 + 8 * i; lane() % 4 == 0 && row < x.K) to.factors[first + row] = fixed.back[i] * factor;
+          store_rows_by_warp(rows, rows.chunk(lane() & 15, lane() >> 4), sums, fixed.to, x.D, lane(), static_cast<Fixed*>(to.numbers) + first * x.D, x.D,
+                             [=](int row) { return row0 + row < x.K ? row0 + row : -1; });
+          pin(sums);  // where they are: registers
+        };
+        store_rounded(dk[kRouted], p.scale * kUnshifted, p.routed_dk), store_rounded(dv[kRouted], kProbability, p.routed_dv);
       }
       key_list().done().arrive();
     }
@@ -415,7 +415,8 @@ bool fits_specialist_gradient(const Problem& x, bool shared, float scale, float 
 
 cudaError_t launch_specialist_gradient(const AttentionGradientParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
-  if (!fits_specialist_gradient(x, p.units.shared, p.scale, p.landmark_scale)) return cudaErrorInvalidValue;
+  if (!fits_specialist_gradient(x, p.units.shared, p.scale, p.landmark_scale) ) return cudaErrorInvalidValue;
+  if (const int segments = max_tiles(x, p.groups.segment_rows); segments > kThreads || segments > kTurns * p.splits) return cudaErrorInvalidValue;
   return dispatch_dtype(x.dtype, [&](auto element) {
     using T = decltype(element);
     if constexpr (sizeof(T) == 2) {

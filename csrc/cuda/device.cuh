@@ -31,6 +31,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 // ---- elements ------------------------------------------------------------------------------------------------------
 
 __device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(Tf32 x) { return x.x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 template <class T> __device__ inline T from_float(float x);
@@ -55,6 +56,19 @@ template <> __device__ inline std::uint32_t pack<__nv_bfloat16>(float lo, float 
 template <class T> __device__ inline float2 unpack(std::uint32_t two);
 template <> __device__ inline float2 unpack<__half>(std::uint32_t two) { return __half22float2(reinterpret_cast<const __half2&>(two)); }
 template <> __device__ inline float2 unpack<__nv_bfloat16>(std::uint32_t two) { return make_float2(__uint_as_float(two << 16), __uint_as_float(two & 0xffff0000u)); }
+
+// A number of 16 bits, to be multiplied by a factor of its row: as good as fp32 for sums that are rounded to 16 bits in the end. Stored as an
+// unsigned n + 2^15, which are the last bits of the float n + kFixed.
+struct Fixed {
+  std::uint16_t bits;
+};
+constexpr float kFixed = 8388608.0f + 32768.0f;
+template <> __device__ inline std::uint32_t pack<Fixed>(float lo, float hi) { return __byte_perm(__float_as_uint(lo + kFixed), __float_as_uint(hi + kFixed), 0x5410); }
+template <> __device__ inline float2 unpack<Fixed>(std::uint32_t two) {
+  return make_float2(__uint_as_float(__byte_perm(two, 0x4b00, 0x5410)) - kFixed, __uint_as_float(__byte_perm(two, 0x4b00, 0x5432)) - kFixed);
+}
+// What becomes of rows of sums until they meet at their key.
+template <class T> using Routed = std::conditional_t<sizeof(T) == 2, Fixed, T>;
 
 // Logits are kept in base 2 for 16-bit elements, one multiplication less, and in base e for fp32, where that multiplication
 // would round large logits once more than the definition does. kLogit<T> scales natural logits to that base.
@@ -188,11 +202,6 @@ __device__ inline float4 load_shared4(std::uint32_t address) {
 __device__ inline float2 load_shared2(std::uint32_t address) {
   float2 x;
   asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
-  return x;
-}
-__device__ inline float load_shared_float(std::uint32_t address) {
-  float x;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
   return x;
 }
 __device__ inline int load_shared_int(std::uint32_t address) {
@@ -745,7 +754,7 @@ template <class T> struct OnlineSoftmax {
 
 // The `item`-th piece of at most `rows` entries of a list of work. With s = 0 there are no experts: the rows as they come.
 __device__ inline Work find_work(const Work* list, const Problem& x, int s, int bh, int length, int item, int rows) {
-  if (s == 0) return {0, item * rows, min(rows, length - item * rows), 0};
+  if (s == 0) return {0, item * rows, min(rows, length - item * rows), item};
   return list[std::int64_t(bh) * max_tiles(x, rows) + item];
 }
 __device__ inline int entry_of(const Groups& groups, const Problem& x, int s, int bh, const Work& work, int i) {
@@ -809,11 +818,14 @@ template <int NT> __device__ inline float positive_scale(float (&scores)[NT][4],
 
 // Logits of units that do not exist.
 template <int NT> __device__ inline void mask_logits(float (&s)[NT][4], int count, int lane) {
+  const int own = count - 2 * (lane & 3);
 #pragma unroll
-  for (int n = 0; n < NT; ++n)
+  for (int n = NT - 1; n >= 0; --n) {
+    if (8 * (n + 1) <= count) break;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (8 * n + 2 * (lane & 3) + (i & 1) >= count) s[n][i] = -kInfinity;
+      if (8 * n + (i & 1) >= own) s[n][i] = -kInfinity;
+  }
 }
 
 // All logits of a lane's upper or lower row: units that this query does not have.
@@ -858,6 +870,27 @@ __device__ inline void store_rows(const Tile<T, C::DP>& rows, const float (&acc)
     if (to >= 0) store_vector(base, pitch * sizeof(T), to, x);
   }
 }
+
+// What the rows of accumulators are multiplied by to be rounded to Fixed, and after that. A row with a number that is not finite becomes all NaN.
+struct FixedRows {
+  float to[2], back[2];  // of a lane's upper and lower row
+  template <int DT> __device__ explicit FixedRows(const float (&acc)[DT][4]) {
+    const auto highest = [](float x, float y) {
+      asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(y));
+      return x;
+    };
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float m = 0.0f;
+#pragma unroll
+      for (int d = 0; d < DT; ++d) m = highest(m, highest(fabsf(acc[d][2 * h]), fabsf(acc[d][2 * h + 1])));
+#pragma unroll
+      for (int lanes = 1; lanes < 4; lanes *= 2) m = highest(m, __shfl_xor_sync(kAllLanes, m, lanes));
+      to[h] = fminf(__fdividef(32767.0f, m), power_of_2(100));
+      back[h] = __fdividef(1.0f, to[h]) + (m - m);
+    }
+  }
+};
 
 // fp32 rows (partial sums) straight from the accumulators.
 template <class C, class RowPointer>

@@ -77,7 +77,7 @@ template <int THREADS> struct Lists {
         for (int step = kMaxLandmarks; step; step >>= 1)
           if (m + step < M && starts[m + step] <= i) m += step;
         const int from = first[m] + (i - starts[m]) * rows;
-        work = {m, from, min(rows, first[m + 1] - from), 0};
+        work = {m, from, min(rows, first[m + 1] - from), i};
       }
       list[i] = work;
     }

@@ -1,7 +1,7 @@
 // Gradients of the softmax of few landmarks over all keys, in one pass over the keys (else two: row_gradient.cu, unit_gradient.cu), for sm_90a:
 // 16-bit elements of up to 64 columns, up to 64 landmarks, as many key heads as query heads. By specialists; a block takes a part of one head's keys:
 //   two warps bring keys and values, 64 at a time, into a ring of stages;
-//   one warpgroup sums what queries left for these keys as keys of their experts, in the order of a list (key_lists.cu), each warp in columns of its own;
+//   one warpgroup sums what queries left for these keys as keys of their experts, in the order of a list (key_lists.cu): two warps for every other 64 of them;
 //   two warpgroups weigh, by turns, 64 keys against all landmarks: P and dS, and with them dk and dv. Rounded, P and dS go to shared memory;
 //   one warpgroup sums over the keys: dS^T k and P^T k for the landmarks' own gradients.
 // Delta is that of rounded compressed values here. What dS of a landmark sums to beyond its due is taken back from the landmark's gradient in the end
@@ -13,7 +13,7 @@ namespace mita {
 namespace {
 
 constexpr int kDP = 64, kLandmarks = 64;
-constexpr int kStages = 3, kSums = 2, kWeighers = 2, kPiece = 32;
+constexpr int kStages = 3, kWeighers = 2, kSums = kWeighers, kPiece = 32;  // those who weigh and those who sum the same keys use the same place
 constexpr int kPitch = sizeof(float) * (kDP + 8);  // bytes of the rows of sums, free of bank conflicts for accumulators
 constexpr int kThreads = 128 * (kWeighers + 3);
 
@@ -29,14 +29,15 @@ template <class T> struct Shared {
     float gradient[2][kKeyBlock + 1][kPitch / sizeof(float)];  // of keys and of values; the last row takes what is no key's
     std::uint32_t rows[2];                                     // bits: of those that there are
   } sums[kSums];
-  alignas(16) float routed[4][2][kPiece][32];  // of routed sums, a warp's columns
+  alignas(16) Fixed routed[4][2][kPiece][kDP];  // of routed sums, those of a warp
+  float factors[4][2][kPiece];
   float lse[kLandmarks], delta[kLandmarks];
   struct {
     struct {
       T* row0;
       std::int64_t pitch;
     } rows[4];  // of landmarks, gradients of compressed values, keys, values
-    const float* routed[2];
+    RoutedRows routed[2];
     const KeyRange* ranges;
     const KeyEntry* entries;
   } head;
@@ -65,12 +66,13 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) key_specialist
   const auto weights = [&](unsigned i) { return Ring<kWeighers>{window.of(shared.of_weights), i}; };
   const auto sums = [&](unsigned i) { return Ring<kSums>{window.of(shared.of_sums), i}; };
   if (threadIdx.x == 0) {
-    landmarks().init(2 * 32, 1), stage(0).init(2 * 32, 4 + 4), weights(0).init(128, 4), sums(0).init(128, 128);
+    landmarks().init(2 * 32, 1), stage(0).init(2 * 32, 4 + 4), weights(0).init(128, 4), sums(0).init(2 * 32, 128);
     fence_barriers();
     const auto rows = [&](int i, const Rows& from, std::int64_t start) { shared.head.rows[i] = {head_rows<T>(from, b, h, start), from.row}; };
     rows(0, of_keys.row_q, 0), rows(1, of_keys.row_dout, 0), rows(2, of_keys.unit_k, keys.start), rows(3, of_keys.unit_v, keys.start);
     const std::int64_t routed_row0 = std::int64_t(bh) * max_tiles(x, of_keys.groups.segment_rows) * x.K;
-    shared.head.routed[0] = of_keys.partial_dk + routed_row0 * x.D, shared.head.routed[1] = of_keys.partial_dv + routed_row0 * x.D;
+    const auto routed_rows = [&](int i, const RoutedRows& from) { shared.head.routed[i] = {static_cast<Fixed*>(from.numbers) + routed_row0 * x.D, from.factors + routed_row0}; };
+    routed_rows(0, of_keys.routed_dk), routed_rows(1, of_keys.routed_dv);
     shared.head.ranges = of_keys.groups.key_ranges + std::int64_t(bh) * ceil_div(x.keys.max_length, kKeyBlock), shared.head.entries = of_keys.groups.key_entries + routed_row0;
   }
   for (int i = threadIdx.x; i < 8 * kDP; i += kThreads) shared.ones.data[i] = from_float<T>(1.0f);
@@ -79,7 +81,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) key_specialist
 
   const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   if (group < kWeighers) {
-    take_registers<152>();
+    take_registers<144>();
     constexpr float kRescale = power_of_2(kGradientShift<T> - kProbabilityShift<T>);
     const float one[2] = {1.0f, 1.0f};
     landmarks().wait_there();
@@ -208,43 +210,44 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) key_specialist
         its[0] = its[1] = rounded[0][2 * j] * power_of_2(-kGradientShift<T>), its[2] = 1.0f;
       }
   } else if (group == kWeighers + 1) {
-    keep_registers<40>();
+    keep_registers<64>();
     if (!routed) return;
-    // Each warp sums 32 columns, of keys or of values. A list is taken in pieces of 32 sums: when those of one are added, those of the next one are on
+    // Each warp sums gradients of keys or of values. A list is taken in pieces of 32 sums: when those of one are added, those of the next one are on
     // their way, and the entries of the one after that.
     struct Piece {
       KeyEntry mine;  // of this lane
       int left;       // sums from here on for the same keys
     };
-    const int tensor = warp / 2, column0 = 32 * (warp % 2);
+    const int tensor = warp / 2, turn = warp % 2;
     const auto range_of = [&](int i) {
       KeyRange range{0, 0};
       if (i < count) range = shared.head.ranges[first + i];
       return range;
     };
-    int asked = 0;
+    int asked = turn;
     KeyRange range = range_of(asked);
     const auto ask = [&] {
       Piece piece{{0, kKeyBlock}, range.last - range.first};
       if (lane < piece.left) piece.mine = shared.head.entries[range.first + lane];
       range.first += kPiece;
-      if (piece.left <= kPiece) range = range_of(++asked);
+      if (piece.left <= kPiece) range = range_of(asked += kSums);
       return piece;
     };
-    constexpr int kFew = 8, kRow = sizeof(shared.routed[0][0][0]);
+    constexpr int kFew = 4, kRow = sizeof(shared.routed[0][0][0]);
     unsigned pieces = 0;
     const auto fetch = [&](const Piece& piece) {
-      const float* const from = shared.head.routed[tensor] + column0 + 4 * (lane % 8);
-      const std::uint32_t to = window.of(shared.routed[warp][pieces % 2][lane / 8][4 * (lane % 8)]);
-      const bool inside = column0 + 4 * (lane % 8) < x.D;
+      const int column = kChunk<T> * (lane % 8);
+      const Fixed* const from = static_cast<const Fixed*>(shared.head.routed[tensor].numbers) + column;
+      const std::uint32_t to = window.of(shared.routed[warp][pieces % 2][lane / 8][column]);
 #pragma unroll
       for (int e = 0; e < kPiece; e += 4) {
         const int row = __shfl_sync(kAllLanes, piece.mine.row, e + lane / 8);
-        if (inside && e + lane / 8 < piece.left)
+        if (column < x.D && e + lane / 8 < piece.left)
           asm volatile("{ .reg .u64 from; mad.wide.u32 from, %1, %2, %3; cp.async.cg.shared.global [%0], [from], 16; }" ::"r"(to + e * kRow), "r"(row),
-                       "r"(x.D * int(sizeof(float))), "l"(from)
+                       "r"(x.D * int(sizeof(Fixed))), "l"(from)
                        : "memory");
       }
+      load_number(window.of(shared.factors[warp][pieces % 2][lane]), lane < piece.left ? shared.head.routed[tensor].factors + piece.mine.row : nullptr);
       commit_loads();
       ++pieces;
     };
@@ -252,17 +255,17 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) key_specialist
     fetch(coming);
     Piece next = ask();
 #pragma unroll 1
-    for (int i = 0; i < count; ++i) {
+    for (int i = turn; i < count; i += kSums) {
       sums(i).wait_free();
       auto& to = shared.sums[sums(i).at()];
-      const std::uint32_t own = window.of(to.gradient[tensor][0][column0 + lane]);
+      const std::uint32_t own = window.of(to.gradient[tensor][0][2 * lane]);
       std::uint32_t rows[2] = {0, 0};
       int last = -1;
-      float sum = 0.0f;  // of the last key
+      float2 sum = {0.0f, 0.0f};  // of the last key
 #pragma unroll 1
       for (bool more = true; more;) {
         const Piece piece = coming;
-        const std::uint32_t from = window.of(shared.routed[warp][(pieces - 1) % 2][0][lane]);
+        const std::uint32_t from = window.of(shared.routed[warp][(pieces - 1) % 2][0][2 * lane]), factors = window.of(shared.factors[warp][(pieces - 1) % 2][0]);
         coming = next;
         fetch(coming);
         next = ask();
@@ -278,24 +281,29 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) key_specialist
 #pragma unroll 1
         for (int e = 0; e < min(kPiece, piece.left); e += kFew) {
           int marks[kFew];
-          float values[kFew];
+          std::uint32_t values[kFew];
+          float factor[kFew];
 #pragma unroll
-          for (int j = 0; j < kFew; ++j) marks[j] = __shfl_sync(kAllLanes, mark, e + j), values[j] = load_shared_float(from + (e + j) * kRow);
+          for (int j = 0; j < kFew; ++j)
+            marks[j] = __shfl_sync(kAllLanes, mark, e + j), values[j] = load_shared_int(from + (e + j) * kRow), factor[j] = __int_as_float(load_shared_int(factors + 4 * (e + j)));
 #pragma unroll
           for (int j = 0; j < kFew; ++j) {
-            sum = marks[j] & 1 ? values[j] : sum + values[j];
-            asm volatile("{ .reg .pred ends; setp.ne.u32 ends, %0, 0; @ends st.shared.f32 [%1], %2; }" ::"r"(marks[j] & 2), "r"(own + (marks[j] & ~3)), "f"(sum) : "memory");
+            const float2 two = unpack<Fixed>(values[j]);
+            if (marks[j] & 1) sum = {0.0f, 0.0f};
+            sum = {fmaf(two.x, factor[j], sum.x), fmaf(two.y, factor[j], sum.y)};
+            asm volatile("{ .reg .pred ends; setp.ne.u32 ends, %0, 0; @ends st.shared.v2.f32 [%1], {%2,%3}; }" ::"r"(marks[j] & 2), "r"(own + (marks[j] & ~3)), "f"(sum.x), "f"(sum.y)
+                         : "memory");
           }
         }
         more = piece.left > kPiece;
         __syncwarp();  // other sums take the place of these
       }
-      if (threadIdx.x % 128 == 0) store_shared(window.of(to.rows[0]), rows[0]), store_shared(window.of(to.rows[1]), rows[1]);
+      if (tensor == 0 && lane == 0) store_shared(window.of(to.rows[0]), rows[0]), store_shared(window.of(to.rows[1]), rows[1]);
       sums(i).there().arrive();
     }
     wait_loads<0>();
   } else {
-    keep_registers<40>();
+    keep_registers<32>();
     if (warp < 2) {
       // `present` rows of a tensor of `head.rows`, from `row0` on.
       const auto bring = [&](const auto& tile, int tensor, int row0, int present) {

@@ -356,13 +356,30 @@ Softmax softmax_stage(const Context& context, const Problem& x, const Sequences&
   return {x, query, dout, lse, dlse, delta_stage(context, x, sequences, dout, out, dlse)};
 }
 
-// Partial sums of units' gradients: [heads, parts, units, D] twice.
-struct UnitSums {
+// Partial sums of the gradients of shared units.
+struct SharedSums {
   Tensor dk, dv;
-  UnitSums(const Tensor& like, IntArrayRef sizes) : dk(floats(like, sizes)), dv(at::empty_like(dk)) {}
+  SharedSums(const Problem& x, const Tensor& like, int splits) : dk(floats(like, {heads(x), splits, x.M, x.D})), dv(at::empty_like(dk)) {}
 };
-// Their totals, of values rounded; of keys rounded too, or in fp32 where `landmarks` goes on: the softmax of which the values are the outputs.
-void reduce_stage(const Context& context, const Problem& x, const UnitSums& sums, const Tensor& dk, const Tensor& dv, const Tensor& values, const Softmax* landmarks) {
+// And of experts' keys and values.
+class RoutedSums {
+  Tensor numbers, factors;  // of keys, then of values
+  RoutedRows rows(int which) const {
+    return {static_cast<char*>(numbers.data_ptr()) + which * (numbers.nbytes() / 2), factors.defined() ? factors.data_ptr<float>() + which * (factors.numel() / 2) : nullptr};
+  }
+
+ public:
+  RoutedSums(const Problem& x, const Tensor& like, const Groups& groups) {
+    const bool rounded = x.dtype != Dtype::fp32;
+    numbers = at::empty({2, heads(x), segments(x, groups), x.K, x.D}, like.options().dtype(rounded ? at::kShort : at::kFloat));
+    if (rounded) factors = floats(like, {2, heads(x), segments(x, groups), x.K, ceil_div(x.D, kFactorColumns)});
+  }
+  RoutedRows dk() const { return rows(0); }
+  RoutedRows dv() const { return rows(1); }
+};
+
+// The totals of shared ones, of values rounded; of keys rounded too, or in fp32 where `landmarks` goes on: the softmax of which the values are the outputs.
+void reduce_stage(const Context& context, const Problem& x, const SharedSums& sums, const Tensor& dk, const Tensor& dv, const Tensor& values, const Softmax* landmarks) {
   ReduceParams p{x.dtype, int(sums.dk.size(0)), int(sums.dk.size(1)), int(sums.dk.size(2)), x.D, {}, {}, x.H, rows(values), nullptr};
   p.dk.partial = sums.dk.const_data_ptr<float>(), p.dv.partial = sums.dv.const_data_ptr<float>();
   if (landmarks) p.dk.total = dk.data_ptr<float>(), p.delta = landmarks->delta.data_ptr<float>();
@@ -372,33 +389,34 @@ void reduce_stage(const Context& context, const Problem& x, const UnitSums& sums
 }
 int shared_parts(const Problem& x) { return parts(heads(x) * ceil_div(x.M, 64), x.queries.max_length); }
 
-UnitGradientParams unit_gradient_params(const Problem& x, UnitRole role, const Softmax* rows_of, const Tensor& unit_k, const Tensor& unit_v, const UnitSums* sums, float scale) {
+UnitGradientParams unit_gradient_params(const Problem& x, UnitRole role, const Softmax* rows_of, const Tensor& unit_k, const Tensor& unit_v, float scale) {
   UnitGradientParams p{};
   p.problem = x;
   p.role = role;
   p.scale = scale;
   p.unit_k = rows(unit_k), p.unit_v = rows(unit_v);
   if (rows_of) p.row_q = rows(rows_of->query), p.row_dout = rows(rows_of->dout), rows_of->describe(p);
-  if (sums) p.partial_dk = sums->dk.data_ptr<float>(), p.partial_dv = sums->dv.data_ptr<float>();
   return p;
 }
 
 // Of the shared units.
-UnitSums shared_gradient_stage(const Context& context, const Problem& x, const Softmax& softmax, const Tensor& landmarks, const Tensor& compressed, float landmark_scale) {
+SharedSums shared_gradient_stage(const Context& context, const Problem& x, const Softmax& softmax, const Tensor& landmarks, const Tensor& compressed, float landmark_scale) {
   const int splits = shared_parts(x);
-  UnitSums sums(landmarks, {heads(x), splits, x.M, x.D});
-  UnitGradientParams p = unit_gradient_params(x, UnitRole::shared, &softmax, landmarks, compressed, &sums, landmark_scale);
+  SharedSums sums(x, landmarks, splits);
+  UnitGradientParams p = unit_gradient_params(x, UnitRole::shared, &softmax, landmarks, compressed, landmark_scale);
   p.splits = splits;
+  p.partial_dk = sums.dk.data_ptr<float>(), p.partial_dv = sums.dv.data_ptr<float>();
   context.run("mita_ext::shared_gradient", launch_unit_gradient, p);
   return sums;
 }
 
 // Of the keys of every expert, for each segment of its queries.
-UnitSums routed_gradient_stage(const Context& context, const Problem& x, const Softmax& softmax, const Groups& groups, const Tensor& key, const Tensor& value, const Tensor& indices,
+RoutedSums routed_gradient_stage(const Context& context, const Problem& x, const Softmax& softmax, const Groups& groups, const Tensor& key, const Tensor& value, const Tensor& indices,
                                float scale) {
-  UnitSums sums(key, {heads(x), segments(x, groups), x.K, x.D});
-  UnitGradientParams p = unit_gradient_params(x, UnitRole::routed, &softmax, key, value, &sums, scale);
+  RoutedSums sums(x, key, groups);
+  UnitGradientParams p = unit_gradient_params(x, UnitRole::routed, &softmax, key, value, scale);
   p.indices = indices.const_data_ptr<int>();
+  p.routed_dk = sums.dk(), p.routed_dv = sums.dv();
   p.groups = groups;
   context.run("mita_ext::routed_gradient", launch_unit_gradient, p);
   return sums;
@@ -442,12 +460,12 @@ void landmark_gradient_stage(const Context& context, const Problem& x, const Sof
 
 // dkey and dvalue: through the compressed values where `landmarks` says how, plus what routed queries gave to the keys of their experts, if any.
 // With `own`, which few landmarks may have, the landmarks' own gradient in the same pass; then the other two need not be wanted.
-void key_gradient_stage(const Context& context, const Problem& x, const Softmax* landmarks, const OwnGradient* own, const UnitSums* routed, const Groups& groups, const Tensor& key,
+void key_gradient_stage(const Context& context, const Problem& x, const Softmax* landmarks, const OwnGradient* own, const RoutedSums* routed, const Groups& groups, const Tensor& key,
                         const Tensor& value, float scale, const Tensor& dkey, const Tensor& dvalue) {
-  UnitGradientParams p = unit_gradient_params(x, UnitRole::compress, landmarks, key, value, routed, scale);
+  UnitGradientParams p = unit_gradient_params(x, UnitRole::compress, landmarks, key, value, scale);
   if (dkey.dim() > 1) p.dk = rows(dkey), p.dv = rows(dvalue);
   if (landmarks) p.landmark_rows = x.M;
-  if (routed) p.groups = groups;
+  if (routed) p.groups = groups, p.routed_dk = routed->dk(), p.routed_dv = routed->dv();
   if (!own) return context.run("mita_ext::key_gradient", launch_unit_gradient, p);
   p.splits = least_busy_parts(heads(x), ceil_div(x.keys.max_length, kKeyBlock), 1, kMultiprocessors, 3);  // one block on each
   Tensor memory;
@@ -457,11 +475,12 @@ void key_gradient_stage(const Context& context, const Problem& x, const Softmax*
 }
 
 // dquery, without what queries receive as parts of pooled landmarks.
-void query_gradient_stage(const Context& context, const Problem& x, const Softmax& softmax, const Units& units, const Groups& groups, float scale, float landmark_scale,
-                          const Tensor& dquery) {
+void query_gradient_stage(const Context& context, const Problem& x, const Softmax& softmax, const Tensor& out, const Units& units, const Groups& groups, float scale,
+                          float landmark_scale, const Tensor& dquery) {
   const int64_t N = x.queries.max_length;
   Tensor partial, sums;
   RowGradientParams p = row_gradient_params(x, RowRole::attention, softmax, dquery, scale);
+  p.out = rows(out);
   p.landmark_scale = landmark_scale;
   p.units = units;
   p.groups = groups;
@@ -473,16 +492,17 @@ void query_gradient_stage(const Context& context, const Problem& x, const Softma
 }
 
 // dquery and the sums of shared units, and of routed ones where wanted, in one pass.
-std::pair<UnitSums, std::optional<UnitSums>> specialist_gradient_stage(const Context& context, const Problem& x, const Tensor& dout, const OptionalTensor& dlse, const Tensor& query,
+std::pair<SharedSums, std::optional<RoutedSums>> specialist_gradient_stage(const Context& context, const Problem& x, const Tensor& dout, const OptionalTensor& dlse, const Tensor& query,
                                                                        const Tensor& lse, const Units& units, const Groups& groups, bool want_routed, float scale,
                                                                        float landmark_scale, const Tensor& dquery) {
-  const int splits = shared_parts(x);
-  UnitSums shared(query, {heads(x), splits, x.M, x.D});
-  std::optional<UnitSums> routed;
-  if (want_routed) routed.emplace(query, std::initializer_list<int64_t>{heads(x), segments(x, groups), x.K, x.D});
+  // One block on each multiprocessor, its start like a pass. Of an expert's passes the last one is half empty, on the average.
+  const int splits = least_busy_parts(heads(x), ceil_div(x.queries.max_length, kPassRows) + x.M / 2, 1, kMultiprocessors, 2);
+  const SharedSums shared(x, query, splits);
+  std::optional<RoutedSums> routed;
+  if (want_routed) routed.emplace(x, query, groups);
   context.run("mita_ext::attention_gradient", launch_specialist_gradient,
               {x, scale, landmark_scale, rows(query), rows(dout), lse.const_data_ptr<float>(), data(dlse), units, groups, splits, shared.dk.data_ptr<float>(), shared.dv.data_ptr<float>(),
-               routed ? routed->dk.data_ptr<float>() : nullptr, routed ? routed->dv.data_ptr<float>() : nullptr, rows(dquery)});
+               routed ? routed->dk() : RoutedRows{}, routed ? routed->dv() : RoutedRows{}, rows(dquery)});
   return {shared, routed};
 }
 
@@ -562,11 +582,11 @@ struct Heads {
   }
 };
 
-// So many heads at a time that their routed sums, 2 K rows of D floats for every segment of queries, fit in some memory.
+// So many heads at a time that their routed sums, 2 K rows for every segment of queries, fit in some memory.
 // H100: launches of fewer blocks cost more than 3 %, and sums that fit in the L2 gain nothing.
 std::vector<Heads> heads_at_a_time(const Problem& x) {
-  constexpr int64_t kMostBytes = 128 << 20, kLeastBlocks = 3500;
-  const int64_t group = x.H / x.Hkv, most_segments = max_tiles(x, segment_rows(entries_per_expert(x))), bytes = std::max<int64_t>(1, most_segments * x.K * x.D * 2 * sizeof(float));
+  constexpr int64_t kMostBytes = 144 << 20, kLeastBlocks = 3500;
+  const int64_t group = x.H / x.Hkv, most_segments = max_tiles(x, segment_rows(entries_per_expert(x))), bytes = std::max<int64_t>(1, most_segments * x.K * 2 * (x.dtype == Dtype::fp32 ? 4 * x.D : 2 * x.D + 4));
   const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(int64_t(x.M) * ceil_div(x.K, 64), ceil_div(x.keys.max_length, kKeyBlock) / group));  // of one head
   const int64_t most = std::max<int64_t>(kMostBytes / bytes, (kLeastBlocks + blocks - 1) / blocks);
   const auto even = [](int64_t all, int64_t most) {  // pieces of so many, as even as they come
@@ -650,12 +670,14 @@ void attention_gradient_stages(const Context& context, const Problem& x, const S
                                float landmark_scale, const AttentionGradient& result) {
   const Units all = units(shared_expert, saved.landmarks, saved.compressed, saved.key, saved.value, saved.indices);
   Softmax softmax;
-  std::optional<UnitSums> shared, routed;
+  std::optional<SharedSums> shared;
+  std::optional<RoutedSums> routed;
   if (one_pass) {
     std::tie(shared, routed) = specialist_gradient_stage(context, x, saved.dout, saved.dlse, saved.query, saved.lse, all, groups, wanted.keys, scale, landmark_scale, result.dquery);
   } else {
-    softmax = softmax_stage(context, x, x.queries, saved.query, saved.dout, saved.out, saved.lse, saved.dlse);
-    query_gradient_stage(context, x, softmax, all, groups, scale, landmark_scale, result.dquery);
+    if (row_gradient_makes_delta(RowRole::attention, x.s)) softmax = Softmax(x, saved.query, saved.dout, saved.lse, saved.dlse, floats(saved.lse, saved.lse.sizes()));
+    else softmax = softmax_stage(context, x, x.queries, saved.query, saved.dout, saved.out, saved.lse, saved.dlse);
+    query_gradient_stage(context, x, softmax, saved.out, all, groups, scale, landmark_scale, result.dquery);
     if (shared_expert && (wanted.keys || wanted.landmarks)) shared = shared_gradient_stage(context, x, softmax, saved.landmarks, saved.compressed, landmark_scale);
   }
   if (lists) lists->begin();  // at the end of those, where multiprocessors fall idle

@@ -72,9 +72,9 @@ struct RouteParams {
   std::int32_t* experts;       // [B, H, N, s], best first
 };
 
-// Entries [first, first + entries) of one expert, the work of one block. No entries: no work.
+// Entries [first, first + entries) of one expert, the work of one block, and its place in the list. No entries: no work.
 struct alignas(16) Work {
-  std::int32_t expert, first, entries, unused;
+  std::int32_t expert, first, entries, place;
 };
 
 // Keys, and what queries leave for them as keys of their experts, come in blocks. The entries [first, last) of a head belong to a block; an entry is a
@@ -170,6 +170,14 @@ struct DeltaParams {
   float* delta;                // [B, H, rows]
 };
 
+// Gradients of the keys of experts, or of their values, a row for each of the K keys of every segment of queries: rounded to 16 bits, with a factor for every
+// kFactorColumns of them by which they are multiplied. In fp32 they are as they are, and there are no factors.
+constexpr int kFactorColumns = 128;
+struct RoutedRows {
+  void* numbers;               // [BH, max_tiles(segment_rows), K, D]
+  float* factors;              // [BH, max_tiles(segment_rows), K, ceil(D / kFactorColumns)]
+};
+
 // Gradients of the units (keys and values) of one softmax, summed over the rows that attended to them:
 //   shared:   units = landmarks and compressed values, rows = all queries (in `splits` parts)
 //   routed:   units = the K gathered keys of an expert, rows = one segment of its queries
@@ -200,8 +208,8 @@ struct UnitGradientParams {
   int landmark_rows;           // compress: M, or 0 to only collect the routed gradients
   const std::int32_t* indices; // routed: [B, H, M, K]
   Groups groups;               // routed, compress
-  float* partial_dk;           // shared: [BH, splits, M, D]; routed (written) and compress (read): [BH, max_tiles(segment_rows), K, D]
-  float* partial_dv;           // likewise
+  float *partial_dk, *partial_dv;  // shared: [BH, splits, M, D]
+  RoutedRows routed_dk, routed_dv; // written by routed, read by compress
   Rows dk, dv;                 // compress: [B, Hkv, L, D] twice
 };
 
@@ -209,15 +217,17 @@ struct UnitGradientParams {
 //   attention: rows = queries grouped by expert, units = [landmarks | gathered keys]
 //   landmark:  rows = landmarks, units = all keys (in `splits` parts)
 enum class RowRole { attention, landmark };
+constexpr bool row_gradient_makes_delta(RowRole role, int s) { return role == RowRole::attention && s <= 1; }
 
 struct RowGradientParams {
   Problem problem;
   RowRole role;
   float scale, landmark_scale;
   Rows q, dout;                // [B, H, rows, D] twice
+  Rows out;                    // [B, H, rows, D], where delta is made of it
   const float* lse;            // [B, H, rows]
-  const float* dlse;           // [B, H, rows], already in delta; null: zeros
-  float* delta;                // [B, H, rows]: as from launch_delta; left exact
+  const float* dlse;           // [B, H, rows], in delta too; null: zeros
+  float* delta;                // [B, H, rows]: as from launch_delta, unless it is made here; left exact
   float* normalizer;           // [B, H, rows], fp32 only (else null): see UnitGradientParams
   Units units;                 // landmark: only k and v
   Groups groups;               // attention
@@ -247,7 +257,7 @@ struct AttentionGradientParams {
   Groups groups;
   int splits;                  // parts of a head's segments
   float *shared_dk, *shared_dv;  // [BH, splits, M, D]
-  float *routed_dk, *routed_dv;  // [BH, max_tiles(segment_rows), K, D], or null
+  RoutedRows routed_dk, routed_dv;  // or null
   Rows dq;                     // [B, H, N, D]
 };
 

@@ -5,6 +5,7 @@
 // One warp owns 16 rows and keeps their sums in registers (two warps above 128 columns, half of the sums each); unit tiles pass by,
 // two stages deep:
 //   P = exp(scale * q k^T - lse)    dS = P * (dout v^T - delta)    dq += scale * dS k    kappa += scale * P k
+// Where all units of a row pass by one block, it makes delta of the row's dout and out; else launch_delta does.
 //
 // Where keys are nearly the same, dq is what is left when dS cancels, and roundings do not cancel with it: that of the saved output
 // in delta, that of a large lse, that of dS to 16 bits. But what the rows of P and of dS sum to is known: 1 and dlse. What dS, as
@@ -72,7 +73,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
 
   const Problem& x = p.problem;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3, rows = rows_of_block<C>(blockDim.x);
-  const bool landmark = p.role == RowRole::landmark;
+  const bool landmark = p.role == RowRole::landmark, makes_delta = row_gradient_makes_delta(p.role, x.s);
   const int N = x.queries.max_length;
 
   // What this block works on: `work.entries` rows of one head and the unit tiles [first_tile, last_tile).
@@ -111,14 +112,59 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
     dout.load(dout_rows.from_row(own_rows<C>(warp)), lane);
     // Only the first slot of a query has the shared units.
     const auto first_slot = [&](int i) { return slots_of_query() == 1 || (own(i) < work.entries && shared.entries[own(i)] % slots_of_query() == 0); };
-    float lse[2], delta[2];
+    float lse[2], delta[2] = {0.0f, 0.0f};
     const auto statistics = [&](int i) { return std::int64_t(opaque(bh)) * (landmark ? x.M : N) + query_of(shared.entries[own(i)], slots_of_query()); };
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const bool present = own(i) < work.entries;
       lse[i] = present ? p.lse[statistics(i)] * kLogit<T> : kInfinity;
       if (lse[i] == -kInfinity) lse[i] = kInfinity;  // attended to nothing
-      delta[i] = present ? p.delta[statistics(i)] : 0.0f;
+      if (!makes_delta) delta[i] = present ? p.delta[statistics(i)] : 0.0f;
+    }
+    if (makes_delta) {
+      constexpr int kOwn = Tile<T, DP>::kChunks / 4, kFew = std::min(kOwn, 4);  // chunks of one lane; those under way at once
+#pragma unroll
+      for (int few = 0; few < kOwn; few += kFew) {
+        const auto chunk = [&](int j) { return 4 * (few + j) + t; };
+        Vector<T> out[2][kFew];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const T* const row = head_rows<T>(p.out, batch, head, start) + (own(i) < work.entries ? query_of(shared.entries[own(i)], slots_of_query()) : 0) * p.out.row;
+#pragma unroll
+          for (int j = 0; j < kFew; ++j) out[i][j] = own(i) < work.entries && chunk(j) * kChunk<T> < x.D ? load_vector(row + chunk(j) * kChunk<T>) : Vector<T>{};
+        }
+        if (few == 0) {
+          wait_loads<0>();
+          __syncthreads();
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+          for (int j = 0; j < kFew; ++j) {
+            const float4 bits = load_shared4(dout_rows.from_row(row_of_warp<C>(warp)).chunk(g + 8 * i, chunk(j)));
+            const Vector<T>& dout = reinterpret_cast<const Vector<T>&>(bits);
+#pragma unroll
+            for (int e = 0; e < kChunk<T>; ++e) delta[i] = fmaf(to_float(dout.element[e]), to_float(out[i][j].element[e]), delta[i]);
+          }
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int d = 1; d < 4; d *= 2) delta[i] += __shfl_xor_sync(kAllLanes, delta[i], d);
+        if (own(i) < work.entries && p.dlse) delta[i] -= p.dlse[statistics(i)];
+      }
+    }
+    if (C::kGroups && !is_last(pass)) {  // the next pass finds its rows in the L2; by warps, 64 columns spill
+      constexpr int kLine = 128 / sizeof(T);
+      if (const int entry = (pass + 1) * rows + threadIdx.x / 2; entry < work.entries) {  // two threads each
+        const int query = query_of(shared.entries[entry], slots_of_query());
+        const auto prefetch = [&](const Rows& of) {
+          const T* const row = head_rows<T>(of, batch, head, start) + query * of.row;
+          for (int column = threadIdx.x % 2 * kLine; column < x.D; column += 2 * kLine) asm volatile("prefetch.global.L2 [%0];" ::"l"(row + column));
+        };
+        prefetch(p.q), prefetch(p.dout);
+        if (makes_delta) prefetch(p.out);
+      }
     }
     float dq[C::kColumns / 8][4], kappa[C::kColumns / 8][4];
     clear(dq);

@@ -80,6 +80,34 @@ template <class T, int KT> __device__ inline void store_weights(std::uint32_t ad
     store_weights<T>(address, k, {weights.packed[2 * k][0], weights.packed[2 * k][1], weights.packed[2 * k + 1][0], weights.packed[2 * k + 1][1]});
 }
 
+// Whole rows out of accumulators, as `store_rows` does it, but from 16 rows of a tile that are free again for the warp afterwards. address: as above;
+// row i goes to row index(i) behind `base`, nowhere if that is negative.
+template <class T, int DP, class Index>
+__device__ inline void store_rows_by_warp(const Tile<T, DP>& rows, std::uint32_t address, const float (&acc)[DP / 8][4], const float (&factor)[2], int D, int lane, T* base,
+                                          std::int64_t pitch, Index index) {
+#pragma unroll
+  for (int k = 0; k < DP / 16; ++k) {
+    std::uint32_t two[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) two[i] = pack<T>(acc[2 * k + i / 2][2 * (i % 2)] * factor[i % 2], acc[2 * k + i / 2][2 * (i % 2) + 1] * factor[i % 2]);
+    store_weights<T>(address, k, two);
+  }
+  __syncwarp();
+  constexpr int kChunks = DP / kChunk<T>, kRows = 32 / kChunks;  // at once
+  static_assert(kRows == 4);
+  if (const int c = lane % kChunks, own = lane / kChunks; c * kChunk<T> < D) {
+    base += c * kChunk<T>;
+    const std::uint32_t places[2] = {rows.chunk(own, c), rows.chunk(own + kRows, c)};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int to = index(kRows * i + own);
+      const float4 chunk = load_shared4(places[i % 2] + i / 2 * 8 * Tile<T, DP>::kRowBytes);
+      if (to >= 0) store_vector(base, pitch * sizeof(T), to, chunk);
+    }
+  }
+  __syncwarp();
+}
+
 // Registers of each thread of a warpgroup from here on, out of what the block has: those who bring rows leave some to the others.
 template <int NUMBER> __device__ inline void keep_registers() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL

@@ -7,7 +7,7 @@
 // lse, delta) pass by, two stages deep:
 //   P^T = exp(scale * k q^T - lse)      dv += P^T dout
 //   dS^T = P^T * (v dout^T - delta)     dk += dS^T q
-// Every sum has one owner and a fixed order: no atomics. Partial sums are fp32.
+// Every sum has one owner and a fixed order: no atomics. Partial sums are fp32, routed ones of 16-bit elements in 16 bits with a factor for each row.
 #include "device.cuh"
 #include "launch.h"
 
@@ -35,6 +35,7 @@ template <class C> struct Layout : C {
 
 // What the routed sums left for the keys of one block, added in shared memory to their gradients in the order of its list.
 template <class C> struct RoutedSums {
+  using T = Routed<typename C::T>;
   static constexpr int kUnits = Layout<C>::kUnits;
   float dk[kUnits][C::DP + 8], dv[kUnits][C::DP + 8];  // free of bank conflicts for rows and for accumulators
 
@@ -58,39 +59,54 @@ template <class C> struct RoutedSums {
     const std::int64_t row0 = std::int64_t(bh) * max_tiles(x, p.groups.segment_rows) * x.K;
     __syncthreads();
     for (int i = range.first + lane; i - lane < range.last; i += 32) {
-      const KeyEntry mine = i < range.last ? p.groups.key_entries[row0 + i] : KeyEntry{0, -1};
-      unsigned left = __ballot_sync(kAllLanes, mine.key >= 0 && (mine.key - unit0) >> 4 == warp / C::kSharers);
-      while (left) left = add_few(p, row0, {mine.row, mine.key - unit0}, left, lane);
+      KeyEntry mine = i < range.last ? p.groups.key_entries[row0 + i] : KeyEntry{0, -1};
+      mine.key -= unit0;
+      const bool own = i < range.last && mine.key >> 4 == warp / C::kSharers;
+      float factors[2] = {1.0f, 1.0f};
+      if constexpr (sizeof(T) == 2)
+        if (own) {
+          const std::int64_t at = (row0 + mine.row) * ceil_div(x.D, kFactorColumns) + column_of_warp<C>() / kFactorColumns;
+          factors[0] = p.routed_dk.factors[at], factors[1] = p.routed_dv.factors[at];
+        }
+      unsigned left = __ballot_sync(kAllLanes, own);
+      while (left) left = add_few(p, row0, mine, factors, left, lane);
     }
     __syncthreads();
   }
 
   // The first few entries of a warp's `left` lanes: all their rows are on their way before the first one is added.
-  __device__ unsigned add_few(const UnitGradientParams& p, std::int64_t row0, const KeyEntry& mine, unsigned left, int lane) {
-    using Columns = std::conditional_t<C::kColumns == 64, float2, float4>;  // of one lane
-    constexpr int kColumns = C::kColumns / 32, kFew = 16 / kColumns;
+  __device__ unsigned add_few(const UnitGradientParams& p, std::int64_t row0, const KeyEntry& mine, const float (&factors)[2], unsigned left, int lane) {
+    constexpr int kColumns = C::kColumns / 32, kBytes = kColumns * sizeof(T), kFew = 64 / kBytes;
+    using Columns = std::conditional_t<kBytes == 4, float, std::conditional_t<kBytes == 8, float2, float4>>;  // of one lane
     const int column = column_of_warp<C>() + kColumns * lane, D = p.problem.D;
-    const auto add = [](float* sum, const Columns& more) {
-      const float* m = reinterpret_cast<const float*>(&more);
+    const auto add = [](float* sum, const Columns& more, float factor) {
+      if constexpr (sizeof(T) == 2) {
 #pragma unroll
-      for (int i = 0; i < kColumns; ++i) sum[i] += m[i];
+        for (int i = 0; i < kColumns; i += 2) {
+          const float2 two = unpack<T>(reinterpret_cast<const std::uint32_t*>(&more)[i / 2]);
+          sum[i] = fmaf(two.x, factor, sum[i]), sum[i + 1] = fmaf(two.y, factor, sum[i + 1]);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) sum[i] += reinterpret_cast<const float*>(&more)[i];
+      }
     };
+    const auto load = [&](const void* sums, int row) { return *reinterpret_cast<const Columns*>(static_cast<const T*>(sums) + (row0 + row) * D + column); };
     int unit[kFew];
     Columns k[kFew], v[kFew];
+    float of_k[kFew], of_v[kFew];
 #pragma unroll
     for (int i = 0; i < kFew; ++i) {
       const int from = __ffs(left) - 1, row = __shfl_sync(kAllLanes, mine.row, max(from, 0));
       unit[i] = from < 0 ? -1 : __shfl_sync(kAllLanes, mine.key, from);
-      if (from >= 0 && column < D) {
-        k[i] = *reinterpret_cast<const Columns*>(p.partial_dk + (row0 + row) * D + column);
-        v[i] = *reinterpret_cast<const Columns*>(p.partial_dv + (row0 + row) * D + column);
-      }
+      if constexpr (sizeof(T) == 2) of_k[i] = __shfl_sync(kAllLanes, factors[0], max(from, 0)), of_v[i] = __shfl_sync(kAllLanes, factors[1], max(from, 0));
+      if (from >= 0 && column < D) k[i] = load(p.routed_dk.numbers, row), v[i] = load(p.routed_dv.numbers, row);
       left &= left - 1;
     }
     if (column < D)
 #pragma unroll
       for (int i = 0; i < kFew; ++i)
-        if (unit[i] >= 0) add(&dk[unit[i]][column], k[i]), add(&dv[unit[i]][column], v[i]);
+        if (unit[i] >= 0) add(&dk[unit[i]][column], k[i], of_k[i]), add(&dv[unit[i]][column], v[i], of_v[i]);
     return left;
   }
 };
@@ -213,11 +229,34 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
     for (int i = 0; i < 4; ++i) dk[d][i] *= p.scale * power_of_2(-kGradientShift<T>), dv[d][i] *= power_of_2(-kProbabilityShift<T>);
   const float one[2] = {1.0f, 1.0f};
   const int own = u0 + row_of_warp<C>(warp);
-  if (!compress) {
-    const std::int64_t row0 = std::int64_t(opaque(blockIdx.x) / blocks) * units;
+  const std::int64_t row0 = std::int64_t(opaque(blockIdx.x) / blocks) * units;  // of partial sums
+  if (p.role == UnitRole::shared) {
     const auto row_in = [&](float* partial) { return [=](int i) { return own + i < units ? partial + (row0 + own + i) * x.D : nullptr; }; };
     store_partial_rows<C>(dk, one, x.D, lane, row_in(p.partial_dk));
     store_partial_rows<C>(dv, one, x.D, lane, row_in(p.partial_dv));
+    return;
+  }
+  // Rows of elements E, through the block's own units.
+  const auto out = [&](auto* base, std::int64_t pitch, const auto& tile, const auto& sums, const float (&factor)[2], int stored) {
+    using E = std::remove_pointer_t<decltype(base)>;
+    store_rows<C>(Tile<E, DP>{tile.in(window).from_row(row_of_warp<C>(warp)).address}, sums, factor, x.D, lane, base, pitch, [=](int i) { return own + i < stored ? own + i : -1; });
+  };
+  if (routed) {
+    const auto out_routed = [&](const RoutedRows& to, const auto& tile, const auto& sums) {
+      using E = Routed<T>;
+      E* const numbers = static_cast<E*>(to.numbers) + row0 * x.D;
+      if constexpr (L::kHalf) {
+        const FixedRows fixed(sums);
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          if (const int row = own + g + 8 * i; lane % 4 == 0 && row < units)
+            to.factors[(row0 + row) * ceil_div(x.D, kFactorColumns) + column_of_warp<C>() / kFactorColumns] = fixed.back[i];
+        out(numbers, x.D, tile, sums, fixed.to, units);
+      } else {
+        out(numbers, x.D, tile, sums, one, units);
+      }
+    };
+    out_routed(p.routed_dk, shared.k, dk), out_routed(p.routed_dv, shared.v, dv);
     return;
   }
 #pragma unroll
@@ -235,9 +274,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   __syncthreads();
   const Span stored_keys = span(x.keys, opaque(b));
   const int stored = x.keys.starts ? stored_keys.length : units;
-  const auto index = [&](int i) { return own + i < stored ? own + i : -1; };
-  store_rows<C>(shared.k.in(window).from_row(row_of_warp<C>(warp)), dk, one, x.D, lane, head_rows<T>(p.dk, b, h, stored_keys.start), p.dk.row, index);
-  store_rows<C>(shared.v.in(window).from_row(row_of_warp<C>(warp)), dv, one, x.D, lane, head_rows<T>(p.dv, b, h, stored_keys.start), p.dv.row, index);
+  out(head_rows<T>(p.dk, b, h, stored_keys.start), p.dk.row, shared.k, dk, one, stored), out(head_rows<T>(p.dv, b, h, stored_keys.start), p.dv.row, shared.v, dv, one, stored);
 }
 
 }  // namespace

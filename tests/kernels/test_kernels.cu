@@ -422,6 +422,19 @@ struct KeyLists {
         entries(std::size_t(x.B) * x.H * most) {}
 };
 
+struct RoutedSums {
+  struct Sums {
+    Buffer<unsigned char> numbers;
+    Buffer<float> factors;
+    Sums(std::size_t rows, int D, Dtype dtype) : numbers(rows * D * bytes_of(dtype)), factors(dtype == Dtype::fp32 ? 0 : rows * parts_of(D, kFactorColumns)) {}
+    RoutedRows view() const { return {numbers.data, factors.data}; }
+  } dk, dv;
+  RoutedSums(int BH, const Grouping& grouping, int K, int D, Dtype dtype) : RoutedSums(std::size_t(BH) * grouping.most_segments * K, D, dtype) {}
+
+ private:
+  RoutedSums(std::size_t rows, int D, Dtype dtype) : dk(rows, D, dtype), dv(rows, D, dtype) {}
+};
+
 std::vector<std::int32_t> lengths_of(Batch batch, int B, int longest, bool longest_first) {
   std::vector<std::int32_t> lengths(B, longest);
   if (batch == Batch::full) return lengths;
@@ -590,7 +603,9 @@ void run(const Case& c) {
     const auto tiles = g->tiles.get(), segments = g->segments.get();
     bool right = true;
     each_head([&](int b, int, int bh, int) {
-      const auto is_work = [&](const Work& work, int m, int first, int count) { return work.entries == count && (count == 0 || (work.expert == m && work.first == first)); };
+      const auto is_work = [](const Work& work, int place, int m, int first, int count) {
+        return work.entries == count && (count == 0 || (work.expert == m && work.first == first && work.place == place));
+      };
       int entry = 0, tile = 0, segment = 0;
       for (int m = 0; m < M; ++m) {
         right &= segment_starts[std::size_t(bh) * (M + 1) + m] == segment;
@@ -598,13 +613,13 @@ void run(const Case& c) {
         for (int i = 0; i < queries.each[b] * s; ++i)
           if (routed[std::size_t(bh) * N * s + i] == m) right &= entries[std::size_t(bh) * N * s + entry++] == i;
         for (int first = before; first < entry; first += g->tile_rows)
-          right &= is_work(tiles[std::size_t(bh) * g->most_tiles + tile++], m, first, std::min(g->tile_rows, entry - first));
+          right &= is_work(tiles[std::size_t(bh) * g->most_tiles + tile], tile, m, first, std::min(g->tile_rows, entry - first)), ++tile;
         for (int first = before; first < entry; first += kSegmentRows)
-          right &= is_work(segments[std::size_t(bh) * g->most_segments + segment++], m, first, std::min(kSegmentRows, entry - first));
+          right &= is_work(segments[std::size_t(bh) * g->most_segments + segment], segment, m, first, std::min(kSegmentRows, entry - first)), ++segment;
       }
       right &= segment_starts[std::size_t(bh) * (M + 1) + M] == segment && tile <= g->most_tiles && segment <= g->most_segments;
-      for (; tile < g->most_tiles; ++tile) right &= is_work(tiles[std::size_t(bh) * g->most_tiles + tile], 0, 0, 0);
-      for (; segment < g->most_segments; ++segment) right &= is_work(segments[std::size_t(bh) * g->most_segments + segment], 0, 0, 0);
+      for (; tile < g->most_tiles; ++tile) right &= is_work(tiles[std::size_t(bh) * g->most_tiles + tile], 0, 0, 0, 0);
+      for (; segment < g->most_segments; ++segment) right &= is_work(segments[std::size_t(bh) * g->most_segments + segment], 0, 0, 0, 0);
     });
     expect(right, "queries grouped by expert, in order, tiles of " + std::to_string(g->tile_rows));
   }
@@ -734,15 +749,16 @@ void run(const Case& c) {
 
   // queries and units in one pass
   if (fits_specialist_gradient(problem, c.shared, scale, landmark_scale)) {
-    const std::size_t shared_rows = std::size_t(BH) * kSplits * M * D, routed_rows = std::size_t(BH) * backward_grouping.most_segments * K * D;
-    Buffer<float> shared_dk(shared_rows), shared_dv(shared_rows), routed_dk(routed_rows), routed_dv(routed_rows), sum_k(std::size_t(BH) * M * D), sum_v(std::size_t(BH) * M * D);
+    const std::size_t shared_rows = std::size_t(BH) * kSplits * M * D;
+    Buffer<float> shared_dk(shared_rows), shared_dv(shared_rows), sum_k(std::size_t(BH) * M * D), sum_v(std::size_t(BH) * M * D);
+    const RoutedSums routed_sums(BH, backward_grouping, K, D, dtype);
     const Output dq(dtype, B, H, N, D, &queries), dk(dtype, B, Hkv, L, D, &keys), dv(dtype, B, Hkv, L, D, &keys);
     RUN(launch_specialist_gradient({problem, scale, landmark_scale, q.rows, dout.rows, lse.data, dlse.data, attended, backward_grouping.view(), kSplits, shared_dk.data,
-                                    shared_dv.data, routed_dk.data, routed_dv.data, dq.view()}, 0));
+                                    shared_dv.data, routed_sums.dk.view(), routed_sums.dv.view(), dq.view()}, 0));
     RUN(launch_reduce({dtype, BH, kSplits, M, D, {shared_dk.data, sum_k.data, nullptr}, {shared_dv.data, sum_v.data, nullptr}}, 0));
     UnitGradientParams units{};
     units.problem = problem, units.role = UnitRole::compress, units.scale = scale, units.unit_k = k.rows, units.unit_v = v.rows;
-    units.groups = with_keys, units.partial_dk = routed_dk.data, units.partial_dv = routed_dv.data;
+    units.groups = with_keys, units.routed_dk = routed_sums.dk.view(), units.routed_dv = routed_sums.dv.view();
     units.dk = dk.view(), units.dv = dv.view();
     RUN(launch_unit_gradient(units, 0));
     expect_close("one pass: dq", valid(dq.get(), queries), want_dq.x, gradient_tolerance);
@@ -761,7 +777,7 @@ void run(const Case& c) {
     Buffer<float> partial(2 * entries * D), partial_sums(3 * entries);
     RowGradientParams p{};
     p.problem = problem, p.role = RowRole::attention, p.scale = scale, p.landmark_scale = landmark_scale, p.units = attended;
-    p.q = q.rows, p.dout = dout.rows, p.lse = lse.data, p.dlse = dlse.data, p.delta = delta.data, p.normalizer = only_fp32(normalizer);
+    p.q = q.rows, p.dout = dout.rows, p.out = out.view(), p.lse = lse.data, p.dlse = dlse.data, p.delta = delta.data, p.normalizer = only_fp32(normalizer);
     p.groups = backward_grouping.view(), p.partial = partial.data, p.partial_sums = partial_sums.data, p.dq = dq.view();
     RUN(launch_row_gradient(p, 0));
     expect_close("dq", valid(dq.get(), queries), want_dq.x, gradient_tolerance);
@@ -820,13 +836,12 @@ void run(const Case& c) {
     expect_close("dlandmarks", dlandmarks.get().x, want_dz.x, gradient_tolerance);
     expect_close("delta of the landmarks, exact", widen(landmark_delta.get()), want_landmark_delta.x, statistics_tolerance);
   }
-  const std::size_t routed_rows = std::size_t(BH) * backward_grouping.most_segments * K * D;
-  Buffer<float> routed_dk(s ? routed_rows : 0), routed_dv(s ? routed_rows : 0);
+  const RoutedSums routed_sums(BH, backward_grouping, K, D, dtype);
   const Output dk(dtype, B, Hkv, L, D, &keys), dv(dtype, B, Hkv, L, D, &keys);
   UnitGradientParams units{};
   units.problem = problem, units.scale = scale, units.unit_k = k.rows, units.unit_v = v.rows;
   units.indices = s ? indices.data : nullptr, units.groups = with_keys;
-  units.partial_dk = routed_dk.data, units.partial_dv = routed_dv.data;
+  units.routed_dk = routed_sums.dk.view(), units.routed_dv = routed_sums.dv.view();
   if (s) {
     UnitGradientParams p = units;
     p.role = UnitRole::routed, p.row_q = q.rows, p.row_dout = dout.rows, p.lse = lse.data, p.delta = delta.data, p.normalizer = only_fp32(normalizer);
