@@ -267,7 +267,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
 #pragma unroll
             for (int i = 0; i < 4; ++i) w[n][i] = fmaf(w[n][i], scale, -lse[i / 2]);
           const int count = kind == kShared ? x.M : load_shared_int(window.of(listed().keys));
-          if (count < kUnits) mask_logits(w, count, lane());
+          if (count < kUnits) mask_last_logits(w, count, lane());
 #pragma unroll
           for (int k = 0; k < kTiles / 2; ++k) {
 #pragma unroll

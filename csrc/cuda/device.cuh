@@ -818,6 +818,15 @@ template <int NT> __device__ inline float positive_scale(float (&scores)[NT][4],
 
 // Logits of units that do not exist.
 template <int NT> __device__ inline void mask_logits(float (&s)[NT][4], int count, int lane) {
+#pragma unroll
+  for (int n = 0; n < NT; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (8 * n + 2 * (lane & 3) + (i & 1) >= count) s[n][i] = -kInfinity;
+}
+
+// The same for kernels that seldom have such units: a branch at every tile of them, which those that often have them wait for.
+template <int NT> __device__ inline void mask_last_logits(float (&s)[NT][4], int count, int lane) {
   const int own = count - 2 * (lane & 3);
 #pragma unroll
   for (int n = NT - 1; n >= 0; --n) {

@@ -196,7 +196,7 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
             const auto& counts = shared.counts[(first + tile).at()];
             const int count = counts[0] + counts[1];
             const float scale = positive_scale(s, (dense ? p.landmark_scale : p.scale) * kLogit<T>);
-            if (count < L::kUnits) mask_logits(s, count, lane);
+            if (count < L::kUnits) mask_last_logits(s, count, lane);
             if (dense && slots > 1)  // only the first slot of a query has the shared units
 #pragma unroll
               for (int i = 0; i < 2; ++i)

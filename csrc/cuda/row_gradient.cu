@@ -189,7 +189,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
         for (int n = 0; n < kTiles; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i) s[n][i] = fmaf(s[n][i], scale * kLogit<T>, -lse[i / 2]);
-        if (units.count(tile) < kUnits) mask_logits(s, units.count(tile), lane);
+        if (units.count(tile) < kUnits) mask_last_logits(s, units.count(tile), lane);
         if (dense && slots_of_query() > 1)
 #pragma unroll
           for (int i = 0; i < 2; ++i)

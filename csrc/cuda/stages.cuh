@@ -267,7 +267,7 @@ __device__ inline int order_by_expert(const std::uint16_t* experts, int N, int* 
     }
     const int start = before + through - own;
     if (m < M) counts[m] = start & 0xffff;  // where its next query goes
-    for (int i = 0; i < own >> 16; ++i) tiles[(start >> 16) + i] = Work{m, (start & 0xffff) + 16 * i, min(16, entries_of - 16 * i), (start >> 16) + i};
+    for (int i = 0; i < own >> 16; ++i) tiles[(start >> 16) + i] = Work{m, (start & 0xffff) + 16 * i, min(16, entries_of - 16 * i), 0};
     before += __shfl_sync(kAllLanes, through, 31);
   }
   __syncwarp();
