@@ -16,7 +16,8 @@ import torch
 import mita_ext
 
 FLUSH_BYTES = 256 << 20  # five times the L2 of an H100
-HEAD_START = 400_000  # clock cycles, about 0.2 ms
+HEAD_START = 400_000, 10_000_000  # clock cycles, about 0.2 to 5 ms
+CLOCK_HZ = 2e9  # or a little less
 
 
 @functools.cache
@@ -37,13 +38,16 @@ def summary(values: list[float], unit: str) -> dict:
 def device_times(fn: Callable, samples: int) -> list[float]:
     """Milliseconds on the device for each of `samples` calls, all of them with a cold L2.
 
-    The device waits a moment after each flush, so that the host is ahead and the events enclose kernels, not Python; what
-    the host takes is measured by itself in `host_time`.
+    The device waits a moment after each flush, so that the host is ahead and the events enclose kernels, not Python: twice as
+    long as the host just took for a call, as busy hosts take several times as long as others. What the host takes is measured
+    by itself in `host_time`.
     """
+    shortest, longest = HEAD_START
+    head_start = min(max(shortest, int(2e-6 * host_time(fn, 3)["median_us"] * CLOCK_HZ)), longest)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(samples)]
     for start, stop in events:
         flush_l2()
-        torch.cuda._sleep(HEAD_START)
+        torch.cuda._sleep(head_start)
         start.record()
         fn()
         stop.record()
