@@ -415,7 +415,7 @@ bool fits_specialist_gradient(const Problem& x, bool shared, float scale, float 
 
 cudaError_t launch_specialist_gradient(const AttentionGradientParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
-  if (!fits_specialist_gradient(x, p.units.shared, p.scale, p.landmark_scale) ) return cudaErrorInvalidValue;
+  if (!fits_specialist_gradient(x, p.units.shared, p.scale, p.landmark_scale)) return cudaErrorInvalidValue;
   if (const int segments = max_tiles(x, p.groups.segment_rows); segments > kThreads || segments > kTurns * p.splits) return cudaErrorInvalidValue;
   return dispatch_dtype(x.dtype, [&](auto element) {
     using T = decltype(element);
