@@ -353,6 +353,32 @@ T sum_of(const T* x, int64_t n) {
   return fold(sums, std::plus<T>());
 }
 
+// A score by itself, the same wherever its rows lie. In a matrix product it has other last bits at the edges than inside, on some processors.
+template <class T>
+T dot(const T* a, const T* b, int64_t n) {
+  T sums[kScan] = {};
+  const int64_t whole = n / kScan * kScan;
+  for (int64_t j0 = 0; j0 < whole; j0 += kScan)
+    for (int64_t j = 0; j < kScan; ++j) sums[j] += a[j0 + j] * b[j0 + j];
+  for (int64_t j = whole; j < n; ++j) sums[j - whole] += a[j] * b[j];
+  return fold(sums, std::plus<T>());
+}
+
+// The largest finite magnitude in a contiguous tensor.
+template <class T>
+T magnitude_of(const Tensor& x) {
+  const auto finite = [](T number) { return std::abs(number) <= std::numeric_limits<T>::max() ? std::abs(number) : T{0}; };
+  return std::max(T{0}, largest_of(x.const_data_ptr<T>(), x.numel(), finite));
+}
+
+// So close to each other, scores of a product are compared by `dot`: four times what two orders of D additions differ by at most, of rows whose
+// numbers are at most so large.
+template <class T>
+T closeness(int64_t D, T of_one, T of_other) {
+  const T close = 4 * std::numeric_limits<T>::epsilon() * static_cast<T>(D) * static_cast<T>(D) * of_one * of_other;
+  return std::isfinite(close) ? close : T{0};
+}
+
 // std::count_if in 32 bits, which vectorises.
 template <class T, class F>
 int32_t count_of(const T* x, int64_t n, const F& f) {
@@ -380,10 +406,10 @@ T find_cut(const T* x, int64_t n, int64_t K) {
   return numbers[K - 1];
 }
 
-// The K first of `scores` in that order, by ascending index. In long rows K groups have a maximum of at least `least`, so the
-// K first are among the few scores that do.
-template <class T>
-void select_topk(const T* scores, int64_t L, int64_t K, int32_t* chosen) {
+// The K first of `scores` in that order, by ascending index; of those that are `close` to the last one, by rescore(j). In long rows K groups have
+// a maximum of at least `least`, so the K first are among the few scores that do.
+template <class T, class F>
+void select_topk(const T* scores, int64_t L, int64_t K, T close, const F& rescore, int32_t* chosen) {
   constexpr int64_t kGroup = 16, kSpan = kGroup * kScan;  // keys of a group, and of groups that are looked at together
   std::vector<T> values;
   std::vector<int32_t> keys;
@@ -392,7 +418,7 @@ void select_topk(const T* scores, int64_t L, int64_t K, int32_t* chosen) {
     std::vector<T> maxima(ceil_div(L, kSpan) * kScan);
     for (int64_t i = 0; i * kSpan < L; ++i)
       scan_maxima<T>(scores + i * kSpan, std::min(kSpan, L - i * kSpan), maxima.data() + i * kScan, [](T score) { return score; });
-    const T least = find_cut(maxima.data(), maxima.size(), K);
+    const T least = find_cut(maxima.data(), maxima.size(), K) - close;
     for (int64_t j0 = 0; j0 < L; j0 += kScan) {
       const int64_t j1 = std::min(j0 + kScan, L);
       if (!any_may_pass(scores + j0, j1 - j0, least)) continue;
@@ -408,19 +434,34 @@ void select_topk(const T* scores, int64_t L, int64_t K, int32_t* chosen) {
       if (!std::isnan(scores[j]) || absent-- > 0) chosen[n++] = static_cast<int32_t>(j);
     return;
   }
-  const T last = find_cut(x, candidates, K);
-  int64_t ties = K - count_of(x, candidates, [&](T score) { return score > last; });
-  for (int64_t i = 0; n < K; ++i) {  // without branches, which nothing could predict
-    const bool tie = x[i] == last;
-    chosen[n] = is_long ? keys[i] : static_cast<int32_t>(i);
-    n += (x[i] > last) | (tie & (ties > 0));
-    ties -= tie;
+  const T last = find_cut(x, candidates, K), low = last - close, high = last + close;
+  const auto key = [&](int64_t i) { return is_long ? keys[i] : static_cast<int32_t>(i); };
+  if (count_of(x, candidates, [&](T score) { return score >= low; }) == K) {
+    for (int64_t i = 0; n < K; ++i) {  // without branches, which nothing could predict
+      chosen[n] = key(i);
+      n += x[i] >= low;
+    }
+    return;
+  }
+  const int64_t wanted = K - count_of(x, candidates, [&](T score) { return score > high; });
+  std::vector<Candidate<T>> contested;
+  for (int64_t i = 0; i < candidates; ++i)
+    if (low <= x[i] && x[i] <= high) contested.push_back({rescore(key(i)), key(i)});
+  if (wanted > 0) std::nth_element(contested.begin(), contested.begin() + (wanted - 1), contested.end(), before<T>);
+  const auto by_index = [](const Candidate<T>& a, const Candidate<T>& b) { return a.index < b.index; };
+  std::sort(contested.begin(), contested.begin() + wanted, by_index);
+  auto next = contested.begin();
+  for (int64_t i = 0; n < K; ++i) {
+    const bool first_of_contested = next != contested.begin() + wanted && next->index == key(i);
+    if (x[i] > high || first_of_contested) chosen[n++] = key(i);
+    next += first_of_contested;
   }
 }
 
-// The first of M scores, for each of n columns of [M, n]. One choice a loop, or the compiler makes branches of them.
-template <class T>
-void select_best(const T* __restrict scores, int64_t M, int64_t n, int32_t* __restrict chosen) {
+// The first of M scores, for each of n columns of [M, n]; of those that are `close` to the largest one, by rescore(m, column). One choice a loop, or
+// the compiler makes branches of them.
+template <class T, class F>
+void select_best(const T* __restrict scores, int64_t M, int64_t n, T close, const F& rescore, int32_t* __restrict chosen) {
   std::vector<T> highest(n, static_cast<T>(-kInf));
   T* __restrict best = highest.data();
   std::fill_n(chosen, n, -1);
@@ -434,11 +475,24 @@ void select_best(const T* __restrict scores, int64_t M, int64_t n, int32_t* __re
       if (!std::isnan(scores[m * n + i])) chosen[i] = m;
     chosen[i] = std::max(chosen[i], 0);
   }
+  std::vector<int32_t> counts(n, 0);
+  int32_t* __restrict count = counts.data();
+  for (int32_t m = 0; m < M; ++m) {
+    const T* __restrict score = scores + m * n;
+    for (int64_t i = 0; i < n; ++i) count[i] += score[i] >= best[i] - close;
+  }
+  for (int64_t i = 0; i < n; ++i)
+    if (count[i] > 1) {
+      Candidate<T> first{static_cast<T>(-kInf), mita::kMaxLandmarks};
+      for (int32_t m = 0; m < M; ++m)
+        if (scores[m * n + i] >= best[i] - close) first = std::min(first, Candidate<T>{rescore(m, i), m}, before<T>);
+      chosen[i] = first.index;
+    }
 }
 
-// The s first of M scores, best first. s is at most 8: insertion.
-template <class T>
-void select_routes(const T* scores, int64_t M, int64_t s, int32_t* chosen) {
+// The s first of M scores, best first, by rescore(m) if they are `close` to the last one or better. s is at most 8: insertion.
+template <class T, class F>
+void select_routes(const T* scores, int64_t M, int64_t s, T close, const F& rescore, int32_t* chosen) {
   Candidate<T> best[mita::kMaxRoutes];
   for (int64_t m0 = 0; m0 < M; m0 += kScan) {
     const int64_t m1 = std::min(m0 + kScan, M);
@@ -452,7 +506,11 @@ void select_routes(const T* scores, int64_t M, int64_t s, int32_t* chosen) {
       best[at] = c;
     }
   }
-  for (int64_t t = 0; t < s; ++t) chosen[t] = best[t].index;
+  std::vector<Candidate<T>> contested;
+  for (int64_t m = 0; m < M; ++m)
+    if (!(scores[m] < best[s - 1].score - close)) contested.push_back({rescore(m), static_cast<int32_t>(m)});
+  std::partial_sort(contested.begin(), contested.begin() + s, contested.end(), before<T>);
+  for (int64_t t = 0; t < s; ++t) chosen[t] = contested[t].index;
 }
 
 // ---- Pooling ---------------------------------------------------------------------------------------------------------
@@ -626,19 +684,24 @@ Landmarked landmark_stage(const Problem& x, const Tensor& landmarks, const Tenso
                           keys.results({x.B, x.H, x.M}, acc_options(key), -kInf)};
   const int64_t blocks = ceil_div(x.M, landmark_block(x.M, x.L));  // of the longest sequence; shorter ones have fewer
   AT_DISPATCH_FLOATING_TYPES(result.lse.scalar_type(), "mita_ext.landmark_topk", [&] {
+    std::vector<scalar_t> magnitudes(x.B * x.Hkv);  // of keys
+    parallel(x.B * x.Hkv, [&](int64_t i) { magnitudes[i] = magnitude_of<scalar_t>(widen(keys.head(key, i / x.Hkv, i % x.Hkv))); });
     parallel(x.B * x.H * blocks, [&](int64_t i) {
       const int64_t b = i / blocks / x.H, h = i / blocks % x.H, hk = h / (x.H / x.Hkv);
       const int64_t L = keys.length[b], K = std::min(x.K, L), block = landmark_block(x.M, L);
       const int64_t m0 = i % blocks * block, rows = std::min(block, x.M - m0);
       if (rows <= 0 || L == 0) return;
-      Tensor S = widen(head(landmarks, b, h).narrow(0, m0, rows)).mm(widen(keys.head(key, b, hk)).t());
-      const scalar_t* scores = S.const_data_ptr<scalar_t>();
+      const Tensor z = widen(head(landmarks, b, h).narrow(0, m0, rows)), k = widen(keys.head(key, b, hk));
+      Tensor S = z.mm(k.t());
+      const scalar_t *scores = S.const_data_ptr<scalar_t>(), *z_rows = z.const_data_ptr<scalar_t>(), *k_rows = k.const_data_ptr<scalar_t>();
+      const scalar_t close = closeness(x.D, magnitude_of<scalar_t>(z), magnitudes[b * x.Hkv + hk]);
       int32_t* chosen = head(result.indices, b, h).mutable_data_ptr<int32_t>() + m0 * x.K;
       Exponentials<scalar_t> weights(rows);
       const int64_t slab = std::clamp<int64_t>(kSlab / L, 1, rows);
       for (int64_t m = 0; m < rows; m += slab) {  // each while its scores are in the cache
         const int64_t n = std::min(slab, rows - m);
-        for (int64_t i = m; i < m + n; ++i) select_topk(scores + i * L, L, K, chosen + i * x.K);
+        for (int64_t i = m; i < m + n; ++i)
+          select_topk(scores + i * L, L, K, close, [&](int64_t j) { return dot(z_rows + i * x.D, k_rows + j * x.D, x.D); }, chosen + i * x.K);
         weights.put(m, S.narrow(0, m, n).mul_(scale));
       }
       const Tensor sums = S.mm(to_acc(keys.head(value, b, hk)));
@@ -736,12 +799,15 @@ Tensor route_stage(const Problem& x, const Tensor& query, const Tensor& landmark
       const int64_t b = i / blocks / x.H, h = i / blocks % x.H;
       const int64_t n0 = i % blocks * block, rows = std::min(block, x.queries.length[b] - n0);
       if (rows <= 0) return;
-      const Tensor S = widen(head(landmarks, b, h)).mm(widen(x.queries.head(query, b, h).narrow(0, n0, rows)).t());
+      const Tensor z = widen(head(landmarks, b, h)), q = widen(x.queries.head(query, b, h).narrow(0, n0, rows)), S = z.mm(q.t());
+      const scalar_t *z_rows = z.const_data_ptr<scalar_t>(), *q_rows = q.const_data_ptr<scalar_t>();
+      const scalar_t close = closeness(x.D, magnitude_of<scalar_t>(z), magnitude_of<scalar_t>(q));
+      const auto rescore = [&](int64_t m, int64_t n) { return dot(z_rows + m * x.D, q_rows + n * x.D, x.D); };
       int32_t* chosen = head(experts, b, h).mutable_data_ptr<int32_t>() + n0 * x.s;
-      if (x.s == 1) return select_best(S.const_data_ptr<scalar_t>(), x.M, rows, chosen);
+      if (x.s == 1) return select_best(S.const_data_ptr<scalar_t>(), x.M, rows, close, rescore, chosen);
       const Tensor by_query = S.t().contiguous();
       const scalar_t* scores = by_query.const_data_ptr<scalar_t>();
-      for (int64_t n = 0; n < rows; ++n) select_routes(scores + n * x.M, x.M, x.s, chosen + n * x.s);
+      for (int64_t n = 0; n < rows; ++n) select_routes(scores + n * x.M, x.M, x.s, close, [&](int64_t m) { return rescore(m, n); }, chosen + n * x.s);
     });
   });
   return experts;
