@@ -342,26 +342,26 @@ T largest_of(const T* x, int64_t n, const F& f) {
   return fold(highest, [](T a, T b) { return a > b ? a : b; });
 }
 
-// In kScan sums, which vectorise.
-template <class T>
-T sum_of(const T* x, int64_t n) {
+// f(0) + .. + f(n - 1) in kScan sums, which vectorise.
+template <class T, class F>
+T sum_over(int64_t n, const F& f) {
   T sums[kScan] = {};
   const int64_t whole = n / kScan * kScan;
   for (int64_t j0 = 0; j0 < whole; j0 += kScan)
-    for (int64_t j = 0; j < kScan; ++j) sums[j] += x[j0 + j];
-  for (int64_t j = whole; j < n; ++j) sums[j - whole] += x[j];
+    for (int64_t j = 0; j < kScan; ++j) sums[j] += f(j0 + j);
+  for (int64_t j = whole; j < n; ++j) sums[j - whole] += f(j);
   return fold(sums, std::plus<T>());
+}
+
+template <class T>
+T sum_of(const T* x, int64_t n) {
+  return sum_over<T>(n, [x](int64_t j) { return x[j]; });
 }
 
 // A score by itself, the same wherever its rows lie. In a matrix product it has other last bits at the edges than inside, on some processors.
 template <class T>
 T dot(const T* a, const T* b, int64_t n) {
-  T sums[kScan] = {};
-  const int64_t whole = n / kScan * kScan;
-  for (int64_t j0 = 0; j0 < whole; j0 += kScan)
-    for (int64_t j = 0; j < kScan; ++j) sums[j] += a[j0 + j] * b[j0 + j];
-  for (int64_t j = whole; j < n; ++j) sums[j - whole] += a[j] * b[j];
-  return fold(sums, std::plus<T>());
+  return sum_over<T>(n, [a, b](int64_t j) { return a[j] * b[j]; });
 }
 
 // The largest finite magnitude in a contiguous tensor.
