@@ -88,7 +88,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
                     rows(p.units.k, key_head, its_keys.start), rows(p.units.v, key_head, its_keys.start)},
                    head_rows<T>(p.dq, b, h, its_queries.start),
                    p.lse + row0,
-                   p.dlse ? p.dlse + row0 : nullptr,
+                   (p.dlse ? p.dlse : p.lse) + row0,
                    p.groups.entries + row0,
                    p.units.indices + std::int64_t(bh) * x.M * x.K,
                    bh,
@@ -162,8 +162,8 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
           for (int i = 0; i < 2; ++i) {
             const int place = 32 * i + lane();
             to.query[place] = query[i];
-            load_number(window.of(to.lse) + 4 * place, query[i] >= 0 ? shared.head.lse + query[i] : nullptr);
-            load_number(window.of(to.dlse) + 4 * place, query[i] >= 0 && shared.head.dlse ? shared.head.dlse + query[i] : nullptr);
+            load_number(window.of(to.lse) + 4 * place, shared.head.lse, query[i]);
+            load_number(window.of(to.dlse) + 4 * place, shared.head.dlse, p.dlse ? query[i] : -1);
             query[i] = query_at(done + kPassRows + place);
           }
           if (lane() == 0) to.stage = stage().at(), to.keys = found;

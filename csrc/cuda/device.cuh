@@ -265,13 +265,14 @@ __device__ inline void wait_all_but(int pending) {
   else wait_loads<0>();
 }
 
-// Starts copying a number; zero where there is none.
-__device__ inline void load_number(std::uint32_t target, const float* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(from), "r"(from ? 4 : 0) : "memory");
+// Starts copying the number at `index`; zero where that is negative. Evidence: with a null pointer instead, of which nothing is read, two kernels met
+// illegal addresses, in some versions of them.
+__device__ inline void load_number(std::uint32_t target, const float* numbers, int index) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(numbers + max(index, 0)), "r"(index < 0 ? 0 : 4) : "memory");
 }
-// `count` numbers, number i from source(i), with all threads of the block.
-template <class Source> __device__ inline void load_numbers(std::uint32_t target, int count, Source source) {
-  for (int i = threadIdx.x; i < count; i += blockDim.x) load_number(target + 4 * i, source(i));
+// `count` numbers, number i from index(i), with all threads of the block.
+template <class Index> __device__ inline void load_numbers(std::uint32_t target, int count, const float* numbers, Index index) {
+  for (int i = threadIdx.x; i < count; i += blockDim.x) load_number(target + 4 * i, numbers, index(i));
 }
 
 // Rows of a tensor on their way into a tile, and the chunk of each that one thread brings.

@@ -63,7 +63,6 @@ inline int attention_tile_rows(const Problem& x, int entries_per_expert) {
     return round_up(2 * entries_per_expert, kPassRows);
   return tile_rows(x.dtype == Dtype::fp32 || x.K > 512 ? kPassRows : x.D <= 64 ? kMaxAttentionTile / 2 : kMaxAttentionTile, entries_per_expert);
 }
-inline int row_gradient_tile_rows(int entries_per_expert) { return tile_rows(kMaxRowGradientTile, entries_per_expert); }
 
 // Keys of a group. It leaves two numbers, its largest score (NaN where none is a number) and 32 bits: the place of that among its keys in the lowest
 // four, the second largest score in the others, as `ordered` has it, and all ones where a score is not finite. Or every key is a group, which leaves

@@ -247,7 +247,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) key_specialist
                        "r"(x.D * int(sizeof(Fixed))), "l"(from)
                        : "memory");
       }
-      load_number(window.of(shared.factors[warp][pieces % 2][lane]), lane < piece.left ? shared.head.routed[tensor].factors + piece.mine.row : nullptr);
+      load_number(window.of(shared.factors[warp][pieces % 2][lane]), shared.head.routed[tensor].factors, lane < piece.left ? piece.mine.row : -1);
       commit_loads();
       ++pieces;
     };
@@ -312,7 +312,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) key_specialist
                                              Copy<T, kDP>(tile.in(window), {from.row0, 0, 0, from.pitch}, 0, 0, 0));
       };
       const float* const numbers = (warp ? of_keys.delta : of_keys.lse) + std::int64_t(bh) * x.M;
-      for (int i = lane; i < kLandmarks; i += 32) load_number(window.of(warp ? shared.delta : shared.lse) + 4 * i, i < x.M ? numbers + i : nullptr);
+      for (int i = lane; i < kLandmarks; i += 32) load_number(window.of(warp ? shared.delta : shared.lse) + 4 * i, numbers, i < x.M ? i : -1);
 #pragma unroll 1
       for (int i = -1; i < count; ++i) {
         const bool of_landmarks = i < 0;

@@ -22,8 +22,13 @@ bool fits_short_gradient(const Problem&, bool shared, float scale, float landmar
 cudaError_t launch_short_gradient(const ShortGradientParams&, cudaStream_t);
 cudaError_t launch_delta(const DeltaParams&, cudaStream_t);
 cudaError_t launch_unit_gradient(const UnitGradientParams&, cudaStream_t);
+bool fits_unit_specialists(const UnitGradientParams&);
+cudaError_t launch_unit_specialists(const UnitGradientParams&, cudaStream_t);  // its part for sm_90a
 cudaError_t launch_key_lists(const KeyListParams&, cudaStream_t);
 cudaError_t launch_row_gradient(const RowGradientParams&, cudaStream_t);  // with its own finish
+int row_gradient_tile_rows(const Problem&, int entries_per_expert);
+bool fits_row_specialists(const Problem&, RowRole);
+cudaError_t launch_row_specialists(const RowGradientParams&, cudaStream_t);  // its part for sm_90a
 cudaError_t launch_row_finish(const RowGradientParams&, cudaStream_t);    // gradients from partial sums
 bool fits_key_specialists(const Problem&);
 cudaError_t launch_key_specialists(const KeyGradientParams&, cudaStream_t);

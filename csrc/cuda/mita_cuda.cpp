@@ -730,7 +730,7 @@ AttentionGradient attention_gradient(const Problem& x, const Saved& saved, const
     return result;
   }
   const bool one_pass = of_units && fits_specialist_gradient(x, shared_expert, scale, landmark_scale);
-  Grouped grouped = group_stage(context, x, saved.experts, row_gradient_tile_rows(entries_per_expert(x)));
+  Grouped grouped = group_stage(context, x, saved.experts, row_gradient_tile_rows(x, entries_per_expert(x)));
   std::optional<KeyLists> lists;
   if (wanted.keys && x.s > 0) lists.emplace(context, x, saved.indices, grouped.groups);
   const auto stages = [&](const Problem& x, const Saved& saved, const Groups& groups, const AttentionGradient& result) {

@@ -92,7 +92,7 @@ struct alignas(8) KeyEntry {
 struct Groups {
   const std::int32_t* entries; // [BH, N*s], expert after expert; null where s = 0: the queries as they come
   const Work* tiles;           // [BH, max_tiles(tile_rows)]
-  unsigned* taken;             // how many of all these have been taken by blocks that share them: 0, and used up by one launch; null where s = 0
+  unsigned* taken;             // how much of a list has been taken by blocks that share it: 0 before a launch and, each block having found none left, after it; null where s = 0
   const Work* segments;        // [BH, max_tiles(segment_rows)]
   const std::int32_t* segment_starts;  // [BH, M+1], prefix sums of each expert's segments
   int tile_rows;               // queries of one forward or query-gradient block

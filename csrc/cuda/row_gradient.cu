@@ -5,7 +5,8 @@
 // One warp owns 16 rows and keeps their sums in registers (two warps above 128 columns, half of the sums each); unit tiles pass by,
 // two stages deep:
 //   P = exp(scale * q k^T - lse)    dS = P * (dout v^T - delta)    dq += scale * dS k    kappa += scale * P k
-// Where all units of a row pass by one block, it makes delta of the row's dout and out; else launch_delta does.
+// Where all units of a row pass by one block, it makes delta of the row's dout and out; else launch_delta does. For sm_90a, row_gradient_sm90.cu has
+// specialists for most of what has more than 64 columns.
 //
 // Where keys are nearly the same, dq is what is left when dS cancels, and roundings do not cancel with it: that of the saved output
 // in delta, that of a large lse, that of dS to 16 bits. But what the rows of P and of dS sum to is known: 1 and dlse. What dS, as
@@ -295,10 +296,19 @@ template <class T> __global__ void __launch_bounds__(32 * kFinishWarps) finish_k
 
 }  // namespace
 
+// For specialists a piece of an expert may be as large as it is for attention.
+int row_gradient_tile_rows(const Problem& x, int entries_per_expert) {
+  return tile_rows(fits_row_specialists(x, RowRole::attention) ? kMaxAttentionTile : kMaxRowGradientTile, entries_per_expert);
+}
+
 cudaError_t launch_row_gradient(const RowGradientParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
   const bool landmark = p.role == RowRole::landmark;
   const int most_rows = landmark ? x.M : p.groups.tile_rows;  // of one pass
+  if (most_rows > 48 && fits_row_specialists(x, p.role)) {
+    const cudaError_t status = launch_row_specialists(p, stream);
+    return landmark && status == cudaSuccess ? launch_row_finish(p, stream) : status;
+  }
   return dispatch(x, most_rows > 48, [&](auto config) {
     using C = decltype(config);
     using L = Layout<C>;

@@ -7,6 +7,7 @@
 // lse, delta) pass by, two stages deep:
 //   P^T = exp(scale * k q^T - lse)      dv += P^T dout
 //   dS^T = P^T * (v dout^T - delta)     dk += dS^T q
+// (For sm_90a, unit_gradient_sm90.cu has specialists for the first two, of more than 64 units above 64 columns.)
 // Every sum has one owner and a fixed order: no atomics. Partial sums are fp32, routed ones of 16-bit elements in 16 bits with a factor for each row.
 #include "device.cuh"
 #include "launch.h"
@@ -155,12 +156,10 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
     };
     load_rows<T, DP>(kRows, x.D, work.entries - base, row, Copy<T, DP>(stage.q.in(window), p.row_q, b, row_head, row_start),
                      Copy<T, DP>(stage.dout.in(window), p.row_dout, b, row_head, row_start));
-    const auto number = [&](const float* numbers) {
-      return [=, present = work.entries - base](int i) { return i < present ? numbers + stats + row(i) : nullptr; };
-    };
-    load_numbers(window.of(stage.lse), kRows, number(p.lse));
-    load_numbers(window.of(stage.delta), kRows, number(p.delta));
-    if constexpr (!L::kHalf) load_numbers(window.of(stage.normalizer), kRows, number(p.normalizer));
+    const auto number = [=, present = work.entries - base](int i) { return i < present ? row(i) : -1; };
+    load_numbers(window.of(stage.lse), kRows, p.lse + stats, number);
+    load_numbers(window.of(stage.delta), kRows, p.delta + stats, number);
+    if constexpr (!L::kHalf) load_numbers(window.of(stage.normalizer), kRows, p.normalizer + stats, number);
   };
   const auto list_rows = [&](int first) {  // gathering through global memory would stall every tile: list many rows at once
     for (int i = first + threadIdx.x; i < min(first + L::kListedRows, work.entries); i += blockDim.x) shared.rows[i % L::kListedRows] = query_of(entry_of(p.groups, x, experts, bh, work, i), max(experts, 1));
@@ -281,6 +280,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
 
 cudaError_t launch_unit_gradient(const UnitGradientParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
+  if (fits_unit_specialists(p)) return launch_unit_specialists(p, stream);
   const bool compress = p.role == UnitRole::compress;
   const int units = compress ? x.keys.max_length : p.role == UnitRole::routed ? x.K : x.M;
   return dispatch(x, units > 48, [&](auto config) {

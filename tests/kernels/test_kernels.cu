@@ -264,6 +264,10 @@ const Case kCases[] = {
     {"many_queries_fp16", Dtype::fp16, 1, 1, 1, 700, 200, 3, 70, 1, 64},
     {"many_landmarks", Dtype::fp16, 1, 2, 1, 300, 400, 100, 64, 1, 128},
     {"many_queries_two_routes", Dtype::bf16, 3, 2, 1, 500, 150, 6, 60, 2, 72, true, Batch::padded},
+    {"many_units", Dtype::bf16, 3, 4, 2, 500, 300, 130, 140, 1, 128, true, Batch::packed},
+    {"many_units_two_routes", Dtype::fp16, 3, 2, 2, 300, 200, 70, 100, 2, 72, true, Batch::padded},
+    {"many_units_compress_only", Dtype::bf16, 1, 4, 2, 200, 300, 200, 8, 0, 104},
+    {"many_units_route_only", Dtype::fp16, 2, 2, 1, 700, 150, 3, 150, 1, 128, false},
     {"many_queries_compress_only", Dtype::bf16, 1, 2, 2, 200, 100, 64, 8, 0, 128},
     // two warps for the same rows
     {"wider_heads", Dtype::bf16, 2, 2, 1, 150, 150, 20, 24, 1, 136},
@@ -595,7 +599,7 @@ void run(const Case& c) {
 
   // grouping of the queries by expert: one list of tiles for the forward, one for the backward
   const int per_expert = std::max(1, N * s / M);
-  const Grouping grouping(problem, attention_tile_rows(problem, per_expert)), backward_grouping(problem, row_gradient_tile_rows(per_expert));
+  const Grouping grouping(problem, attention_tile_rows(problem, per_expert)), backward_grouping(problem, row_gradient_tile_rows(problem, per_expert));
   for (const Grouping* g : {&grouping, &backward_grouping}) {
     if (s == 0) break;
     RUN(launch_group(g->params(problem, experts.data), 0));

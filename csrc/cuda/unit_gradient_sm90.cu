@@ -1,0 +1,283 @@
+// Gradients of shared units, or of the keys of experts (see unit_gradient.cu), for sm_90a, 16-bit elements of 65 to 128 columns and more than 64 units, by
+// specialists. A block stays on its multiprocessor and takes one item after the other: 128 units, and a part of the queries, or a segment of an expert's:
+//   one warp hands out the items, and lists their queries, 64 at a time, with what is said of each;
+//   two warps bring the rows of such lists, one q, one dout, into a ring of sets;
+//   one warp brings the units of items into a ring of two stages;
+//   two warpgroups weigh and sum, each for half of the units, as blocks do elsewhere: each at its own pace, so that one multiplies while the other weighs.
+#include "launch.h"
+#include "specialists.cuh"
+
+namespace mita {
+namespace {
+
+constexpr int kDP = 128, kUnits = 128, kGroups = 2;
+constexpr int kSets = 3, kItems = 3, kStages = 2;
+constexpr int kThreads = 128 * (kGroups + 1);
+enum { kNone = -1, kEnd = -2 };  // in the place of a query: there is none; there are no more
+
+template <class T> struct Item {
+  Work work;          // the queries
+  int bh, unit0;
+  int tiles;          // of queries; negative: there are no more items
+  int present;        // units that there could be: landmarks, or keys of the sequence
+  const T *q, *dout;  // rows 0
+  const float *lse, *delta;
+  const T* units[2];
+  const std::int32_t *entries, *indices;  // of the first query; null: queries, or units, as they come
+};
+
+template <class T> struct Shared {
+  UnitStage<T, kDP, kUnits> stages[kStages];
+  struct {
+    TileStorage<T, kDP, kPassRows> q, dout;
+  } sets[kSets];
+  struct {
+    const T *q, *dout;
+    std::int32_t query[kPassRows];
+    float lse[kPassRows], delta[kPassRows];
+  } lists[kSets];
+  Item<T> items[kItems];
+  std::uint64_t of_items[kItems][2], of_lists[kSets][2], of_sets[kSets][2], of_stages[kStages][2];
+};
+static_assert(sizeof(Shared<__half>) <= 227 * 1024);
+
+template <class T> __global__ void __launch_bounds__(kThreads, 1) unit_specialists_kernel(const UnitGradientParams p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using C = Config<T, kDP, true>;
+  constexpr int kTiles = kPassRows / 8;
+  extern __shared__ __align__(kPanel) unsigned char memory[];
+  Window window(memory);
+  auto& shared = *reinterpret_cast<Shared<T>*>(memory);
+  unsigned items = 0, sets = 0;  // counted by every role; a list is free when its set is
+  const auto item = [&] { return Ring<kItems>{window.of(shared.of_items), items}; };
+  const auto stage = [&] { return Ring<kStages>{window.of(shared.of_stages), items}; };
+  const auto list = [&] { return Ring<kSets>{window.of(shared.of_lists), sets}; };
+  const auto set = [&] { return Ring<kSets>{window.of(shared.of_sets), sets}; };
+  if (threadIdx.x == 0) {  // loads arrive by themselves, lane by lane
+    item().init(32, 32 + 128 * kGroups), stage().init(32, 128 * kGroups), list().init(32, 1), set().init(3 * 32, 128 * kGroups);
+    fence_barriers();
+  }
+  __syncthreads();
+  window.address = opaque(window.address);  // nothing of the above is kept: registers
+
+  const Problem& x = p.problem;
+  // Made anew wherever they are wanted: registers.
+  const auto group = [] { return opaque(threadIdx.x) / 128; };
+  const auto warp = [] { return opaque(threadIdx.x) % 128 / 32; };
+  const auto lane = [] { return opaque(threadIdx.x) % 32; };
+  const auto routed = [&] { return p.role == UnitRole::routed; };
+  const auto units_of_head = [&] { return routed() ? x.K : x.M; };
+  const auto parts = [&] { return routed() ? max_tiles(x, p.groups.segment_rows) : p.splits; };
+  const auto the_item = [&]() -> auto& { return shared.items[item().at()]; };
+  const auto the_list = [&]() -> auto& { return shared.lists[set().at()]; };
+
+  if (group() == kGroups) {
+    keep_registers<56>();
+    // Starts copying rows into a tile; number(i) is that of row i, negative for zeros.
+    const auto bring = [&](const auto& tile, const T* row0, std::int64_t pitch, bool whole, auto number) {
+      constexpr int kRows = sizeof(tile.data) / sizeof(T) / kDP;
+      load_rows_by_warp<kRows, T, kDP>(number, whole, x.D, Copy<T, kDP>(tile.in(window), {const_cast<T*>(row0), 0, 0, pitch}, 0, 0, 0));
+    };
+    if (warp() == 0) {
+      // Experts have all sizes: their items are taken from a counter, which starts again where all blocks found none left.
+      unsigned next = blockIdx.x;
+#pragma unroll 1
+      for (bool more = true; more; ++items) {
+        item().wait_free();
+        const int blocks = ceil_div(units_of_head(), kUnits);
+        const unsigned all = static_cast<unsigned>(x.B * x.H) * parts() * blocks;
+        if (lane() == 0) the_item().tiles = -1;
+#pragma unroll 1
+        for (bool found = false; more && !found;) {
+          if (routed()) next = __shfl_sync(kAllLanes, lane() == 0 ? atomicInc(p.groups.taken, all + gridDim.x - 1) : 0u, 0);
+          const unsigned number = next;
+          next += gridDim.x;
+          more = number < all;
+          if (!more) break;
+          const int part = number / blocks % parts(), bh = number / blocks / parts(), b = bh / x.H;
+          const Span queries = span(x.queries, b);
+          const int rows = ceil_div(ceil_div(queries.length, kPassRows), parts()) * kPassRows;
+          const Work work = routed() ? p.groups.segments[bh * parts() + part] : Work{0, part * rows, max(0, min(rows, queries.length - part * rows)), part};
+          found = !routed() || work.entries > 0;
+          if (found && lane() == 0) {
+            const int h = bh % x.H, unit_head = routed() ? h / (x.H / x.Hkv) : h;
+            const Span keys = routed() ? span(x.keys, b) : Span{0, x.M};
+            const std::int64_t statistics = std::int64_t(bh) * x.queries.max_length;
+            the_item() = {work, bh, static_cast<int>(number % blocks * kUnits), ceil_div(work.entries, kPassRows), keys.length, head_rows<T>(p.row_q, b, h, queries.start),
+                          head_rows<T>(p.row_dout, b, h, queries.start), p.lse + statistics, p.delta + statistics,
+                          {head_rows<T>(p.unit_k, b, unit_head, keys.start), head_rows<T>(p.unit_v, b, unit_head, keys.start)},
+                          routed() ? p.groups.entries + statistics * x.s + work.first : nullptr, routed() ? p.indices + (std::int64_t(bh) * x.M + work.expert) * x.K : nullptr};
+          }
+        }
+        __syncwarp();
+        item().there().arrive();
+#pragma unroll 1
+        for (int row0 = 0, tile = 0; tile < the_item().tiles; row0 += kPassRows, ++tile, ++sets) {
+          const auto& its = the_item();
+          int query[2];  // asked for before there is room
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int row = row0 + 32 * i + lane();
+            query[i] = row >= its.work.entries ? kNone : its.entries ? query_of(its.entries[row], x.s) : its.work.first + row;
+          }
+          set().wait_free();
+          auto& to = the_list();
+          if (lane() == 0) to.q = its.q, to.dout = its.dout;
+#pragma unroll
+          for (int i = 0; i < 2; ++i) to.query[32 * i + lane()] = query[i];
+          list().there().arrive();
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            load_number(window.of(to.lse) + 4 * (32 * i + lane()), its.lse, query[i]);
+            load_number(window.of(to.delta) + 4 * (32 * i + lane()), its.delta, query[i]);
+          }
+          set().there().arrive_loaded();
+        }
+      }
+      set().wait_free();
+      if (lane() == 0) the_list().query[0] = kEnd;
+      list().there().arrive();
+    } else if (warp() < 3) {
+#pragma unroll 1
+      for (;; ++sets) {
+        list().wait_there();
+        const auto query = [queries = window.of(the_list().query)](int row) { return load_shared_int(queries + 4 * row); };
+        if (query(0) == kEnd) break;
+        const auto& to = shared.sets[set().at()];
+        const bool q = warp() == 1;
+        bring(q ? to.q : to.dout, q ? the_list().q : the_list().dout, (q ? p.row_q : p.row_dout).row, query(kPassRows - 1) >= 0, query);
+        set().there().arrive_loaded();
+      }
+    } else {
+#pragma unroll 1
+      for (;; ++items) {
+        item().wait_there();
+        const auto& its = the_item();
+        if (its.tiles < 0) break;
+        int number[kUnits / 32], valid = 0;
+#pragma unroll
+        for (int i = 0; i < kUnits / 32; ++i) {
+          number[i] = its.unit0 + 32 * i + lane();
+          if (its.indices) number[i] = number[i] < x.K ? its.indices[number[i]] : -1;
+        }
+#pragma unroll
+        for (int i = 0; i < kUnits / 32; ++i) {
+          const bool present = static_cast<unsigned>(number[i]) < static_cast<unsigned>(its.present);
+          if (!present) number[i] = -1;
+          valid += __popc(__ballot_sync(kAllLanes, present));
+        }
+        stage().wait_free();
+        const auto& to = shared.stages[stage().at()];
+        const auto number_of = [&](int row) { return __shfl_sync(kAllLanes, row < 64 ? row < 32 ? number[0] : number[1] : row < 96 ? number[2] : number[3], row); };
+        bring(to.k, its.units[0], p.unit_k.row, valid == kUnits, number_of), bring(to.v, its.units[1], p.unit_v.row, valid == kUnits, number_of);
+        stage().there().arrive_loaded();
+        item().done().arrive();
+      }
+    }
+    wait_loads<0>();
+  } else {
+    take_registers<224>();
+    constexpr float kRescale = power_of_2(kGradientShift<T> - kProbabilityShift<T>), kOne[2] = {1.0f, 1.0f};
+    const auto own_units = [&](const auto& tile) { return tile.in(window).from_row(64 * group()); };
+#pragma unroll 1
+    for (;; ++items) {
+      item().wait_there();
+      if (the_item().tiles < 0) break;
+      stage().wait_there();
+      float dk[kDP / 8][4], dv[kDP / 8][4];
+      clear(dk);
+      clear(dv);
+#pragma unroll 1
+      for (int left = the_item().tiles; left > 0; --left, ++sets) {
+        window.address = opaque(window.address);
+        set().wait_there();
+        fence_loads();
+        const auto rows = [&]() -> auto& { return shared.sets[set().at()]; };
+        const auto& units = shared.stages[stage().at()];
+        float probability[kTiles][4], gradient[kTiles][4];
+        product<C>(probability, GroupRows<T, kDP>{own_units(units.k)}, rows().q.in(window), lane());
+        product<C>(gradient, GroupRows<T, kDP>{own_units(units.v)}, rows().dout.in(window), lane());
+        window.address = opaque(window.address);
+        const auto number = [&](const auto& numbers, int n) { return load_shared2(window.of(numbers) + 8 * (lane() & 3) + 32 * n); };
+        const float scale = p.scale * kLogit<T>;
+        wait_products<C, 1>(probability);
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          const float2 lse = number(the_list().lse, n);
+          // A row that attended to nothing gives nothing; absent rows are zeros, and so is all that they give.
+          const auto offset = [](float l) { return l == -kInfinity ? -kInfinity : kProbabilityShift<T> - l * kLogit<T>; };
+          const float offsets[2] = {offset(lse.x), offset(lse.y)};
+#pragma unroll
+          for (int i = 0; i < 4; ++i) probability[n][i] = exponential<T>(fmaf(probability[n][i], scale, offsets[i & 1]));
+        }
+        wait_products<C, 0>(gradient);
+        Weights<T, kTiles> weights, dlogits;
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          const float2 delta = number(the_list().delta, n);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const auto dlogit = [&](int j, float delta) { return probability[n][2 * i + j] * kRescale * (gradient[n][2 * i + j] - delta); };
+            dlogits.packed[n][i] = pack<T>(dlogit(0, delta.x), dlogit(1, delta.y));
+            weights.packed[n][i] = pack<T>(probability[n][2 * i], probability[n][2 * i + 1]);
+            asm volatile("" : "+r"(dlogits.packed[n][i]), "+r"(weights.packed[n][i]));  // one after the other: registers
+          }
+        }
+        window.address = opaque(window.address);
+        add_weighted_rows<C>(dv, weights, rows().dout.in(window), lane());
+        add_weighted_rows<C>(dk, dlogits, rows().q.in(window), lane());
+        wait_products<C, 0>(dv, dk);
+        set().done().arrive();
+      }
+#pragma unroll
+      for (int d = 0; d < kDP / 8; ++d)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dk[d][i] *= p.scale * power_of_2(-kGradientShift<T>), dv[d][i] *= power_of_2(-kProbabilityShift<T>);
+
+      const int own = the_item().unit0 + 64 * group() + 16 * warp(), count = units_of_head();
+      const std::int64_t row0 = (std::int64_t(the_item().bh) * parts() + the_item().work.place) * count;  // of partial and routed sums
+      item().done().arrive();
+      if (routed()) {
+        const auto store = [&](const RoutedRows& to, const auto& tile, const auto& sums) {
+          const FixedRows fixed(sums);
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+            if (const int row = own + lane() / 4 + 8 * i; lane() % 4 == 0 && row < count) to.factors[row0 + row] = fixed.back[i];
+          store_rows<Config<Fixed, kDP>>(Tile<Fixed, kDP>{own_units(tile).from_row(16 * warp()).address}, sums, fixed.to, x.D, lane(), static_cast<Fixed*>(to.numbers) + row0 * x.D, x.D,
+                                         [=](int i) { return own + i < count ? own + i : -1; });
+        };
+        store(p.routed_dk, shared.stages[stage().at()].k, dk), store(p.routed_dv, shared.stages[stage().at()].v, dv);
+      } else {
+        const auto row_in = [&](float* partial) { return [=](int i) { return own + i < count ? partial + (row0 + own + i) * x.D : nullptr; }; };
+        store_partial_rows<C>(dk, kOne, x.D, lane(), row_in(p.partial_dk));
+        store_partial_rows<C>(dv, kOne, x.D, lane(), row_in(p.partial_dv));
+      }
+      stage().done().arrive();
+    }
+  }
+#else
+  __trap();
+#endif
+}
+
+int units_of(const UnitGradientParams& p) { return p.role == UnitRole::routed ? p.problem.K : p.problem.M; }
+
+}  // namespace
+
+bool fits_unit_specialists(const UnitGradientParams& p) {
+  const Problem& x = p.problem;
+  return p.role != UnitRole::compress && has_warpgroups(x.dtype, x.D) && x.D > kDP / 2 && units_of(p) > kUnits / 2;
+}
+
+cudaError_t launch_unit_specialists(const UnitGradientParams& p, cudaStream_t stream) {
+  const Problem& x = p.problem;
+  if (!fits_unit_specialists(p)) return cudaErrorInvalidValue;
+  const std::int64_t items = std::int64_t(x.B) * x.H * (p.role == UnitRole::routed ? max_tiles(x, p.groups.segment_rows) : p.splits) * ceil_div(units_of(p), kUnits);
+  return dispatch_dtype(x.dtype, [&](auto element) {
+    using T = decltype(element);
+    if constexpr (sizeof(T) == 2) return launch_specialists(unit_specialists_kernel<T>, kThreads, sizeof(Shared<T>), items, stream, p);
+    else return cudaErrorInvalidValue;
+  });
+}
+
+}  // namespace mita
