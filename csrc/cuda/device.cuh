@@ -282,7 +282,9 @@ template <class T, int DP> struct Copy {
   std::int64_t pitch;           // bytes from row to row
 
   __device__ Copy(Tile<T, DP> target, const Rows& rows, int b, int head, std::int64_t start)
-      : target(target), source(reinterpret_cast<const unsigned char*>(head_rows<T>(rows, b, head, start))), pitch(rows.row * std::int64_t(sizeof(T))) {}
+      : Copy(target, head_rows<T>(rows, b, head, start), rows.row) {}
+  __device__ Copy(Tile<T, DP> target, const T* row0, std::int64_t row)  // row: elements from row to row
+      : target(target), source(reinterpret_cast<const unsigned char*>(row0)), pitch(row * std::int64_t(sizeof(T))) {}
   // A chunk to the byte `place` of the tile. Its address is one instruction, which the compiler would make three.
   __device__ void whole(std::uint32_t place, int c, std::uint32_t index) const {
     asm volatile("{ .reg .u64 from; mad.wide.u32 from, %1, %2, %3; cp.async.cg.shared.global [%0], [from], 16; }" ::"r"(target.address + place), "r"(index),

@@ -309,7 +309,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) key_specialist
       const auto bring = [&](const auto& tile, int tensor, int row0, int present) {
         const auto& from = shared.head.rows[tensor];
         load_rows_by_warp<kKeyBlock, T, kDP>([=](int i) { return i < present ? row0 + i : -1; }, present >= kKeyBlock, x.D,
-                                             Copy<T, kDP>(tile.in(window), {from.row0, 0, 0, from.pitch}, 0, 0, 0));
+                                             Copy<T, kDP>(tile.in(window), from.row0, from.pitch));
       };
       const float* const numbers = (warp ? of_keys.delta : of_keys.lse) + std::int64_t(bh) * x.M;
       for (int i = lane; i < kLandmarks; i += 32) load_number(window.of(warp ? shared.delta : shared.lse) + 4 * i, numbers, i < x.M ? i : -1);

@@ -72,7 +72,7 @@ template <class T, bool LANDMARK> __global__ void __launch_bounds__(kThreads, 1)
     keep_registers<56>();
     // Starts copying 64 rows into a tile; number(i) is that of row i, negative for zeros.
     const auto bring = [&](const auto& tile, const T* row0, std::int64_t pitch, bool whole, auto number) {
-      load_rows_by_warp<64, T, kDP>(number, whole, x.D, Copy<T, kDP>(tile.in(window), {const_cast<T*>(row0), 0, 0, pitch}, 0, 0, 0));
+      load_rows_by_warp<64, T, kDP>(number, whole, x.D, Copy<T, kDP>(tile.in(window), row0, pitch));
     };
     if (warp() == 0) {
       unsigned next = blockIdx.x;

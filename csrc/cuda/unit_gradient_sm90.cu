@@ -76,7 +76,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) unit_specialis
     // Starts copying rows into a tile; number(i) is that of row i, negative for zeros.
     const auto bring = [&](const auto& tile, const T* row0, std::int64_t pitch, bool whole, auto number) {
       constexpr int kRows = sizeof(tile.data) / sizeof(T) / kDP;
-      load_rows_by_warp<kRows, T, kDP>(number, whole, x.D, Copy<T, kDP>(tile.in(window), {const_cast<T*>(row0), 0, 0, pitch}, 0, 0, 0));
+      load_rows_by_warp<kRows, T, kDP>(number, whole, x.D, Copy<T, kDP>(tile.in(window), row0, pitch));
     };
     if (warp() == 0) {
       // Experts have all sizes: their items are taken from a counter, which starts again where all blocks found none left.
