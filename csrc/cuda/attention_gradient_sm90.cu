@@ -112,9 +112,6 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
   window.address = opaque(window.address);  // nothing of the above is kept: registers
 
   const int group = threadIdx.x / 128;
-  // Made anew wherever they are wanted: registers.
-  const auto warp = [] { return opaque(threadIdx.x) % 128 / 32; };
-  const auto lane = [] { return opaque(threadIdx.x) % 32; };
   const auto is_of = [&](const auto& segment) {  // the list at hand
     return (static_cast<int>(queries) - load_shared_int(window.of(segment.first))) * kPassRows < load_shared_int(window.of(segment.entries));
   };
@@ -124,12 +121,12 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
     // Starts copying rows of a tensor of `head.rows` by their numbers.
     const auto bring = [&](const auto& tile, int tensor, const auto& listed) {
       const auto& from = shared.head.rows[tensor];
-      load_rows_by_warp<kUnits, T, kDP>(listed, __all_sync(kAllLanes, listed(32 + lane()) >= 0), x.D, Copy<T, kDP>(tile.in(window), {from.row0, 0, 0, from.pitch}, 0, 0, 0));
+      load_rows_by_warp<kUnits, T, kDP>(listed, __all_sync(kAllLanes, listed(32 + this_lane()) >= 0), x.D, Copy<T, kDP>(tile.in(window), {from.row0, 0, 0, from.pitch}, 0, 0, 0));
     };
     const auto listed_at = [](std::uint32_t numbers) { return [numbers](int i) { return load_shared_int(numbers + 4 * i); }; };
-    if (warp() == 0) {
-      for (int i = lane(); i < kUnits; i += 32) shared.key_lists[0].key[i] = i < x.M ? i : -1;  // the first one: landmarks
-      if (lane() == 0) shared.key_lists[0].segment.entries = 1;
+    if (this_warp() == 0) {
+      for (int i = this_lane(); i < kUnits; i += 32) shared.key_lists[0].key[i] = i < x.M ? i : -1;  // the first one: landmarks
+      if (this_lane() == 0) shared.key_lists[0].segment.entries = 1;
       key_list().there().arrive();
       ++keys;
 #pragma unroll 1
@@ -140,7 +137,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
         int query[2], key[2], found = 0;  // those of a tile are asked for before the last ones are listed
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int slot = 32 * i + lane();
+          const int slot = 32 * i + this_lane();
           key[i] = more && slot < x.K ? shared.head.indices[work().expert * x.K + slot] : -1;
           query[i] = query_at(slot);
         }
@@ -150,9 +147,9 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
         for (int i = 0; i < 2; ++i) {
           const bool present = static_cast<unsigned>(key[i]) < static_cast<unsigned>(shared.head.keys);
           found += __popc(__ballot_sync(kAllLanes, present));
-          to.key[32 * i + lane()] = present ? key[i] : -1;
+          to.key[32 * i + this_lane()] = present ? key[i] : -1;
         }
-        if (lane() == 0) to.segment = {work().place, static_cast<int>(queries), work().entries};
+        if (this_lane() == 0) to.segment = {work().place, static_cast<int>(queries), work().entries};
         key_list().there().arrive();
 #pragma unroll 1
         for (int done = 0; done < work().entries; done += kPassRows, ++queries) {
@@ -160,24 +157,24 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
           auto& to = shared.lists[list().at()];
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            const int place = 32 * i + lane();
+            const int place = 32 * i + this_lane();
             to.query[place] = query[i];
             load_number(window.of(to.lse) + 4 * place, shared.head.lse, query[i]);
             load_number(window.of(to.dlse) + 4 * place, shared.head.dlse, p.dlse ? query[i] : -1);
             query[i] = query_at(done + kPassRows + place);
           }
-          if (lane() == 0) to.stage = stage().at(), to.keys = found;
+          if (this_lane() == 0) to.stage = stage().at(), to.keys = found;
           list().there().arrive_loaded();
           __syncwarp();
-          if (lane() == 0) list().there().arrive();
+          if (this_lane() == 0) list().there().arrive();
         }
       }
       list().wait_free();  // a list without queries: there are no more
-      shared.lists[list().at()].query[lane()] = -1;
+      shared.lists[list().at()].query[this_lane()] = -1;
       list().there().arrive_loaded();
       __syncwarp();
-      if (lane() == 0) list().there().arrive();
-    } else if (warp() < 3) {
+      if (this_lane() == 0) list().there().arrive();
+    } else if (this_warp() < 3) {
 #pragma unroll 1
       for (;; ++queries) {
         list().wait_there();
@@ -185,7 +182,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
         if (query(0) < 0) break;
         set().wait_free();
         const auto& rows = shared.sets[set().at()];
-        bring(warp() == 1 ? rows.q : rows.dout, warp() - 1, query);
+        bring(this_warp() == 1 ? rows.q : rows.dout, this_warp() - 1, query);
         list().done().arrive();
         set().there().arrive_loaded();
       }
@@ -204,11 +201,11 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
             const auto& to = of_landmarks() ? shared.landmarks : shared.stages[stage().at()];
             bring(i ? to.v : to.k, (of_landmarks() ? 2 : 4) + i, listed_at(window.of(from().key)));
           }
-        if (lane() == 0 && !of_landmarks()) shared.segments[stage().at()] = from().segment;
+        if (this_lane() == 0 && !of_landmarks()) shared.segments[stage().at()] = from().segment;
         (of_landmarks() ? landmarks().there() : stage().there()).arrive_loaded();
         key_list().done().arrive();
         __syncwarp();
-        if (lane() == 0 && !of_landmarks()) stage().there().arrive();
+        if (this_lane() == 0 && !of_landmarks()) stage().there().arrive();
       }
     }
     wait_loads<0>();
@@ -350,7 +347,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
         for (int i = 0; i < 4; ++i) sums[d][i] *= factor;
       pin(sums);  // where they are: registers
       constexpr float kOne[2] = {1.0f, 1.0f};
-      store_partial_rows<C>(sums, kOne, x.D, lane(), [=](int i) { return 16 * warp() + i < units ? to + (first + 16 * warp() + i) * x.D : nullptr; });
+      store_partial_rows<C>(sums, kOne, x.D, this_lane(), [=](int i) { return 16 * this_warp() + i < units ? to + (first + 16 * this_warp() + i) * x.D : nullptr; });
       pin(sums);
     };
     constexpr float kUnshifted = power_of_2(-kGradientShift<T>), kProbability = power_of_2(-kProbabilityShift<T>);
@@ -378,18 +375,18 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
           }
         commit_products();
         wait_products<C, 0>(dk[kShared], dk[kRouted], dv[kShared], dv[kRouted]);
-        if (lane() == 0) weights().done().arrive(), set().done().arrive();
+        if (this_lane() == 0) weights().done().arrive(), set().done().arrive();
       }
       if (p.routed_dk.numbers) {
         const std::int64_t first = (std::int64_t(shared.head.number) * max_tiles(x, p.groups.segment_rows) + load_shared_int(window.of(shared.key_lists[key_list().at()].segment.index))) * x.K;
-        const int row0 = 16 * warp();
+        const int row0 = 16 * this_warp();
         const auto rows = shared.sums.in(window).from_row(row0);
         const auto store_rounded = [&](float (&sums)[kDP / 8][4], float factor, const RoutedRows& to) {
           const FixedRows fixed(sums);
 #pragma unroll
           for (int i = 0; i < 2; ++i)
-            if (const int row = row0 + lane() / 4 + 8 * i; lane() % 4 == 0 && row < x.K) to.factors[first + row] = fixed.back[i] * factor;
-          store_rows_by_warp(rows, rows.chunk(lane() & 15, lane() >> 4), sums, fixed.to, x.D, lane(), static_cast<Fixed*>(to.numbers) + first * x.D, x.D,
+            if (const int row = row0 + this_lane() / 4 + 8 * i; this_lane() % 4 == 0 && row < x.K) to.factors[first + row] = fixed.back[i] * factor;
+          store_rows_by_warp(rows, rows.chunk(this_lane() & 15, this_lane() >> 4), sums, fixed.to, x.D, this_lane(), static_cast<Fixed*>(to.numbers) + first * x.D, x.D,
                              [=](int row) { return row0 + row < x.K ? row0 + row : -1; });
           pin(sums);  // where they are: registers
         };

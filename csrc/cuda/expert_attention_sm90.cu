@@ -113,7 +113,7 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
         while (!all_out && coming.count < piece.count + 2) {
           Piece own{};
           while (own.work.entries <= 0) {
-            if (p.groups.taken) next = __shfl_sync(kAllLanes, lane == 0 ? atomicInc(p.groups.taken, all + gridDim.x - 1) : 0u, 0);
+            if (p.groups.taken) next = take_next(p.groups.taken, all, lane);
             if (all_out = next >= all; all_out) break;
             const int bh = next / of_head, b = bh / x.H;
             own = {find_work(p.groups.tiles, x, x.s, bh, span(x.queries, b).length, next % of_head, p.groups.tile_rows), b, bh % x.H};

@@ -60,31 +60,27 @@ template <class T, bool LANDMARK> __global__ void __launch_bounds__(kThreads, 1)
   window.address = opaque(window.address);  // nothing of the above is kept: registers
 
   const Problem& x = p.problem;
-  // Made anew wherever they are wanted: registers.
-  const auto group = [] { return opaque(threadIdx.x) / 128; };
-  const auto warp = [] { return opaque(threadIdx.x) % 128 / 32; };
-  const auto lane = [] { return opaque(threadIdx.x) % 32; };
   const auto the_list = [&]() -> auto& { return shared.lists[set().at()]; };
   const auto the_piece = [&]() -> auto& { return shared.pieces[piece().at()]; };
   const auto shared_tiles = [&] { return !LANDMARK && p.units.shared ? ceil_div(x.M, kUnits) : 0; };
 
-  if (group() == kGroups) {
+  if (this_group() == kGroups) {
     keep_registers<56>();
     // Starts copying 64 rows into a tile; number(i) is that of row i, negative for zeros.
     const auto bring = [&](const auto& tile, const T* row0, std::int64_t pitch, bool whole, auto number) {
       load_rows_by_warp<64, T, kDP>(number, whole, x.D, Copy<T, kDP>(tile.in(window), row0, pitch));
     };
-    if (warp() == 0) {
+    if (this_warp() == 0) {
       unsigned next = blockIdx.x;
 #pragma unroll 1
       for (bool more = true; more; ++pieces) {
         piece().wait_free();
         const int blocks = LANDMARK ? ceil_div(x.M, kGroups * kPassRows) : 1, of_head = LANDMARK ? blocks * p.splits : max_tiles(x, p.groups.tile_rows);
         const unsigned all = static_cast<unsigned>(x.B * x.H) * of_head;
-        if (lane() == 0) the_piece().work.entries = 0;
+        if (this_lane() == 0) the_piece().work.entries = 0;
 #pragma unroll 1
         for (bool found = false; more && !found;) {
-          if (!LANDMARK) next = __shfl_sync(kAllLanes, lane() == 0 ? atomicInc(p.groups.taken, all + gridDim.x - 1) : 0u, 0);
+          if (!LANDMARK) next = take_next(p.groups.taken, all, this_lane());
           const unsigned number = next;
           next += gridDim.x;
           more = number < all;
@@ -92,7 +88,7 @@ template <class T, bool LANDMARK> __global__ void __launch_bounds__(kThreads, 1)
           const int row0 = number % blocks * kGroups * kPassRows;
           const Work work = LANDMARK ? Work{0, row0, min(kGroups * kPassRows, x.M - row0), static_cast<int>(number % of_head / blocks)} : p.groups.tiles[number];
           found = work.entries > 0;
-          if (found && lane() == 0) {
+          if (found && this_lane() == 0) {
             const int bh = number / of_head, b = bh / x.H, h = bh % x.H, key_head = h / (x.H / x.Hkv);
             const Span keys = span(x.keys, b);
             auto& to = the_piece();
@@ -122,12 +118,12 @@ template <class T, bool LANDMARK> __global__ void __launch_bounds__(kThreads, 1)
             int row[2];  // asked for before there is room
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-              row[j] = row0 + kPassRows * i + 32 * j + lane();
+              row[j] = row0 + kPassRows * i + 32 * j + this_lane();
               row[j] = row[j] >= work.entries ? kNone : LANDMARK ? work.first + row[j] : p.groups.entries[std::int64_t(bh) * x.queries.max_length + work.first + row[j]];
             }
             set().wait_free();
             auto& to = the_list();
-            if (lane() == 0) {
+            if (this_lane() == 0) {
               const std::int64_t start = LANDMARK ? 0 : span(x.queries, b).start;
               to.q = head_rows<T>(p.q, b, h, start), to.dout = head_rows<T>(p.dout, b, h, start), to.tiles = the_piece().tiles;
               to.statistics = std::int64_t(bh) * (LANDMARK ? x.M : x.queries.max_length);
@@ -135,7 +131,7 @@ template <class T, bool LANDMARK> __global__ void __launch_bounds__(kThreads, 1)
               else to.out = head_rows<T>(p.out, b, h, start), to.dq = head_rows<T>(p.dq, b, h, start);
             }
 #pragma unroll
-            for (int j = 0; j < 2; ++j) to.row[32 * j + lane()] = row[j];
+            for (int j = 0; j < 2; ++j) to.row[32 * j + this_lane()] = row[j];
             list().there().arrive();
             set().there().arrive();
           }
@@ -144,11 +140,11 @@ template <class T, bool LANDMARK> __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
       for (int i = 0; i < kGroups; ++i, ++sets) {
         set().wait_free();
-        if (lane() == 0) the_list().row[0] = kEnd;
+        if (this_lane() == 0) the_list().row[0] = kEnd;
         list().there().arrive();
         set().there().arrive();
       }
-    } else if (warp() == 1) {
+    } else if (this_warp() == 1) {
 #pragma unroll 1
       for (int ends = 0; ends < kGroups; ++sets) {
         list().wait_there();
@@ -160,8 +156,8 @@ template <class T, bool LANDMARK> __global__ void __launch_bounds__(kThreads, 1)
           bring(shared.sets[set().at()].dout, the_list().dout, p.dout.row, whole, row);
           if (!LANDMARK)  // products of these with dout are wanted first
 #pragma unroll 1
-            for (int i = lane() / 2; i < kPassRows; i += 16)
-              if (const int column = lane() % 2 * 64; row(i) >= 0 && column < x.D) asm volatile("prefetch.global.L2 [%0];" ::"l"(the_list().out + row(i) * p.out.row + column));
+            for (int i = this_lane() / 2; i < kPassRows; i += 16)
+              if (const int column = this_lane() % 2 * 64; row(i) >= 0 && column < x.D) asm volatile("prefetch.global.L2 [%0];" ::"l"(the_list().out + row(i) * p.out.row + column));
         }
         set().there().arrive_loaded();
       }
@@ -175,7 +171,7 @@ template <class T, bool LANDMARK> __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
           for (int tile = 0; tile < the_piece().tiles; ++tile, ++stages) {
             const bool dense = LANDMARK || tile < shared_tiles();
-            const int tensor = warp() - 2, which = (LANDMARK || !dense ? 2 : 0) + tensor, first = (the_piece().first_tile + (dense ? tile : tile - shared_tiles())) * kUnits;
+            const int tensor = this_warp() - 2, which = (LANDMARK || !dense ? 2 : 0) + tensor, first = (the_piece().first_tile + (dense ? tile : tile - shared_tiles())) * kUnits;
             const auto bring_units = [&](bool whole, auto number) {
               auto& to = shared.stages[stage().at()];
               stage().wait_free();
@@ -185,7 +181,7 @@ template <class T, bool LANDMARK> __global__ void __launch_bounds__(kThreads, 1)
             if constexpr (LANDMARK) {
               bring_units(present >= kUnits, [&](int row) { return row < present ? first + row : -1; });
             } else {
-              int number[2] = {first + lane(), first + 32 + lane()};
+              int number[2] = {first + this_lane(), first + 32 + this_lane()};
               if (!dense) {
                 const std::int32_t* const indices = the_piece().indices;
 #pragma unroll
@@ -199,10 +195,10 @@ template <class T, bool LANDMARK> __global__ void __launch_bounds__(kThreads, 1)
               }
               bring_units(present == kUnits, [&](int row) { return __shfl_sync(kAllLanes, row < 32 ? number[0] : number[1], row); });
             }
-            if (tensor == 0 && lane() == 0) shared.present[stage().at()] = present;
+            if (tensor == 0 && this_lane() == 0) shared.present[stage().at()] = present;
             stage().there().arrive_loaded();
             __syncwarp();
-            if (tensor == 0 && lane() == 0) stage().there().arrive();
+            if (tensor == 0 && this_lane() == 0) stage().there().arrive();
           }
         }
         piece().done().arrive();
@@ -211,7 +207,7 @@ template <class T, bool LANDMARK> __global__ void __launch_bounds__(kThreads, 1)
     wait_loads<0>();
   } else {
     take_registers<224>();
-    sets = group();
+    sets = this_group();
 #pragma unroll 1
     for (;; sets += kGroups) {
       set().wait_there();
@@ -227,7 +223,7 @@ template <class T, bool LANDMARK> __global__ void __launch_bounds__(kThreads, 1)
         continue;
       }
       fence_loads();
-      const auto own_row = [&](int i) { return load_shared_int(window.of(the_list().row) + 4 * (16 * warp() + lane() / 4 + 8 * i)); };
+      const auto own_row = [&](int i) { return load_shared_int(window.of(the_list().row) + 4 * (16 * this_warp() + this_lane() / 4 + 8 * i)); };
       float delta[2] = {0.0f, 0.0f}, lse[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -236,7 +232,7 @@ template <class T, bool LANDMARK> __global__ void __launch_bounds__(kThreads, 1)
         lse[i] = row < 0 ? kInfinity : p.lse[at] * kLogit<T>;
         if (lse[i] == -kInfinity) lse[i] = kInfinity;  // attended to nothing
         if (LANDMARK && row >= 0) delta[i] = p.delta[at];
-        if (!LANDMARK && row >= 0 && p.dlse) delta[i] = lane() % 4 == 0 ? -p.dlse[at] : 0.0f;
+        if (!LANDMARK && row >= 0 && p.dlse) delta[i] = this_lane() % 4 == 0 ? -p.dlse[at] : 0.0f;
       }
       if constexpr (!LANDMARK) {
         constexpr int kOwn = Tile<T, kDP>::kChunks / 4;  // chunks of one lane
@@ -246,14 +242,14 @@ template <class T, bool LANDMARK> __global__ void __launch_bounds__(kThreads, 1)
           const int row = own_row(i);
           const T* const from = the_list().out + max(row, 0) * p.out.row;
 #pragma unroll
-          for (int j = 0; j < kOwn; ++j) out[i][j] = row >= 0 && (4 * j + lane() % 4) * kChunk<T> < x.D ? load_vector(from + (4 * j + lane() % 4) * kChunk<T>) : Vector<T>{};
+          for (int j = 0; j < kOwn; ++j) out[i][j] = row >= 0 && (4 * j + this_lane() % 4) * kChunk<T> < x.D ? load_vector(from + (4 * j + this_lane() % 4) * kChunk<T>) : Vector<T>{};
         }
-        const auto rows = shared.sets[set().at()].dout.in(window).from_row(16 * warp());
+        const auto rows = shared.sets[set().at()].dout.in(window).from_row(16 * this_warp());
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
 #pragma unroll
           for (int j = 0; j < kOwn; ++j) {
-            const float4 bits = load_shared4(rows.chunk(lane() / 4 + 8 * i, 4 * j + lane() % 4));
+            const float4 bits = load_shared4(rows.chunk(this_lane() / 4 + 8 * i, 4 * j + this_lane() % 4));
             const Vector<T>& dout = reinterpret_cast<const Vector<T>&>(bits);
 #pragma unroll
             for (int e = 0; e < kChunk<T>; ++e) delta[i] = fmaf(to_float(dout.element[e]), to_float(out[i][j].element[e]), delta[i]);
@@ -273,8 +269,8 @@ template <class T, bool LANDMARK> __global__ void __launch_bounds__(kThreads, 1)
         const auto units = [&]() -> auto& { return shared.stages[stage().at()]; };
         const auto& rows = shared.sets[set().at()];
         float s[kTiles][4], gradient[kTiles][4];
-        product<C>(s, GroupRows<T, kDP>{rows.q.in(window)}, units().k.in(window), lane());
-        product<C>(gradient, GroupRows<T, kDP>{rows.dout.in(window)}, units().v.in(window), lane());
+        product<C>(s, GroupRows<T, kDP>{rows.q.in(window)}, units().k.in(window), this_lane());
+        product<C>(gradient, GroupRows<T, kDP>{rows.dout.in(window)}, units().v.in(window), this_lane());
         window.address = opaque(window.address);
         const float scale = tile < shared_tiles() ? p.landmark_scale : p.scale;
         wait_products<C, 1>(s);
@@ -282,7 +278,7 @@ template <class T, bool LANDMARK> __global__ void __launch_bounds__(kThreads, 1)
         for (int n = 0; n < kTiles; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i) s[n][i] = fmaf(s[n][i], scale * kLogit<T>, -lse[i / 2]);
-        if (const int present = load_shared_int(window.of(shared.present[stage().at()])); present < kUnits) mask_last_logits(s, present, lane());
+        if (const int present = load_shared_int(window.of(shared.present[stage().at()])); present < kUnits) mask_last_logits(s, present, this_lane());
         const float factor = (scale == 0.0f ? 1.0f : scale) * power_of_2(kGradientShift<T>), inverse = 1.0f / factor;
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
@@ -308,8 +304,8 @@ template <class T, bool LANDMARK> __global__ void __launch_bounds__(kThreads, 1)
         for (int i = 0; i < 2; ++i) sum_exact[i] += exact[i] * inverse, sum_rounded[i] += rounded[i] * inverse;
         window.address = opaque(window.address);
         if (scale != 0.0f) {  // units of constant logits move nothing, but count in the sums
-          add_weighted_rows<C>(dq, dlogits, units().k.in(window), lane());
-          add_weighted_rows<C>(kappa, weights, units().k.in(window), lane());
+          add_weighted_rows<C>(dq, dlogits, units().k.in(window), this_lane());
+          add_weighted_rows<C>(kappa, weights, units().k.in(window), this_lane());
         }
         wait_products<C, 0>(dq, kappa);
         stage().done().arrive();
@@ -322,27 +318,27 @@ template <class T, bool LANDMARK> __global__ void __launch_bounds__(kThreads, 1)
         for (int d = 1; d < 4; d *= 2) sum_rounded[i] += __shfl_xor_sync(kAllLanes, sum_rounded[i], d), sum_exact[i] += __shfl_xor_sync(kAllLanes, sum_exact[i], d);
         const int row = own_row(i);
         if constexpr (LANDMARK) {
-          if (lane() % 4 == 0 && row >= 0) {
+          if (this_lane() % 4 == 0 && row >= 0) {
             float* const to = p.partial_sums + 3 * (the_list().partial + row);
             to[0] = sum_rounded[i], to[1] = sum_exact[i], to[2] = 1.0f;
           }
         } else {  // what dS, as rounded, sums to beyond its due is taken back
           const std::int64_t at = the_list().statistics + max(row, 0);
           const float given = row >= 0 && p.dlse && lse[i] != kInfinity ? p.dlse[at] : 0.0f, excess = sum_rounded[i] - given;
-          if (lane() % 4 == 0 && row >= 0) p.delta[at] = delta[i] + sum_exact[i] - given;
+          if (this_lane() % 4 == 0 && row >= 0) p.delta[at] = delta[i] + sum_exact[i] - given;
 #pragma unroll
           for (int d = 0; d < kDP / 8; ++d)
 #pragma unroll
             for (int j = 2 * i; j < 2 * i + 2; ++j) dq[d][j] -= excess * kappa[d][j];
         }
       }
-      const auto row_of_warp = [&](int i) { return load_shared_int(window.of(the_list().row) + 4 * (16 * warp() + i)); };
+      const auto row_of_warp = [&](int i) { return load_shared_int(window.of(the_list().row) + 4 * (16 * this_warp() + i)); };
       if constexpr (LANDMARK) {
         const auto row_in = [&](int which) { return [&, which](int i) { return row_of_warp(i) < 0 ? nullptr : p.partial + (2 * (the_list().partial + row_of_warp(i)) + which) * x.D; }; };
-        store_partial_rows<C>(dq, kUnshifted, x.D, lane(), row_in(0));
-        store_partial_rows<C>(kappa, kUnshifted, x.D, lane(), row_in(1));
+        store_partial_rows<C>(dq, kUnshifted, x.D, this_lane(), row_in(0));
+        store_partial_rows<C>(kappa, kUnshifted, x.D, this_lane(), row_in(1));
       } else {
-        store_rows<C>(shared.sets[set().at()].q.in(window).from_row(16 * warp()), dq, kUnshifted, x.D, lane(), the_list().dq, p.dq.row, row_of_warp);
+        store_rows<C>(shared.sets[set().at()].q.in(window).from_row(16 * this_warp()), dq, kUnshifted, x.D, this_lane(), the_list().dq, p.dq.row, row_of_warp);
       }
       set().done().arrive();
     }

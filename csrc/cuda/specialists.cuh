@@ -108,6 +108,17 @@ __device__ inline void store_rows_by_warp(const Tile<T, DP>& rows, std::uint32_t
   __syncwarp();
 }
 
+// Work of all sizes is taken by number, of `all`, from a counter in device memory (Groups::taken), by all lanes of one warp. Every block finds none left
+// once, and then the counter is 0 again.
+__device__ inline unsigned take_next(unsigned* taken, unsigned all, int lane) {
+  return __shfl_sync(kAllLanes, lane == 0 ? atomicInc(taken, all + gridDim.x - 1) : 0u, 0);
+}
+
+// The warpgroup of a thread, its warp there and its lane, for roles without registers to keep them in: made anew wherever they are wanted.
+__device__ inline int this_group() { return opaque(threadIdx.x) / 128; }
+__device__ inline int this_warp() { return opaque(threadIdx.x) % 128 / 32; }
+__device__ inline int this_lane() { return opaque(threadIdx.x) % 32; }
+
 // Registers of each thread of a warpgroup from here on, out of what the block has: those who bring rows leave some to the others.
 template <int NUMBER> __device__ inline void keep_registers() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL

@@ -282,17 +282,16 @@ cudaError_t launch_unit_gradient(const UnitGradientParams& p, cudaStream_t strea
   const Problem& x = p.problem;
   if (fits_unit_specialists(p)) return launch_unit_specialists(p, stream);
   const bool compress = p.role == UnitRole::compress;
-  const int units = compress ? x.keys.max_length : p.role == UnitRole::routed ? x.K : x.M;
+  const int units = units_of(p);
   return dispatch(x, units > 48, [&](auto config) {
     using C = decltype(config);
     using L = Layout<C>;
-    const int parts = compress ? 1 : p.role == UnitRole::routed ? max_tiles(x, p.groups.segment_rows) : p.splits;
     const int warps = C::kGroups ? 4 : std::min(L::kWarps, ceil_div(units, 16) * C::kSharers);
     const bool collects = compress && p.groups.key_ranges != nullptr;
     const std::size_t tiles = offsetof(typename L::Shared, v) + rows_of_block<C>(32 * warps) * C::DP * sizeof(typename C::T);
     const std::size_t bytes = collects ? std::max(tiles, sizeof(RoutedSums<C>)) : tiles;
     if (cudaError_t status = allow_shared_memory(unit_gradient_kernel<C>, bytes)) return status;
-    const unsigned blocks = static_cast<unsigned>(x.B) * (compress ? x.Hkv : x.H) * parts * ceil_div(units, rows_of_block<C>(32 * warps));
+    const unsigned blocks = static_cast<unsigned>(x.B) * (compress ? x.Hkv : x.H) * parts_of(p) * ceil_div(units, rows_of_block<C>(32 * warps));
     unit_gradient_kernel<C><<<blocks, 32 * warps, bytes, stream>>>(p);
     return cudaGetLastError();
   });

@@ -61,35 +61,31 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) unit_specialis
   window.address = opaque(window.address);  // nothing of the above is kept: registers
 
   const Problem& x = p.problem;
-  // Made anew wherever they are wanted: registers.
-  const auto group = [] { return opaque(threadIdx.x) / 128; };
-  const auto warp = [] { return opaque(threadIdx.x) % 128 / 32; };
-  const auto lane = [] { return opaque(threadIdx.x) % 32; };
   const auto routed = [&] { return p.role == UnitRole::routed; };
   const auto units_of_head = [&] { return routed() ? x.K : x.M; };
   const auto parts = [&] { return routed() ? max_tiles(x, p.groups.segment_rows) : p.splits; };
   const auto the_item = [&]() -> auto& { return shared.items[item().at()]; };
   const auto the_list = [&]() -> auto& { return shared.lists[set().at()]; };
 
-  if (group() == kGroups) {
+  if (this_group() == kGroups) {
     keep_registers<56>();
     // Starts copying rows into a tile; number(i) is that of row i, negative for zeros.
     const auto bring = [&](const auto& tile, const T* row0, std::int64_t pitch, bool whole, auto number) {
       constexpr int kRows = sizeof(tile.data) / sizeof(T) / kDP;
       load_rows_by_warp<kRows, T, kDP>(number, whole, x.D, Copy<T, kDP>(tile.in(window), row0, pitch));
     };
-    if (warp() == 0) {
-      // Experts have all sizes: their items are taken from a counter, which starts again where all blocks found none left.
+    if (this_warp() == 0) {
+      // Experts have all sizes: their items are taken from a counter.
       unsigned next = blockIdx.x;
 #pragma unroll 1
       for (bool more = true; more; ++items) {
         item().wait_free();
         const int blocks = ceil_div(units_of_head(), kUnits);
         const unsigned all = static_cast<unsigned>(x.B * x.H) * parts() * blocks;
-        if (lane() == 0) the_item().tiles = -1;
+        if (this_lane() == 0) the_item().tiles = -1;
 #pragma unroll 1
         for (bool found = false; more && !found;) {
-          if (routed()) next = __shfl_sync(kAllLanes, lane() == 0 ? atomicInc(p.groups.taken, all + gridDim.x - 1) : 0u, 0);
+          if (routed()) next = take_next(p.groups.taken, all, this_lane());
           const unsigned number = next;
           next += gridDim.x;
           more = number < all;
@@ -99,7 +95,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) unit_specialis
           const int rows = ceil_div(ceil_div(queries.length, kPassRows), parts()) * kPassRows;
           const Work work = routed() ? p.groups.segments[bh * parts() + part] : Work{0, part * rows, max(0, min(rows, queries.length - part * rows)), part};
           found = !routed() || work.entries > 0;
-          if (found && lane() == 0) {
+          if (found && this_lane() == 0) {
             const int h = bh % x.H, unit_head = routed() ? h / (x.H / x.Hkv) : h;
             const Span keys = routed() ? span(x.keys, b) : Span{0, x.M};
             const std::int64_t statistics = std::int64_t(bh) * x.queries.max_length;
@@ -117,34 +113,34 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) unit_specialis
           int query[2];  // asked for before there is room
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            const int row = row0 + 32 * i + lane();
+            const int row = row0 + 32 * i + this_lane();
             query[i] = row >= its.work.entries ? kNone : its.entries ? query_of(its.entries[row], x.s) : its.work.first + row;
           }
           set().wait_free();
           auto& to = the_list();
-          if (lane() == 0) to.q = its.q, to.dout = its.dout;
+          if (this_lane() == 0) to.q = its.q, to.dout = its.dout;
 #pragma unroll
-          for (int i = 0; i < 2; ++i) to.query[32 * i + lane()] = query[i];
+          for (int i = 0; i < 2; ++i) to.query[32 * i + this_lane()] = query[i];
           list().there().arrive();
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            load_number(window.of(to.lse) + 4 * (32 * i + lane()), its.lse, query[i]);
-            load_number(window.of(to.delta) + 4 * (32 * i + lane()), its.delta, query[i]);
+            load_number(window.of(to.lse) + 4 * (32 * i + this_lane()), its.lse, query[i]);
+            load_number(window.of(to.delta) + 4 * (32 * i + this_lane()), its.delta, query[i]);
           }
           set().there().arrive_loaded();
         }
       }
       set().wait_free();
-      if (lane() == 0) the_list().query[0] = kEnd;
+      if (this_lane() == 0) the_list().query[0] = kEnd;
       list().there().arrive();
-    } else if (warp() < 3) {
+    } else if (this_warp() < 3) {
 #pragma unroll 1
       for (;; ++sets) {
         list().wait_there();
         const auto query = [queries = window.of(the_list().query)](int row) { return load_shared_int(queries + 4 * row); };
         if (query(0) == kEnd) break;
         const auto& to = shared.sets[set().at()];
-        const bool q = warp() == 1;
+        const bool q = this_warp() == 1;
         bring(q ? to.q : to.dout, q ? the_list().q : the_list().dout, (q ? p.row_q : p.row_dout).row, query(kPassRows - 1) >= 0, query);
         set().there().arrive_loaded();
       }
@@ -157,7 +153,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) unit_specialis
         int number[kUnits / 32], valid = 0;
 #pragma unroll
         for (int i = 0; i < kUnits / 32; ++i) {
-          number[i] = its.unit0 + 32 * i + lane();
+          number[i] = its.unit0 + 32 * i + this_lane();
           if (its.indices) number[i] = number[i] < x.K ? its.indices[number[i]] : -1;
         }
 #pragma unroll
@@ -178,7 +174,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) unit_specialis
   } else {
     take_registers<224>();
     constexpr float kRescale = power_of_2(kGradientShift<T> - kProbabilityShift<T>), kOne[2] = {1.0f, 1.0f};
-    const auto own_units = [&](const auto& tile) { return tile.in(window).from_row(64 * group()); };
+    const auto own_units = [&](const auto& tile) { return tile.in(window).from_row(64 * this_group()); };
 #pragma unroll 1
     for (;; ++items) {
       item().wait_there();
@@ -195,10 +191,10 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) unit_specialis
         const auto rows = [&]() -> auto& { return shared.sets[set().at()]; };
         const auto& units = shared.stages[stage().at()];
         float probability[kTiles][4], gradient[kTiles][4];
-        product<C>(probability, GroupRows<T, kDP>{own_units(units.k)}, rows().q.in(window), lane());
-        product<C>(gradient, GroupRows<T, kDP>{own_units(units.v)}, rows().dout.in(window), lane());
+        product<C>(probability, GroupRows<T, kDP>{own_units(units.k)}, rows().q.in(window), this_lane());
+        product<C>(gradient, GroupRows<T, kDP>{own_units(units.v)}, rows().dout.in(window), this_lane());
         window.address = opaque(window.address);
-        const auto number = [&](const auto& numbers, int n) { return load_shared2(window.of(numbers) + 8 * (lane() & 3) + 32 * n); };
+        const auto number = [&](const auto& numbers, int n) { return load_shared2(window.of(numbers) + 8 * (this_lane() & 3) + 32 * n); };
         const float scale = p.scale * kLogit<T>;
         wait_products<C, 1>(probability);
 #pragma unroll
@@ -224,8 +220,8 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) unit_specialis
           }
         }
         window.address = opaque(window.address);
-        add_weighted_rows<C>(dv, weights, rows().dout.in(window), lane());
-        add_weighted_rows<C>(dk, dlogits, rows().q.in(window), lane());
+        add_weighted_rows<C>(dv, weights, rows().dout.in(window), this_lane());
+        add_weighted_rows<C>(dk, dlogits, rows().q.in(window), this_lane());
         wait_products<C, 0>(dv, dk);
         set().done().arrive();
       }
@@ -234,7 +230,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) unit_specialis
 #pragma unroll
         for (int i = 0; i < 4; ++i) dk[d][i] *= p.scale * power_of_2(-kGradientShift<T>), dv[d][i] *= power_of_2(-kProbabilityShift<T>);
 
-      const int own = the_item().unit0 + 64 * group() + 16 * warp(), count = units_of_head();
+      const int own = the_item().unit0 + 64 * this_group() + 16 * this_warp(), count = units_of_head();
       const std::int64_t row0 = (std::int64_t(the_item().bh) * parts() + the_item().work.place) * count;  // of partial and routed sums
       item().done().arrive();
       if (routed()) {
@@ -242,15 +238,15 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) unit_specialis
           const FixedRows fixed(sums);
 #pragma unroll
           for (int i = 0; i < 2; ++i)
-            if (const int row = own + lane() / 4 + 8 * i; lane() % 4 == 0 && row < count) to.factors[row0 + row] = fixed.back[i];
-          store_rows<Config<Fixed, kDP>>(Tile<Fixed, kDP>{own_units(tile).from_row(16 * warp()).address}, sums, fixed.to, x.D, lane(), static_cast<Fixed*>(to.numbers) + row0 * x.D, x.D,
+            if (const int row = own + this_lane() / 4 + 8 * i; this_lane() % 4 == 0 && row < count) to.factors[row0 + row] = fixed.back[i];
+          store_rows<Config<Fixed, kDP>>(Tile<Fixed, kDP>{own_units(tile).from_row(16 * this_warp()).address}, sums, fixed.to, x.D, this_lane(), static_cast<Fixed*>(to.numbers) + row0 * x.D, x.D,
                                          [=](int i) { return own + i < count ? own + i : -1; });
         };
         store(p.routed_dk, shared.stages[stage().at()].k, dk), store(p.routed_dv, shared.stages[stage().at()].v, dv);
       } else {
         const auto row_in = [&](float* partial) { return [=](int i) { return own + i < count ? partial + (row0 + own + i) * x.D : nullptr; }; };
-        store_partial_rows<C>(dk, kOne, x.D, lane(), row_in(p.partial_dk));
-        store_partial_rows<C>(dv, kOne, x.D, lane(), row_in(p.partial_dv));
+        store_partial_rows<C>(dk, kOne, x.D, this_lane(), row_in(p.partial_dk));
+        store_partial_rows<C>(dv, kOne, x.D, this_lane(), row_in(p.partial_dv));
       }
       stage().done().arrive();
     }
@@ -259,8 +255,6 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) unit_specialis
   __trap();
 #endif
 }
-
-int units_of(const UnitGradientParams& p) { return p.role == UnitRole::routed ? p.problem.K : p.problem.M; }
 
 }  // namespace
 
@@ -272,7 +266,7 @@ bool fits_unit_specialists(const UnitGradientParams& p) {
 cudaError_t launch_unit_specialists(const UnitGradientParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
   if (!fits_unit_specialists(p)) return cudaErrorInvalidValue;
-  const std::int64_t items = std::int64_t(x.B) * x.H * (p.role == UnitRole::routed ? max_tiles(x, p.groups.segment_rows) : p.splits) * ceil_div(units_of(p), kUnits);
+  const std::int64_t items = std::int64_t(x.B) * x.H * parts_of(p) * ceil_div(units_of(p), kUnits);
   return dispatch_dtype(x.dtype, [&](auto element) {
     using T = decltype(element);
     if constexpr (sizeof(T) == 2) return launch_specialists(unit_specialists_kernel<T>, kThreads, sizeof(Shared<T>), items, stream, p);
