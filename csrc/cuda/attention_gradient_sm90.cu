@@ -30,7 +30,7 @@ template <class T> struct Shared {
   TileStorage<T, kDP, kPassRows> dq[kWeighers];  // on their way out
   TileStorage<Fixed, kDP, kUnits> sums;
   struct List {
-    std::int32_t query[kPassRows];  // -1 behind the last
+    alignas(16) std::int32_t query[kPassRows];  // -1 behind the last
     float lse[kPassRows], dlse[kPassRows];
     std::int32_t stage, keys;  // of their units: where, and how many
   } lists[kLists];
@@ -39,7 +39,7 @@ template <class T> struct Shared {
   };
   struct {
     Segment segment;
-    std::int32_t key[kUnits];  // -1 behind the last
+    alignas(16) std::int32_t key[kUnits];  // -1 behind the last
   } key_lists[kKeyLists];
   Segment segments[kStages];
   Work works[kTurns + 1];  // no entries: there was no more
@@ -123,7 +123,6 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
       const auto& from = shared.head.rows[tensor];
       load_rows_by_warp<kUnits, T, kDP>(listed, __all_sync(kAllLanes, listed(32 + this_lane()) >= 0), x.D, Copy<T, kDP>(tile.in(window), {from.row0, 0, 0, from.pitch}, 0, 0, 0));
     };
-    const auto listed_at = [](std::uint32_t numbers) { return [numbers](int i) { return load_shared_int(numbers + 4 * i); }; };
     if (this_warp() == 0) {
       for (int i = this_lane(); i < kUnits; i += 32) shared.key_lists[0].key[i] = i < x.M ? i : -1;  // the first one: landmarks
       if (this_lane() == 0) shared.key_lists[0].segment.entries = 1;
@@ -178,7 +177,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
 #pragma unroll 1
       for (;; ++queries) {
         list().wait_there();
-        const auto query = listed_at(window.of(shared.lists[list().at()].query));
+        const auto query = RowList{window.of(shared.lists[list().at()].query)};
         if (query(0) < 0) break;
         set().wait_free();
         const auto& rows = shared.sets[set().at()];
@@ -199,7 +198,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
 #pragma unroll 1
           for (int i = 0; i < 2; ++i) {
             const auto& to = of_landmarks() ? shared.landmarks : shared.stages[stage().at()];
-            bring(i ? to.v : to.k, (of_landmarks() ? 2 : 4) + i, listed_at(window.of(from().key)));
+            bring(i ? to.v : to.k, (of_landmarks() ? 2 : 4) + i, RowList{window.of(from().key)});
           }
         if (this_lane() == 0 && !of_landmarks()) shared.segments[stage().at()] = from().segment;
         (of_landmarks() ? landmarks().there() : stage().there()).arrive_loaded();

@@ -25,7 +25,7 @@ template <class C> struct Specialists : C {
     UnitStage<typename C::T, C::DP, kUnits> stages[kStages];
     Piece pieces[kPieces];
     std::int32_t entries[kSets][kPassRows];  // -1 behind the last
-    std::int32_t numbers[4][32];             // of the rows that a warp brings
+    alignas(16) std::int32_t numbers[4][32];  // of the rows that a warp brings
     std::int32_t counts[kStages][2];         // of the units in each half
     std::uint64_t of_pieces[kPieces][2], of_queries[kSets][2], of_units[kStages][2];
   };
@@ -66,7 +66,7 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
   if (group == L::kGroups) {
     if constexpr (DP == 128) keep_registers<80>();
     const int half = warp % 2;  // of the rows of a tile
-    const auto listed = [numbers = window.of(shared.numbers[warp])](int i) { return load_shared_int(numbers + 4 * i); };
+    const RowList listed{window.of(shared.numbers[warp])};
     const auto list = [&](int number) {  // of the lane's row
       __syncwarp();
       shared.numbers[warp][lane] = number;

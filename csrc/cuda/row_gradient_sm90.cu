@@ -26,7 +26,8 @@ template <class T> struct Shared {
     const T *q, *dout, *out;  // rows 0 of its head
     T* dq;
     std::int64_t statistics, partial;  // of row 0; where a landmark leaves its partial sums
-    std::int32_t tiles, row[kPassRows];
+    std::int32_t tiles;
+    alignas(16) std::int32_t row[kPassRows];
   } lists[kSets];
   struct alignas(16) {
     Work work;        // no entries: there is no more
@@ -35,7 +36,8 @@ template <class T> struct Shared {
     const std::int32_t* indices;
     int bh, keys, first_tile, tiles;  // keys: of the sequence; tiles: of units
   } pieces[kPieces];
-  std::int32_t present[kStages];  // units of a stage
+  alignas(16) std::int32_t numbers[2][kUnits];  // of the units that a warp brings
+  std::int32_t present[kStages];                // units of a stage
   std::uint64_t of_pieces[kPieces][2], of_lists[kSets][2], of_sets[kSets][2], of_stages[kStages][2];
 };
 static_assert(sizeof(Shared<__half>) <= 227 * 1024);
@@ -148,7 +150,7 @@ template <class T, bool LANDMARK> __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
       for (int ends = 0; ends < kGroups; ++sets) {
         list().wait_there();
-        const auto row = [rows = window.of(the_list().row)](int i) { return load_shared_int(rows + 4 * i); };
+        const RowList row{window.of(the_list().row)};
         ends += row(0) == kEnd;
         if (row(0) >= 0) {
           const bool whole = row(kPassRows - 1) >= 0;
@@ -192,8 +194,10 @@ template <class T, bool LANDMARK> __global__ void __launch_bounds__(kThreads, 1)
                 const bool there = static_cast<unsigned>(number[i]) < static_cast<unsigned>(dense ? x.M : the_piece().keys);
                 if (!there) number[i] = -1;
                 present += __popc(__ballot_sync(kAllLanes, there));
+                shared.numbers[tensor][32 * i + this_lane()] = number[i];
               }
-              bring_units(present == kUnits, [&](int row) { return __shfl_sync(kAllLanes, row < 32 ? number[0] : number[1], row); });
+              __syncwarp();
+              bring_units(present == kUnits, RowList{window.of(shared.numbers[tensor])});
             }
             if (tensor == 0 && this_lane() == 0) shared.present[stage().at()] = present;
             stage().there().arrive_loaded();
@@ -231,31 +235,33 @@ template <class T, bool LANDMARK> __global__ void __launch_bounds__(kThreads, 1)
         const std::int64_t at = the_list().statistics + max(row, 0);
         lse[i] = row < 0 ? kInfinity : p.lse[at] * kLogit<T>;
         if (lse[i] == -kInfinity) lse[i] = kInfinity;  // attended to nothing
-        if (LANDMARK && row >= 0) delta[i] = p.delta[at];
-        if (!LANDMARK && row >= 0 && p.dlse) delta[i] = this_lane() % 4 == 0 ? -p.dlse[at] : 0.0f;
+        if (LANDMARK) delta[i] = p.delta[at];
+        if (!LANDMARK && p.dlse) delta[i] = -p.dlse[at];
       }
       if constexpr (!LANDMARK) {
+        // As products of 8 rows with 8, of which only the diagonal is wanted: words 0 and 2 of every chunk in one, 1 and 3 in another. Columns are summed over in
+        // the order in which lanes have them.
         constexpr int kOwn = Tile<T, kDP>::kChunks / 4;  // chunks of one lane
+        const int g = this_lane() / 4, t = this_lane() % 4;
         Vector<T> out[2][kOwn];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int row = own_row(i);
-          const T* const from = the_list().out + max(row, 0) * p.out.row;
+        for (int j = 0; j < kOwn; ++j) {
+          const int column = (4 * j + t) * kChunk<T> < x.D ? (4 * j + t) * kChunk<T> : 0;  // any, where dout has zeros
 #pragma unroll
-          for (int j = 0; j < kOwn; ++j) out[i][j] = row >= 0 && (4 * j + this_lane() % 4) * kChunk<T> < x.D ? load_vector(from + (4 * j + this_lane() % 4) * kChunk<T>) : Vector<T>{};
+          for (int i = 0; i < 2; ++i) out[i][j] = load_vector(the_list().out + max(own_row(i), 0) * p.out.row + column);
         }
         const auto rows = shared.sets[set().at()].dout.in(window).from_row(16 * this_warp());
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
+          float products[2][4] = {};
 #pragma unroll
           for (int j = 0; j < kOwn; ++j) {
-            const float4 bits = load_shared4(rows.chunk(this_lane() / 4 + 8 * i, 4 * j + this_lane() % 4));
-            const Vector<T>& dout = reinterpret_cast<const Vector<T>&>(bits);
-#pragma unroll
-            for (int e = 0; e < kChunk<T>; ++e) delta[i] = fmaf(to_float(dout.element[e]), to_float(out[i][j].element[e]), delta[i]);
+            const float4 chunk = load_shared4(rows.chunk(g + 8 * i, 4 * j + t));
+            const uint4& dout = reinterpret_cast<const uint4&>(chunk);
+            mma<T>(products[0], {dout.x, dout.y, dout.z, dout.w}, out[i][j].bits.x, out[i][j].bits.z);
+            mma<T>(products[1], {dout.x, dout.y, dout.z, dout.w}, out[i][j].bits.y, out[i][j].bits.w);
           }
-#pragma unroll
-          for (int d = 1; d < 4; d *= 2) delta[i] += __shfl_xor_sync(kAllLanes, delta[i], d);
+          delta[i] += __shfl_sync(kAllLanes, g % 2 ? products[0][1] + products[1][3] : products[0][0] + products[1][2], (this_lane() & ~3) | g / 2);
         }
       }
       float dq[kDP / 8][4], kappa[kDP / 8][4], sum_rounded[2] = {0.0f, 0.0f}, sum_exact[2] = {0.0f, 0.0f};
@@ -273,17 +279,23 @@ template <class T, bool LANDMARK> __global__ void __launch_bounds__(kThreads, 1)
         product<C>(gradient, GroupRows<T, kDP>{rows.dout.in(window)}, units().v.in(window), this_lane());
         window.address = opaque(window.address);
         const float scale = tile < shared_tiles() ? p.landmark_scale : p.scale;
+        // Probabilities times a factor, which is a part of the exponent.
+        const float factor = (scale == 0.0f ? 1.0f : scale) * power_of_2(kGradientShift<T>), inverse = 1.0f / factor, exponent = __log2f(fabsf(factor));
         wait_products<C, 1>(s);
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) s[n][i] = fmaf(s[n][i], scale * kLogit<T>, -lse[i / 2]);
+          for (int i = 0; i < 4; ++i) s[n][i] = fmaf(s[n][i], scale * kLogit<T>, exponent - lse[i / 2]);
         if (const int present = load_shared_int(window.of(shared.present[stage().at()])); present < kUnits) mask_last_logits(s, present, this_lane());
-        const float factor = (scale == 0.0f ? 1.0f : scale) * power_of_2(kGradientShift<T>), inverse = 1.0f / factor;
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) s[n][i] = exponential<T>(s[n][i]) * factor;
+          for (int i = 0; i < 4; ++i) s[n][i] = exponential<T>(s[n][i]);
+        if (factor < 0.0f)
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) s[n][i] = -s[n][i];
         wait_products<C, 0>(gradient);
         float exact[2] = {0.0f, 0.0f}, rounded[2] = {0.0f, 0.0f};
         Weights<T, kTiles> dlogits, weights;

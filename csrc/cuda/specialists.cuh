@@ -43,7 +43,18 @@ template <int SIZE> struct Ring {
   }
 };
 
-// Starts copying ROWS rows with one warp. source(i) is the number of row i, negative for zeros. Usually all are whole.
+// Numbers of rows, listed in shared memory from a multiple of 16 bytes on.
+struct RowList {
+  std::uint32_t address;
+  __device__ int operator()(int i) const { return load_shared_int(address + 4 * i); }
+  __device__ int4 four(int i) const {  // i: a multiple of 4
+    const float4 bits = load_shared4(address + 4 * i);
+    return reinterpret_cast<const int4&>(bits);
+  }
+};
+
+// Starts copying ROWS rows with one warp. source(i) is the number of row i, negative for zeros. Usually all are whole. A lane has four rows, one after the
+// other, at a time.
 template <int ROWS, class T, int DP, class Source, class... Copies> __device__ inline void load_rows_by_warp(Source source, bool whole, int D, const Copies&... copies) {
   constexpr int kChunks = Tile<T, DP>::kChunks, kRows = 32 / kChunks, kBatch = 4 * kRows;  // rows at once, and for whose numbers one waits
   static_assert(ROWS % kBatch == 0);
@@ -51,14 +62,12 @@ template <int ROWS, class T, int DP, class Source, class... Copies> __device__ i
   const auto each = [&](auto&& copy) {
 #pragma unroll
     for (int first = 0; first < ROWS; first += kBatch) {
-      int number[4];
+      int4 number;
+      if constexpr (std::is_same_v<Source, RowList>) number = source.four(first + 4 * own);
+      else number = make_int4(source(first + 4 * own), source(first + 4 * own + 1), source(first + 4 * own + 2), source(first + 4 * own + 3));
+      const int numbers[4] = {number.x, number.y, number.z, number.w};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) number[i] = source(first + kRows * i + own);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {  // rows eight apart lie at the same place of their panels
-        const int row = first + kRows * i;
-        copy(Tile<T, DP>{0}.chunk(row % 8 + own, c) + row / 8 * 8 * Tile<T, DP>::kRowBytes, number[i]);
-      }
+      for (int i = 0; i < 4; ++i) copy(Tile<T, DP>{0}.chunk(4 * own + i, c) + first * Tile<T, DP>::kRowBytes, numbers[i]);  // at the same place of their panels
     }
   };
   const bool inside = c * kChunk<T> < D;

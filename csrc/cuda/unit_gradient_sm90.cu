@@ -33,7 +33,7 @@ template <class T> struct Shared {
   } sets[kSets];
   struct {
     const T *q, *dout;
-    std::int32_t query[kPassRows];
+    alignas(16) std::int32_t query[kPassRows];
     float lse[kPassRows], delta[kPassRows];
   } lists[kSets];
   Item<T> items[kItems];
@@ -137,7 +137,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) unit_specialis
 #pragma unroll 1
       for (;; ++sets) {
         list().wait_there();
-        const auto query = [queries = window.of(the_list().query)](int row) { return load_shared_int(queries + 4 * row); };
+        const RowList query{window.of(the_list().query)};
         if (query(0) == kEnd) break;
         const auto& to = shared.sets[set().at()];
         const bool q = this_warp() == 1;
