@@ -387,7 +387,6 @@ void reduce_stage(const Context& context, const Problem& x, const SharedSums& su
   p.dv.rounded = dv.data_ptr();
   context.run("mita_ext::reduce", launch_reduce, p);
 }
-int shared_parts(const Problem& x) { return parts(heads(x) * ceil_div(x.M, 64), x.queries.max_length); }
 
 UnitGradientParams unit_gradient_params(const Problem& x, UnitRole role, const Softmax* rows_of, const Tensor& unit_k, const Tensor& unit_v, float scale) {
   UnitGradientParams p{};
@@ -399,12 +398,16 @@ UnitGradientParams unit_gradient_params(const Problem& x, UnitRole role, const S
   return p;
 }
 
+// Parts of the rows that pass by the landmarks of every head: specialists are alone on their multiprocessors, with 128 landmarks.
+int parts_by_landmarks(const Problem& x, int64_t rows, bool by_specialists) {
+  return by_specialists ? least_busy_parts(heads(x) * ceil_div(x.M, 128), ceil_div(rows, kPassRows), 1, kMultiprocessors, 3) : parts(heads(x) * ceil_div(x.M, 64), rows);
+}
+
 // Of the shared units.
 SharedSums shared_gradient_stage(const Context& context, const Problem& x, const Softmax& softmax, const Tensor& landmarks, const Tensor& compressed, float landmark_scale) {
-  const int splits = shared_parts(x);
-  SharedSums sums(x, landmarks, splits);
   UnitGradientParams p = unit_gradient_params(x, UnitRole::shared, &softmax, landmarks, compressed, landmark_scale);
-  p.splits = splits;
+  p.splits = parts_by_landmarks(x, x.queries.max_length, fits_unit_specialists(p));
+  SharedSums sums(x, landmarks, p.splits);
   p.partial_dk = sums.dk.data_ptr<float>(), p.partial_dv = sums.dv.data_ptr<float>();
   context.run("mita_ext::shared_gradient", launch_unit_gradient, p);
   return sums;
@@ -453,7 +456,7 @@ RowGradientParams own_gradient_params(const Problem& x, const Softmax& landmarks
 
 void landmark_gradient_stage(const Context& context, const Problem& x, const Softmax& landmarks, const OwnGradient& own, const Tensor& key, const Tensor& value, float scale) {
   Tensor memory;
-  RowGradientParams p = own_gradient_params(x, landmarks, own, parts(heads(x) * ceil_div(x.M, 64), x.keys.max_length), scale, memory);
+  RowGradientParams p = own_gradient_params(x, landmarks, own, parts_by_landmarks(x, x.keys.max_length, fits_row_specialists(x, RowRole::landmark)), scale, memory);
   p.units.k = rows(key), p.units.v = rows(value);
   context.run("mita_ext::landmark_gradient", launch_row_gradient, p);
 }
