@@ -9,6 +9,7 @@
 //   with it: in dq dS has 32 bits, a rounded part and the rounded rest;
 //   one warpgroup sums over the queries, P^T dout and dS^T q: for the shared units through all segments, for an expert's through one.
 #include "launch.h"
+#include "routed.cuh"
 #include "specialists.cuh"
 
 namespace mita {
@@ -28,7 +29,6 @@ template <class T> struct Shared {
     TileStorage<T, kUnits, kPassRows> probabilities[kKinds], dlogits[kKinds];
   } weights[kWeighers];
   TileStorage<T, kDP, kPassRows> dq[kWeighers];  // on their way out
-  TileStorage<Fixed, kDP, kUnits> sums;
   struct List {
     alignas(16) std::int32_t query[kPassRows];  // -1 behind the last
     float lse[kPassRows], dlse[kPassRows];
@@ -379,14 +379,12 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
       if (p.routed_dk.numbers) {
         const std::int64_t first = (std::int64_t(shared.head.number) * max_tiles(x, p.groups.segment_rows) + load_shared_int(window.of(shared.key_lists[key_list().at()].segment.index))) * x.K;
         const int row0 = 16 * this_warp();
-        const auto rows = shared.sums.in(window).from_row(row0);
         const auto store_rounded = [&](float (&sums)[kDP / 8][4], float factor, const RoutedRows& to) {
           const FixedRows fixed(sums);
 #pragma unroll
           for (int i = 0; i < 2; ++i)
             if (const int row = row0 + this_lane() / 4 + 8 * i; this_lane() % 4 == 0 && row < x.K) to.factors[first + row] = fixed.back[i] * factor;
-          store_rows_by_warp(rows, rows.chunk(this_lane() & 15, this_lane() >> 4), sums, fixed.to, x.D, this_lane(), static_cast<Fixed*>(to.numbers) + first * x.D, x.D,
-                             [=](int row) { return row0 + row < x.K ? row0 + row : -1; });
+          store_routed_rows<C>(sums, fixed.to, x.D, this_lane(), static_cast<Fixed*>(to.numbers) + first * routed_pitch(x.D), [=](int row) { return row0 + row < x.K ? row0 + row : -1; });
           pin(sums);  // where they are: registers
         };
         store_rounded(dk[kRouted], p.scale * kUnshifted, p.routed_dk), store_rounded(dv[kRouted], kProbability, p.routed_dv);

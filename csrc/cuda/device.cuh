@@ -57,19 +57,6 @@ template <class T> __device__ inline float2 unpack(std::uint32_t two);
 template <> __device__ inline float2 unpack<__half>(std::uint32_t two) { return __half22float2(reinterpret_cast<const __half2&>(two)); }
 template <> __device__ inline float2 unpack<__nv_bfloat16>(std::uint32_t two) { return make_float2(__uint_as_float(two << 16), __uint_as_float(two & 0xffff0000u)); }
 
-// A number of 16 bits, to be multiplied by a factor of its row: as good as fp32 for sums that are rounded to 16 bits in the end. Stored as an
-// unsigned n + 2^15, which are the last bits of the float n + kFixed.
-struct Fixed {
-  std::uint16_t bits;
-};
-constexpr float kFixed = 8388608.0f + 32768.0f;
-template <> __device__ inline std::uint32_t pack<Fixed>(float lo, float hi) { return __byte_perm(__float_as_uint(lo + kFixed), __float_as_uint(hi + kFixed), 0x5410); }
-template <> __device__ inline float2 unpack<Fixed>(std::uint32_t two) {
-  return make_float2(__uint_as_float(__byte_perm(two, 0x4b00, 0x5410)) - kFixed, __uint_as_float(__byte_perm(two, 0x4b00, 0x5432)) - kFixed);
-}
-// What becomes of rows of sums until they meet at their key.
-template <class T> using Routed = std::conditional_t<sizeof(T) == 2, Fixed, T>;
-
 // Logits are kept in base 2 for 16-bit elements, one multiplication less, and in base e for fp32, where that multiplication
 // would round large logits once more than the definition does. kLogit<T> scales natural logits to that base.
 template <class T> constexpr float kLogit = sizeof(T) == 2 ? kLog2e : 1.0f;
@@ -882,27 +869,6 @@ __device__ inline void store_rows(const Tile<T, C::DP>& rows, const float (&acc)
     if (to >= 0) store_vector(base, pitch * sizeof(T), to, x);
   }
 }
-
-// What the rows of accumulators are multiplied by to be rounded to Fixed, and after that. A row with a number that is not finite becomes all NaN.
-struct FixedRows {
-  float to[2], back[2];  // of a lane's upper and lower row
-  template <int DT> __device__ explicit FixedRows(const float (&acc)[DT][4]) {
-    const auto highest = [](float x, float y) {
-      asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(y));
-      return x;
-    };
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float m = 0.0f;
-#pragma unroll
-      for (int d = 0; d < DT; ++d) m = highest(m, highest(fabsf(acc[d][2 * h]), fabsf(acc[d][2 * h + 1])));
-#pragma unroll
-      for (int lanes = 1; lanes < 4; lanes *= 2) m = highest(m, __shfl_xor_sync(kAllLanes, m, lanes));
-      to[h] = fminf(__fdividef(32767.0f, m), power_of_2(100));
-      back[h] = __fdividef(1.0f, to[h]) + (m - m);
-    }
-  }
-};
 
 // fp32 rows (partial sums) straight from the accumulators.
 template <class C, class RowPointer>

@@ -120,10 +120,10 @@ __host__ __device__ inline int max_tiles(const Problem& x, int rows) {
 }
 
 // Units of one head whose gradients are summed, and parts into which the rows that pass by are cut.
-inline int units_of(const UnitGradientParams& p) {
+__host__ __device__ inline int units_of(const UnitGradientParams& p) {
   return p.role == UnitRole::compress ? p.problem.keys.max_length : p.role == UnitRole::routed ? p.problem.K : p.problem.M;
 }
-inline int parts_of(const UnitGradientParams& p) {
+__host__ __device__ inline int parts_of(const UnitGradientParams& p) {
   return p.role == UnitRole::compress ? 1 : p.role == UnitRole::routed ? max_tiles(p.problem, p.groups.segment_rows) : p.splits;
 }
 

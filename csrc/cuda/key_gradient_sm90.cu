@@ -7,6 +7,7 @@
 // Delta is that of rounded compressed values here. What dS of a landmark sums to beyond its due is taken back from the landmark's gradient in the end
 // (finish_kernel of row_gradient.cu), but not from dk: where keys receive nothing from experts that shows in fp16, and two passes it is.
 #include "launch.h"
+#include "routed.cuh"
 #include "specialists.cuh"
 
 namespace mita {
@@ -71,7 +72,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) key_specialist
     const auto rows = [&](int i, const Rows& from, std::int64_t start) { shared.head.rows[i] = {head_rows<T>(from, b, h, start), from.row}; };
     rows(0, of_keys.row_q, 0), rows(1, of_keys.row_dout, 0), rows(2, of_keys.unit_k, keys.start), rows(3, of_keys.unit_v, keys.start);
     const std::int64_t routed_row0 = std::int64_t(bh) * max_tiles(x, of_keys.groups.segment_rows) * x.K;
-    const auto routed_rows = [&](int i, const RoutedRows& from) { shared.head.routed[i] = {static_cast<Fixed*>(from.numbers) + routed_row0 * x.D, from.factors + routed_row0}; };
+    const auto routed_rows = [&](int i, const RoutedRows& from) { shared.head.routed[i] = {static_cast<Fixed*>(from.numbers) + routed_row0 * routed_pitch(x.D), from.factors + routed_row0}; };
     routed_rows(0, of_keys.routed_dk), routed_rows(1, of_keys.routed_dv);
     shared.head.ranges = of_keys.groups.key_ranges + std::int64_t(bh) * ceil_div(x.keys.max_length, kKeyBlock), shared.head.entries = of_keys.groups.key_entries + routed_row0;
   }
@@ -242,9 +243,9 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) key_specialist
 #pragma unroll
       for (int e = 0; e < kPiece; e += 4) {
         const int row = __shfl_sync(kAllLanes, piece.mine.row, e + lane / 8);
-        if (column < x.D && e + lane / 8 < piece.left)
+        if (column < routed_pitch(x.D) && e + lane / 8 < piece.left)
           asm volatile("{ .reg .u64 from; mad.wide.u32 from, %1, %2, %3; cp.async.cg.shared.global [%0], [from], 16; }" ::"r"(to + e * kRow), "r"(row),
-                       "r"(x.D * int(sizeof(Fixed))), "l"(from)
+                       "r"(routed_pitch(x.D) * int(sizeof(Fixed))), "l"(from)
                        : "memory");
       }
       load_number(window.of(shared.factors[warp][pieces % 2][lane]), shared.head.routed[tensor].factors, lane < piece.left ? piece.mine.row : -1);
@@ -258,7 +259,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) key_specialist
     for (int i = turn; i < count; i += kSums) {
       sums(i).wait_free();
       auto& to = shared.sums[sums(i).at()];
-      const std::uint32_t own = window.of(to.gradient[tensor][0][2 * lane]);
+      const std::uint32_t own = window.of(to.gradient[tensor][0][lane / 16 * 32 + lane % 4 * 8 + lane / 4 % 4 * 2]);  // the columns of its numbers: `store_routed_rows`
       std::uint32_t rows[2] = {0, 0};
       int last = -1;
       float2 sum = {0.0f, 0.0f};  // of the last key

@@ -361,7 +361,8 @@ struct SharedSums {
   Tensor dk, dv;
   SharedSums(const Problem& x, const Tensor& like, int splits) : dk(floats(like, {heads(x), splits, x.M, x.D})), dv(at::empty_like(dk)) {}
 };
-// And of experts' keys and values.
+// And of experts' keys and values. Of few queries in fp32: each may be all that its expert has, and then plain PyTorch rounds nothing.
+bool rounds_routed_sums(const Problem& x) { return x.dtype != Dtype::fp32 && int64_t(x.queries.max_length) * x.s > kPassRows; }
 class RoutedSums {
   Tensor numbers, factors;  // of keys, then of values
   RoutedRows rows(int which) const {
@@ -370,8 +371,8 @@ class RoutedSums {
 
  public:
   RoutedSums(const Problem& x, const Tensor& like, const Groups& groups) {
-    const bool rounded = x.dtype != Dtype::fp32;
-    numbers = at::empty({2, heads(x), segments(x, groups), x.K, x.D}, like.options().dtype(rounded ? at::kShort : at::kFloat));
+    const bool rounded = rounds_routed_sums(x);
+    numbers = at::empty({2, heads(x), segments(x, groups), x.K, routed_pitch(x.D)}, like.options().dtype(rounded ? at::kShort : at::kFloat));
     if (rounded) factors = floats(like, {2, heads(x), segments(x, groups), x.K, ceil_div(x.D, kFactorColumns)});
   }
   RoutedRows dk() const { return rows(0); }
@@ -454,11 +455,13 @@ RowGradientParams own_gradient_params(const Problem& x, const Softmax& landmarks
   return p;
 }
 
-void landmark_gradient_stage(const Context& context, const Problem& x, const Softmax& landmarks, const OwnGradient& own, const Tensor& key, const Tensor& value, float scale) {
+// Returns memory in use until it is done.
+Tensor landmark_gradient_stage(const Context& context, const Problem& x, const Softmax& landmarks, const OwnGradient& own, const Tensor& key, const Tensor& value, float scale) {
   Tensor memory;
   RowGradientParams p = own_gradient_params(x, landmarks, own, parts_by_landmarks(x, x.keys.max_length, fits_row_specialists(x, RowRole::landmark)), scale, memory);
   p.units.k = rows(key), p.units.v = rows(value);
   context.run("mita_ext::landmark_gradient", launch_row_gradient, p);
+  return memory;
 }
 
 // dkey and dvalue: through the compressed values where `landmarks` says how, plus what routed queries gave to the keys of their experts, if any.
@@ -589,7 +592,7 @@ struct Heads {
 // H100: launches of fewer blocks cost more than 3 %, and sums that fit in the L2 gain nothing.
 std::vector<Heads> heads_at_a_time(const Problem& x) {
   constexpr int64_t kMostBytes = 144 << 20, kLeastBlocks = 3500;
-  const int64_t group = x.H / x.Hkv, most_segments = max_tiles(x, segment_rows(entries_per_expert(x))), bytes = std::max<int64_t>(1, most_segments * x.K * 2 * (x.dtype == Dtype::fp32 ? 4 * x.D : 2 * x.D + 4));
+  const int64_t group = x.H / x.Hkv, most_segments = max_tiles(x, segment_rows(entries_per_expert(x))), bytes = std::max<int64_t>(1, most_segments * x.K * 2 * (rounds_routed_sums(x) ? 2 * routed_pitch(x.D) + 4 : 4 * routed_pitch(x.D)));
   const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(int64_t(x.M) * ceil_div(x.K, 64), ceil_div(x.keys.max_length, kKeyBlock) / group));  // of one head
   const int64_t most = std::max<int64_t>(kMostBytes / bytes, (kLeastBlocks + blocks - 1) / blocks);
   const auto even = [](int64_t all, int64_t most) {  // pieces of so many, as even as they come
@@ -669,8 +672,9 @@ std::tuple<Tensor, Tensor> expert_attention(const Tensor& query, const Tensor& k
 }
 
 // In several stages. What queries give to the keys of their experts, in one pass with the rest or in one of its own, is held for some heads at a time.
-void attention_gradient_stages(const Context& context, const Problem& x, const Saved& saved, const Groups& groups, KeyLists* lists, const Wanted& wanted, bool shared_expert, bool one_pass, float scale,
-                               float landmark_scale, const AttentionGradient& result) {
+// With `pooling` the landmarks' gradient goes on to the queries.
+void attention_gradient_stages(const Context& context, const Problem& x, const Saved& saved, const Windows* pooling, const Groups& groups, KeyLists* lists, const Wanted& wanted,
+                               bool shared_expert, bool one_pass, float scale, float landmark_scale, const AttentionGradient& result) {
   const Units all = units(shared_expert, saved.landmarks, saved.compressed, saved.key, saved.value, saved.indices);
   Softmax softmax;
   std::optional<SharedSums> shared;
@@ -685,37 +689,57 @@ void attention_gradient_stages(const Context& context, const Problem& x, const S
   }
   if (lists) lists->begin();  // at the end of those, where multiprocessors fall idle
 
+  // What landmarks receive, beside the sums of the first routed queries where those are a pass of their own.
   std::optional<Softmax> landmark_softmax;  // its lse is no output
-  std::optional<OwnGradient> own;           // in one pass with the keys
+  std::optional<OwnGradient> own;
+  const bool with_keys = fits_key_specialists(x) && rounds_routed_sums(x);  // the landmarks' own gradients, in one pass
+  Tensor memory;
+  std::optional<Branch> beside;
+  if (shared && !one_pass && wanted.keys && x.s > 0) beside.emplace(context, 1);
   if (shared) {
+    const Context& of_landmarks = beside ? beside->context : context;
     Tensor as_keys = result.dlandmarks;
     if (saved.landmark_lse) {
       as_keys = floats(saved.landmarks, saved.landmarks.sizes());
       landmark_softmax = Softmax(x, saved.landmarks, result.dcompressed, *saved.landmark_lse, {}, floats(saved.landmarks, {x.B, x.H, x.M}));
     }
-    reduce_stage(context, x, *shared, as_keys, result.dcompressed, saved.compressed, landmark_softmax ? &*landmark_softmax : nullptr);
-    shared.reset();  // memory for what follows
+    reduce_stage(of_landmarks, x, *shared, as_keys, result.dcompressed, saved.compressed, landmark_softmax ? &*landmark_softmax : nullptr);
     if (landmark_softmax) {
       own = {as_keys, result.dlandmarks};
-      if (!fits_key_specialists(x)) {
-        landmark_gradient_stage(context, x, *landmark_softmax, *own, saved.key, saved.value, scale);
-        own.reset();
-      }
+      if (!with_keys) memory = landmark_gradient_stage(of_landmarks, x, *landmark_softmax, *own, saved.key, saved.value, scale);
     }
   }
-  if (lists) lists->join();
+  std::optional<Branch> pooled;  // what queries receive from that, beside the gradients of keys
+  const bool pools = pooling && shared && wanted.landmarks;
+  const auto pool = [&](const Context& context) { context.run("mita_ext::pool_backward", launch_pool_backward, {x, *pooling, rows(result.dlandmarks), true, rows(result.dquery)}); };
+  const auto join = [&] {
+    if (lists) lists->join();
+    if (beside) {
+      beside->join();
+      beside.reset();
+      if (pools && !with_keys) pooled.emplace(context, 1), pool(pooled->context);
+    }
+    shared.reset(), memory = Tensor();  // for what follows
+    if (!with_keys) own.reset();
+  };
   const auto key_gradient = [&](const Problem& x, const Saved& saved, const std::optional<Softmax>& landmarks, const std::optional<OwnGradient>& own, const Groups& groups,
                                 const AttentionGradient& result) {
     key_gradient_stage(context, x, landmarks ? &*landmarks : nullptr, own ? &*own : nullptr, routed ? &*routed : nullptr, groups, saved.key, saved.value, scale,
                        result.dkey, result.dvalue);
   };
-  if (wanted.keys ? routed || x.s == 0 : own.has_value()) key_gradient(x, saved, landmark_softmax, own, groups, result);
-  else if (wanted.keys)
+  if (one_pass || !wanted.keys || x.s == 0) {
+    join();
+    if (wanted.keys ? routed || x.s == 0 : own.has_value()) key_gradient(x, saved, landmark_softmax, own, groups, result);
+  } else {
     for (const Heads& its : heads_at_a_time(x)) {
       routed = routed_gradient_stage(context, its(x), its(softmax), its(groups, x), its.tokens(saved.key), its.tokens(saved.value), its(saved.indices), scale);
+      join();
       key_gradient(its(x), its(saved), landmark_softmax ? std::optional(its(*landmark_softmax)) : std::nullopt, own ? std::optional(its(*own)) : std::nullopt, its(groups, x), its(result));
       routed.reset();
     }
+  }
+  if (pooled) pooled->join();
+  else if (pools) pool(context);
 }
 
 // The backward of both attention ops. With `pooling` the landmarks' gradient goes on to the queries.
@@ -732,17 +756,16 @@ AttentionGradient attention_gradient(const Problem& x, const Saved& saved, const
     short_gradient_stage(context, x, saved, pooling, wanted, scale, landmark_scale, result);
     return result;
   }
-  const bool one_pass = of_units && fits_specialist_gradient(x, shared_expert, scale, landmark_scale);
+  const bool one_pass = of_units && rounds_routed_sums(x) && fits_specialist_gradient(x, shared_expert, scale, landmark_scale);
   Grouped grouped = group_stage(context, x, saved.experts, row_gradient_tile_rows(x, entries_per_expert(x)));
   std::optional<KeyLists> lists;
   if (wanted.keys && x.s > 0) lists.emplace(context, x, saved.indices, grouped.groups);
   const auto stages = [&](const Problem& x, const Saved& saved, const Groups& groups, const AttentionGradient& result) {
-    attention_gradient_stages(context, x, saved, groups, lists ? &*lists : nullptr, wanted, shared_expert, one_pass, scale, landmark_scale, result);
+    attention_gradient_stages(context, x, saved, pooling, groups, lists ? &*lists : nullptr, wanted, shared_expert, one_pass, scale, landmark_scale, result);
   };
   if (one_pass && wanted.keys)
     for (const Heads& its : heads_at_a_time(x)) stages(its(x), its(saved), its(grouped.groups, x), its(result));
   else stages(x, saved, grouped.groups, result);
-  if (pooling && of_units && wanted.landmarks) context.run("mita_ext::pool_backward", launch_pool_backward, {x, *pooling, rows(result.dlandmarks), true, rows(result.dquery)});
   return result;
 }
 

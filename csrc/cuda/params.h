@@ -171,11 +171,12 @@ struct DeltaParams {
 };
 
 // Gradients of the keys of experts, or of their values, a row for each of the K keys of every segment of queries: rounded to 16 bits, with a factor for every
-// kFactorColumns of them by which they are multiplied. In fp32 they are as they are, and there are no factors.
+// kFactorColumns of them by which they are multiplied. Or they are fp32, and there are no factors: those of fp32 elements, and of few queries.
 constexpr int kFactorColumns = 128;
+__host__ __device__ constexpr int routed_pitch(int D) { return (D + 31) / 32 * 32; }  // numbers of a row; in which order is the kernels' affair
 struct RoutedRows {
-  void* numbers;               // [BH, max_tiles(segment_rows), K, D]
-  float* factors;              // [BH, max_tiles(segment_rows), K, ceil(D / kFactorColumns)]
+  void* numbers;               // [BH, max_tiles(segment_rows), K, routed_pitch(D)]
+  float* factors;              // [BH, max_tiles(segment_rows), K, ceil(D / kFactorColumns)], or null
 };
 
 // Gradients of the units (keys and values) of one softmax, summed over the rows that attended to them:

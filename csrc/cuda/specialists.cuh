@@ -102,15 +102,16 @@ __device__ inline void store_rows_by_warp(const Tile<T, DP>& rows, std::uint32_t
     store_weights<T>(address, k, two);
   }
   __syncwarp();
-  constexpr int kChunks = DP / kChunk<T>, kRows = 32 / kChunks;  // at once
-  static_assert(kRows == 4);
+  constexpr int kChunks = DP / kChunk<T>, kRows = 32 / kChunks, kPlaces = 8 / kRows;  // rows at once; places repeat after eight rows
   if (const int c = lane % kChunks, own = lane / kChunks; c * kChunk<T> < D) {
     base += c * kChunk<T>;
-    const std::uint32_t places[2] = {rows.chunk(own, c), rows.chunk(own + kRows, c)};
+    std::uint32_t places[kPlaces];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kPlaces; ++i) places[i] = rows.chunk(own + kRows * i, c);
+#pragma unroll
+    for (int i = 0; i < 16 / kRows; ++i) {
       const int to = index(kRows * i + own);
-      const float4 chunk = load_shared4(places[i % 2] + i / 2 * 8 * Tile<T, DP>::kRowBytes);
+      const float4 chunk = load_shared4(places[i % kPlaces] + i / kPlaces * 8 * Tile<T, DP>::kRowBytes);
       if (to >= 0) store_vector(base, pitch * sizeof(T), to, chunk);
     }
   }

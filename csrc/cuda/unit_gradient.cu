@@ -7,10 +7,10 @@
 // lse, delta) pass by, two stages deep:
 //   P^T = exp(scale * k q^T - lse)      dv += P^T dout
 //   dS^T = P^T * (v dout^T - delta)     dk += dS^T q
-// (For sm_90a, unit_gradient_sm90.cu has specialists for the first two, of more than 64 units above 64 columns.)
+// (For sm_90a, unit_gradient_sm90.cu has specialists, for more than 64 units above 64 columns.)
 // Every sum has one owner and a fixed order: no atomics. Partial sums are fp32, routed ones of 16-bit elements in 16 bits with a factor for each row.
-#include "device.cuh"
 #include "launch.h"
+#include "routed.cuh"
 
 namespace mita {
 namespace {
@@ -32,84 +32,6 @@ template <class C> struct Layout : C {
     TileStorage<typename C::T, C::DP, kUnits> k, v;  // last: only the units of the block are allocated
   };
   static_assert(sizeof(Shared) <= 102 * 1024);
-};
-
-// What the routed sums left for the keys of one block, added in shared memory to their gradients in the order of its list.
-template <class C> struct RoutedSums {
-  using T = Routed<typename C::T>;
-  static constexpr int kUnits = Layout<C>::kUnits;
-  float dk[kUnits][C::DP + 8], dv[kUnits][C::DP + 8];  // free of bank conflicts for rows and for accumulators
-
-  // The gradients of this warp's units, from accumulators or into them.
-  template <class F> __device__ void each_pair(F&& f) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll
-    for (int d = 0; d < C::kColumns / 8; ++d)
-#pragma unroll
-      for (int i = 0; i < 4; i += 2) {
-        const int unit = row_of_warp<C>(warp) + lane / 4 + 4 * i, column = column_of_warp<C>() + 8 * d + 2 * (lane & 3);
-        f(d, i, *reinterpret_cast<float2*>(&dk[unit][column]), *reinterpret_cast<float2*>(&dv[unit][column]));
-      }
-  }
-
-  // The sums of one query head. A warp adds those of its own units.
-  __device__ void add(const UnitGradientParams& p, int bh, int key0) {
-    const Problem& x = p.problem;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, unit0 = key0 % kKeyBlock;
-    const KeyRange range = p.groups.key_ranges[std::int64_t(bh) * ceil_div(x.keys.max_length, kKeyBlock) + key0 / kKeyBlock];
-    const std::int64_t row0 = std::int64_t(bh) * max_tiles(x, p.groups.segment_rows) * x.K;
-    __syncthreads();
-    for (int i = range.first + lane; i - lane < range.last; i += 32) {
-      KeyEntry mine = i < range.last ? p.groups.key_entries[row0 + i] : KeyEntry{0, -1};
-      mine.key -= unit0;
-      const bool own = i < range.last && mine.key >> 4 == warp / C::kSharers;
-      float factors[2] = {1.0f, 1.0f};
-      if constexpr (sizeof(T) == 2)
-        if (own) {
-          const std::int64_t at = (row0 + mine.row) * ceil_div(x.D, kFactorColumns) + column_of_warp<C>() / kFactorColumns;
-          factors[0] = p.routed_dk.factors[at], factors[1] = p.routed_dv.factors[at];
-        }
-      unsigned left = __ballot_sync(kAllLanes, own);
-      while (left) left = add_few(p, row0, mine, factors, left, lane);
-    }
-    __syncthreads();
-  }
-
-  // The first few entries of a warp's `left` lanes: all their rows are on their way before the first one is added.
-  __device__ unsigned add_few(const UnitGradientParams& p, std::int64_t row0, const KeyEntry& mine, const float (&factors)[2], unsigned left, int lane) {
-    constexpr int kColumns = C::kColumns / 32, kBytes = kColumns * sizeof(T), kFew = 64 / kBytes;
-    using Columns = std::conditional_t<kBytes == 4, float, std::conditional_t<kBytes == 8, float2, float4>>;  // of one lane
-    const int column = column_of_warp<C>() + kColumns * lane, D = p.problem.D;
-    const auto add = [](float* sum, const Columns& more, float factor) {
-      if constexpr (sizeof(T) == 2) {
-#pragma unroll
-        for (int i = 0; i < kColumns; i += 2) {
-          const float2 two = unpack<T>(reinterpret_cast<const std::uint32_t*>(&more)[i / 2]);
-          sum[i] = fmaf(two.x, factor, sum[i]), sum[i + 1] = fmaf(two.y, factor, sum[i + 1]);
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < kColumns; ++i) sum[i] += reinterpret_cast<const float*>(&more)[i];
-      }
-    };
-    const auto load = [&](const void* sums, int row) { return *reinterpret_cast<const Columns*>(static_cast<const T*>(sums) + (row0 + row) * D + column); };
-    int unit[kFew];
-    Columns k[kFew], v[kFew];
-    float of_k[kFew], of_v[kFew];
-#pragma unroll
-    for (int i = 0; i < kFew; ++i) {
-      const int from = __ffs(left) - 1, row = __shfl_sync(kAllLanes, mine.row, max(from, 0));
-      unit[i] = from < 0 ? -1 : __shfl_sync(kAllLanes, mine.key, from);
-      if constexpr (sizeof(T) == 2) of_k[i] = __shfl_sync(kAllLanes, factors[0], max(from, 0)), of_v[i] = __shfl_sync(kAllLanes, factors[1], max(from, 0));
-      if (from >= 0 && column < D) k[i] = load(p.routed_dk.numbers, row), v[i] = load(p.routed_dv.numbers, row);
-      left &= left - 1;
-    }
-    if (column < D)
-#pragma unroll
-      for (int i = 0; i < kFew; ++i)
-        if (unit[i] >= 0) add(&dk[unit[i]][column], k[i], of_k[i]), add(&dv[unit[i]][column], v[i], of_v[i]);
-    return left;
-  }
 };
 
 template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Layout<C>::kBlocks) unit_gradient_kernel(const UnitGradientParams p) {
@@ -172,6 +94,9 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   if (routed) list_rows(0);
   if (steps > 0) load_stage(0);
   commit_loads();
+  const bool collects = compress && p.groups.key_ranges != nullptr;
+  RoutedList list;  // of the first head
+  if (collects) list = RoutedList(p, b * x.H + h * group, u0), list.ask(p, lane);
 
   StoredRows<C> k, v;
   k.load(shared.k.in(window).from_row(own_rows<C>(warp)), lane);
@@ -235,27 +160,21 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
     store_partial_rows<C>(dv, one, x.D, lane, row_in(p.partial_dv));
     return;
   }
-  // Rows of elements E, through the block's own units.
-  const auto out = [&](auto* base, std::int64_t pitch, const auto& tile, const auto& sums, const float (&factor)[2], int stored) {
-    using E = std::remove_pointer_t<decltype(base)>;
-    store_rows<C>(Tile<E, DP>{tile.in(window).from_row(row_of_warp<C>(warp)).address}, sums, factor, x.D, lane, base, pitch, [=](int i) { return own + i < stored ? own + i : -1; });
-  };
   if (routed) {
-    const auto out_routed = [&](const RoutedRows& to, const auto& tile, const auto& sums) {
-      using E = Routed<T>;
-      E* const numbers = static_cast<E*>(to.numbers) + row0 * x.D;
-      if constexpr (L::kHalf) {
-        const FixedRows fixed(sums);
+    const auto store = [&](const RoutedRows& to, const auto& sums) {
+      const auto store_as = [&](auto number, const float (&factor)[2]) {
+        using E = decltype(number);
+        store_routed_rows<C>(sums, factor, x.D, lane, static_cast<E*>(to.numbers) + row0 * routed_pitch(x.D), [=](int i) { return own + i < units ? own + i : -1; });
+      };
+      if (!L::kHalf || !to.factors) return store_as(float{}, one);
+      const FixedRows fixed(sums);
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-          if (const int row = own + g + 8 * i; lane % 4 == 0 && row < units)
-            to.factors[(row0 + row) * ceil_div(x.D, kFactorColumns) + column_of_warp<C>() / kFactorColumns] = fixed.back[i];
-        out(numbers, x.D, tile, sums, fixed.to, units);
-      } else {
-        out(numbers, x.D, tile, sums, one, units);
-      }
+      for (int i = 0; i < 2; ++i)
+        if (const int row = own + g + 8 * i; lane % 4 == 0 && row < units)
+          to.factors[(row0 + row) * ceil_div(x.D, kFactorColumns) + column_of_warp<C>() / kFactorColumns] = fixed.back[i];
+      store_as(Fixed{}, fixed.to);
     };
-    out_routed(p.routed_dk, shared.k, dk), out_routed(p.routed_dv, shared.v, dv);
+    store(p.routed_dk, dk), store(p.routed_dv, dv);
     return;
   }
 #pragma unroll
@@ -263,17 +182,22 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
     if (row_of_warp<C>(warp) + g + 8 * i >= present)  // keys beyond a short sequence
 #pragma unroll
       for (int d = 0; d < C::kColumns / 8; ++d) dk[d][2 * i] = dk[d][2 * i + 1] = dv[d][2 * i] = dv[d][2 * i + 1] = 0.0f;
-  if (p.groups.key_ranges != nullptr) {
-    RoutedSums<C>& sums = *reinterpret_cast<RoutedSums<C>*>(memory);  // all tiles are free by now
-    __syncthreads();
-    sums.each_pair([&](int d, int i, float2& k, float2& v) { k = make_float2(dk[d][i], dk[d][i + 1]), v = make_float2(dv[d][i], dv[d][i + 1]); });
-    for (int i = 0; i < group; ++i) sums.add(p, b * x.H + h * group + i, u0);
-    sums.each_pair([&](int d, int i, float2& k, float2& v) { dk[d][i] = k.x, dk[d][i + 1] = k.y, dv[d][i] = v.x, dv[d][i + 1] = v.y; });
-  }
-  __syncthreads();
+  if (collects)
+    for (int i = 0; i < group; ++i) {
+      if (i > 0) list = RoutedList(p, b * x.H + h * group + i, u0), list.ask(p, lane);
+      const int key = u0 % kKeyBlock + row_of_warp<C>(warp);
+      if (L::kHalf && p.routed_dk.factors) list.template add<C, Fixed>(p, dk, dv, key, lane);
+      else list.template add<C, float>(p, dk, dv, key, lane);
+    }
+  if (steps == 0) __syncthreads();  // what other threads loaded is there
   const Span stored_keys = span(x.keys, opaque(b));
   const int stored = x.keys.starts ? stored_keys.length : units;
-  out(head_rows<T>(p.dk, b, h, stored_keys.start), p.dk.row, shared.k, dk, one, stored), out(head_rows<T>(p.dv, b, h, stored_keys.start), p.dv.row, shared.v, dv, one, stored);
+  // Through the block's own units.
+  const auto out = [&](const Rows& rows, const auto& tile, const auto& sums) {
+    store_rows<C>(tile.in(window).from_row(row_of_warp<C>(warp)), sums, one, x.D, lane, head_rows<T>(rows, b, h, stored_keys.start), rows.row,
+                  [=](int i) { return own + i < stored ? own + i : -1; });
+  };
+  out(p.dk, shared.k, dk), out(p.dv, shared.v, dv);
 }
 
 }  // namespace
@@ -287,9 +211,7 @@ cudaError_t launch_unit_gradient(const UnitGradientParams& p, cudaStream_t strea
     using C = decltype(config);
     using L = Layout<C>;
     const int warps = C::kGroups ? 4 : std::min(L::kWarps, ceil_div(units, 16) * C::kSharers);
-    const bool collects = compress && p.groups.key_ranges != nullptr;
-    const std::size_t tiles = offsetof(typename L::Shared, v) + rows_of_block<C>(32 * warps) * C::DP * sizeof(typename C::T);
-    const std::size_t bytes = collects ? std::max(tiles, sizeof(RoutedSums<C>)) : tiles;
+    const std::size_t bytes = offsetof(typename L::Shared, v) + rows_of_block<C>(32 * warps) * C::DP * sizeof(typename C::T);
     if (cudaError_t status = allow_shared_memory(unit_gradient_kernel<C>, bytes)) return status;
     const unsigned blocks = static_cast<unsigned>(x.B) * (compress ? x.Hkv : x.H) * parts_of(p) * ceil_div(units, rows_of_block<C>(32 * warps));
     unit_gradient_kernel<C><<<blocks, 32 * warps, bytes, stream>>>(p);

@@ -1,10 +1,12 @@
-// Gradients of shared units, or of the keys of experts (see unit_gradient.cu), for sm_90a, 16-bit elements of 65 to 128 columns and more than 64 units, by
-// specialists. A block stays on its multiprocessor and takes one item after the other: 128 units, and a part of the queries, or a segment of an expert's:
-//   one warp hands out the items, and lists their queries, 64 at a time, with what is said of each;
+// Gradients of units (see unit_gradient.cu) for sm_90a, 16-bit elements of 65 to 128 columns and more than 64 units, by specialists; of keys where they have
+// as many heads as the landmarks. A block stays on its multiprocessor and takes one item after the other: 128 units, and a part of the queries, a segment of
+// an expert's, or the landmarks:
+//   one warp hands out the items, has what queries left for keys near, and lists their rows, 64 at a time, with what is said of each;
 //   two warps bring the rows of such lists, one q, one dout, into a ring of sets;
 //   one warp brings the units of items into a ring of two stages;
 //   two warpgroups weigh and sum, each for half of the units, as blocks do elsewhere: each at its own pace, so that one multiplies while the other weighs.
 #include "launch.h"
+#include "routed.cuh"
 #include "specialists.cuh"
 
 namespace mita {
@@ -37,6 +39,7 @@ template <class T> struct Shared {
     float lse[kPassRows], delta[kPassRows];
   } lists[kSets];
   Item<T> items[kItems];
+  alignas(16) std::int32_t numbers[kKeyBlock];  // of units on their way
   std::uint64_t of_items[kItems][2], of_lists[kSets][2], of_sets[kSets][2], of_stages[kStages][2];
 };
 static_assert(sizeof(Shared<__half>) <= 227 * 1024);
@@ -62,17 +65,15 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) unit_specialis
 
   const Problem& x = p.problem;
   const auto routed = [&] { return p.role == UnitRole::routed; };
-  const auto units_of_head = [&] { return routed() ? x.K : x.M; };
-  const auto parts = [&] { return routed() ? max_tiles(x, p.groups.segment_rows) : p.splits; };
+  const auto compress = [&] { return p.role == UnitRole::compress; };
   const auto the_item = [&]() -> auto& { return shared.items[item().at()]; };
   const auto the_list = [&]() -> auto& { return shared.lists[set().at()]; };
 
   if (this_group() == kGroups) {
     keep_registers<56>();
-    // Starts copying rows into a tile; number(i) is that of row i, negative for zeros.
-    const auto bring = [&](const auto& tile, const T* row0, std::int64_t pitch, bool whole, auto number) {
-      constexpr int kRows = sizeof(tile.data) / sizeof(T) / kDP;
-      load_rows_by_warp<kRows, T, kDP>(number, whole, x.D, Copy<T, kDP>(tile.in(window), row0, pitch));
+    // Starts copying 64 rows into a tile; number(i) is that of row i, negative for zeros.
+    const auto bring = [&](const Tile<T, kDP>& tile, const T* row0, std::int64_t pitch, bool whole, auto number) {
+      load_rows_by_warp<64, T, kDP>(number, whole, x.D, Copy<T, kDP>(tile, row0, pitch));
     };
     if (this_warp() == 0) {
       // Experts have all sizes: their items are taken from a counter.
@@ -80,8 +81,8 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) unit_specialis
 #pragma unroll 1
       for (bool more = true; more; ++items) {
         item().wait_free();
-        const int blocks = ceil_div(units_of_head(), kUnits);
-        const unsigned all = static_cast<unsigned>(x.B * x.H) * parts() * blocks;
+        const int blocks = ceil_div(units_of(p), kUnits), parts = parts_of(p);
+        const unsigned all = static_cast<unsigned>(x.B * x.H) * parts * blocks;
         if (this_lane() == 0) the_item().tiles = -1;
 #pragma unroll 1
         for (bool found = false; more && !found;) {
@@ -90,16 +91,16 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) unit_specialis
           next += gridDim.x;
           more = number < all;
           if (!more) break;
-          const int part = number / blocks % parts(), bh = number / blocks / parts(), b = bh / x.H;
-          const Span queries = span(x.queries, b);
-          const int rows = ceil_div(ceil_div(queries.length, kPassRows), parts()) * kPassRows;
-          const Work work = routed() ? p.groups.segments[bh * parts() + part] : Work{0, part * rows, max(0, min(rows, queries.length - part * rows)), part};
+          const int unit0 = number % blocks * kUnits, part = number / blocks % parts, bh = number / blocks / parts, b = bh / x.H;
+          const Span keys = p.role == UnitRole::shared ? Span{0, x.M} : span(x.keys, b);
+          const Span queries = compress() ? Span{0, unit0 < keys.length ? p.landmark_rows : 0} : span(x.queries, b);
+          const int rows = ceil_div(ceil_div(queries.length, kPassRows), parts) * kPassRows;
+          const Work work = routed() ? p.groups.segments[bh * parts + part] : Work{0, part * rows, max(0, min(rows, queries.length - part * rows)), part};
           found = !routed() || work.entries > 0;
           if (found && this_lane() == 0) {
             const int h = bh % x.H, unit_head = routed() ? h / (x.H / x.Hkv) : h;
-            const Span keys = routed() ? span(x.keys, b) : Span{0, x.M};
-            const std::int64_t statistics = std::int64_t(bh) * x.queries.max_length;
-            the_item() = {work, bh, static_cast<int>(number % blocks * kUnits), ceil_div(work.entries, kPassRows), keys.length, head_rows<T>(p.row_q, b, h, queries.start),
+            const std::int64_t statistics = std::int64_t(bh) * (compress() ? x.M : x.queries.max_length);
+            the_item() = {work, bh, unit0, ceil_div(work.entries, kPassRows), keys.length, head_rows<T>(p.row_q, b, h, queries.start),
                           head_rows<T>(p.row_dout, b, h, queries.start), p.lse + statistics, p.delta + statistics,
                           {head_rows<T>(p.unit_k, b, unit_head, keys.start), head_rows<T>(p.unit_v, b, unit_head, keys.start)},
                           routed() ? p.groups.entries + statistics * x.s + work.first : nullptr, routed() ? p.indices + (std::int64_t(bh) * x.M + work.expert) * x.K : nullptr};
@@ -107,6 +108,16 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) unit_specialis
         }
         __syncwarp();
         item().there().arrive();
+        if (compress() && p.groups.key_ranges && more) {
+          RoutedList lists[kUnits / kKeyBlock];
+#pragma unroll
+          for (int i = 0; i < kUnits / kKeyBlock; ++i)
+            if (const int key0 = the_item().unit0 + i * kKeyBlock; key0 < the_item().present) lists[i] = RoutedList(p, the_item().bh, key0);
+#pragma unroll
+          for (int i = 0; i < kUnits / kKeyBlock; ++i) lists[i].ask(p, this_lane());
+#pragma unroll
+          for (int i = 0; i < kUnits / kKeyBlock; ++i) lists[i].prefetch(p, this_lane());
+        }
 #pragma unroll 1
         for (int row0 = 0, tile = 0; tile < the_item().tiles; row0 += kPassRows, ++tile, ++sets) {
           const auto& its = the_item();
@@ -141,7 +152,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) unit_specialis
         if (query(0) == kEnd) break;
         const auto& to = shared.sets[set().at()];
         const bool q = this_warp() == 1;
-        bring(q ? to.q : to.dout, q ? the_list().q : the_list().dout, (q ? p.row_q : p.row_dout).row, query(kPassRows - 1) >= 0, query);
+        bring((q ? to.q : to.dout).in(window), q ? the_list().q : the_list().dout, (q ? p.row_q : p.row_dout).row, query(kPassRows - 1) >= 0, query);
         set().there().arrive_loaded();
       }
     } else {
@@ -150,22 +161,28 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) unit_specialis
         item().wait_there();
         const auto& its = the_item();
         if (its.tiles < 0) break;
-        int number[kUnits / 32], valid = 0;
-#pragma unroll
-        for (int i = 0; i < kUnits / 32; ++i) {
-          number[i] = its.unit0 + 32 * i + this_lane();
-          if (its.indices) number[i] = number[i] < x.K ? its.indices[number[i]] : -1;
-        }
-#pragma unroll
-        for (int i = 0; i < kUnits / 32; ++i) {
-          const bool present = static_cast<unsigned>(number[i]) < static_cast<unsigned>(its.present);
-          if (!present) number[i] = -1;
-          valid += __popc(__ballot_sync(kAllLanes, present));
-        }
         stage().wait_free();
         const auto& to = shared.stages[stage().at()];
-        const auto number_of = [&](int row) { return __shfl_sync(kAllLanes, row < 64 ? row < 32 ? number[0] : number[1] : row < 96 ? number[2] : number[3], row); };
-        bring(to.k, its.units[0], p.unit_k.row, valid == kUnits, number_of), bring(to.v, its.units[1], p.unit_v.row, valid == kUnits, number_of);
+#pragma unroll 1
+        for (int first = 0; first < kUnits; first += kKeyBlock) {
+          int number[kKeyBlock / 32], valid = 0;
+#pragma unroll
+          for (int i = 0; i < kKeyBlock / 32; ++i) {
+            number[i] = its.unit0 + first + 32 * i + this_lane();
+            if (its.indices) number[i] = number[i] < x.K ? its.indices[number[i]] : -1;
+          }
+#pragma unroll
+          for (int i = 0; i < kKeyBlock / 32; ++i) {
+            const bool present = static_cast<unsigned>(number[i]) < static_cast<unsigned>(its.present);
+            shared.numbers[32 * i + this_lane()] = present ? number[i] : -1;
+            valid += __popc(__ballot_sync(kAllLanes, present));
+          }
+          __syncwarp();
+#pragma unroll 1
+          for (int tensor = 0; tensor < 2; ++tensor)  // one after the other: what they share is fetched once
+            bring((tensor ? to.v : to.k).in(window).from_row(first), its.units[tensor], (tensor ? p.unit_v : p.unit_k).row, valid == kKeyBlock, RowList{window.of(shared.numbers)});
+          __syncwarp();
+        }
         stage().there().arrive_loaded();
         item().done().arrive();
       }
@@ -230,19 +247,42 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) unit_specialis
 #pragma unroll
         for (int i = 0; i < 4; ++i) dk[d][i] *= p.scale * power_of_2(-kGradientShift<T>), dv[d][i] *= power_of_2(-kProbabilityShift<T>);
 
-      const int own = the_item().unit0 + 64 * this_group() + 16 * this_warp(), count = units_of_head();
-      const std::int64_t row0 = (std::int64_t(the_item().bh) * parts() + the_item().work.place) * count;  // of partial and routed sums
+      const int own = the_item().unit0 + 64 * this_group() + 16 * this_warp(), count = units_of(p);
+      if (compress()) {
+        const int bh = the_item().bh, present = the_item().present, b = bh / x.H, h = bh % x.H;
+        item().done().arrive();
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          if (own + this_lane() / 4 + 8 * i >= present)  // beyond a short sequence
+#pragma unroll
+            for (int d = 0; d < kDP / 8; ++d) dk[d][2 * i] = dk[d][2 * i + 1] = dv[d][2 * i] = dv[d][2 * i + 1] = 0.0f;
+        if (p.groups.key_ranges && own < present) {
+          RoutedList list(p, bh, own);
+          list.ask(p, this_lane());
+          list.add<C, Fixed>(p, dk, dv, own % kKeyBlock, this_lane());
+        }
+        const Span keys = span(x.keys, b);
+        const int stored = x.keys.starts ? keys.length : count;
+        const auto store = [&](const Rows& rows, const auto& tile, const auto& sums) {
+          const auto its = own_units(tile).from_row(16 * this_warp());
+          store_rows_by_warp(its, its.chunk(this_lane() & 15, this_lane() >> 4), sums, kOne, x.D, this_lane(), head_rows<T>(rows, b, h, keys.start), rows.row,
+                             [=](int i) { return own + i < stored ? own + i : -1; });
+        };
+        store(p.dk, shared.stages[stage().at()].k, dk), store(p.dv, shared.stages[stage().at()].v, dv);
+        stage().done().arrive();
+        continue;
+      }
+      const std::int64_t row0 = (std::int64_t(the_item().bh) * parts_of(p) + the_item().work.place) * count;  // of partial and routed sums
       item().done().arrive();
       if (routed()) {
-        const auto store = [&](const RoutedRows& to, const auto& tile, const auto& sums) {
+        const auto store = [&](const RoutedRows& to, const auto& sums) {
           const FixedRows fixed(sums);
 #pragma unroll
           for (int i = 0; i < 2; ++i)
             if (const int row = own + this_lane() / 4 + 8 * i; this_lane() % 4 == 0 && row < count) to.factors[row0 + row] = fixed.back[i];
-          store_rows<Config<Fixed, kDP>>(Tile<Fixed, kDP>{own_units(tile).from_row(16 * this_warp()).address}, sums, fixed.to, x.D, this_lane(), static_cast<Fixed*>(to.numbers) + row0 * x.D, x.D,
-                                         [=](int i) { return own + i < count ? own + i : -1; });
+          store_routed_rows<C>(sums, fixed.to, x.D, this_lane(), static_cast<Fixed*>(to.numbers) + row0 * routed_pitch(x.D), [=](int i) { return own + i < count ? own + i : -1; });
         };
-        store(p.routed_dk, shared.stages[stage().at()].k, dk), store(p.routed_dv, shared.stages[stage().at()].v, dv);
+        store(p.routed_dk, dk), store(p.routed_dv, dv);
       } else {
         const auto row_in = [&](float* partial) { return [=](int i) { return own + i < count ? partial + (row0 + own + i) * x.D : nullptr; }; };
         store_partial_rows<C>(dk, kOne, x.D, this_lane(), row_in(p.partial_dk));
@@ -260,7 +300,8 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) unit_specialis
 
 bool fits_unit_specialists(const UnitGradientParams& p) {
   const Problem& x = p.problem;
-  return p.role != UnitRole::compress && has_warpgroups(x.dtype, x.D) && x.D > kDP / 2 && units_of(p) > kUnits / 2;
+  const bool sums = p.role == UnitRole::routed || (p.role == UnitRole::compress && p.groups.key_ranges);
+  return has_warpgroups(x.dtype, x.D) && x.D > kDP / 2 && units_of(p) > kUnits / 2 && (p.role != UnitRole::compress || x.H == x.Hkv) && (!sums || p.routed_dk.factors);
 }
 
 cudaError_t launch_unit_specialists(const UnitGradientParams& p, cudaStream_t stream) {

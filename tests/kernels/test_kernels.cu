@@ -430,8 +430,8 @@ struct RoutedSums {
   struct Sums {
     Buffer<unsigned char> numbers;
     Buffer<float> factors;
-    Sums(std::size_t rows, int D, Dtype dtype) : numbers(rows * D * bytes_of(dtype)), factors(dtype == Dtype::fp32 ? 0 : rows * parts_of(D, kFactorColumns)) {}
-    RoutedRows view() const { return {numbers.data, factors.data}; }
+    Sums(std::size_t rows, int D, Dtype dtype) : numbers(rows * routed_pitch(D) * bytes_of(dtype)), factors(dtype == Dtype::fp32 ? 0 : rows * parts_of(D, kFactorColumns)) {}
+    RoutedRows view() const { return {numbers.data, factors.count ? factors.data : nullptr}; }
   } dk, dv;
   RoutedSums(int BH, const Grouping& grouping, int K, int D, Dtype dtype) : RoutedSums(std::size_t(BH) * grouping.most_segments * K, D, dtype) {}
 
@@ -840,22 +840,26 @@ void run(const Case& c) {
     expect_close("dlandmarks", dlandmarks.get().x, want_dz.x, gradient_tolerance);
     expect_close("delta of the landmarks, exact", widen(landmark_delta.get()), want_landmark_delta.x, statistics_tolerance);
   }
-  const RoutedSums routed_sums(BH, backward_grouping, K, D, dtype);
-  const Output dk(dtype, B, Hkv, L, D, &keys), dv(dtype, B, Hkv, L, D, &keys);
   UnitGradientParams units{};
   units.problem = problem, units.scale = scale, units.unit_k = k.rows, units.unit_v = v.rows;
   units.indices = s ? indices.data : nullptr, units.groups = with_keys;
-  units.routed_dk = routed_sums.dk.view(), units.routed_dv = routed_sums.dv.view();
-  if (s) {
-    UnitGradientParams p = units;
-    p.role = UnitRole::routed, p.row_q = q.rows, p.row_dout = dout.rows, p.lse = lse.data, p.delta = delta.data, p.normalizer = only_fp32(normalizer);
-    RUN(launch_unit_gradient(p, 0));
-  }
-  units.role = UnitRole::compress, units.landmark_rows = c.shared ? M : 0, units.row_q = z_rows, units.row_dout = dcompressed.view();
-  units.lse = landmark_lse.data, units.delta = landmark_delta.data, units.normalizer = only_fp32(landmark_normalizer), units.dk = dk.view(), units.dv = dv.view();
-  RUN(launch_unit_gradient(units, 0));
-  expect_close("dk", valid(dk.get(), keys), want.routed_k.x, gradient_tolerance);
-  expect_close("dv", valid(dv.get(), keys), want.routed_v.x, gradient_tolerance);
+  const auto key_gradients = [&](const RoutedSums& routed_sums, const std::string& name) {
+    const Output dk(dtype, B, Hkv, L, D, &keys), dv(dtype, B, Hkv, L, D, &keys);
+    units.routed_dk = routed_sums.dk.view(), units.routed_dv = routed_sums.dv.view();
+    if (s) {
+      UnitGradientParams p = units;
+      p.role = UnitRole::routed, p.row_q = q.rows, p.row_dout = dout.rows, p.lse = lse.data, p.delta = delta.data, p.normalizer = only_fp32(normalizer);
+      RUN(launch_unit_gradient(p, 0));
+    }
+    units.role = UnitRole::compress, units.landmark_rows = c.shared ? M : 0, units.row_q = z_rows, units.row_dout = dcompressed.view();
+    units.lse = landmark_lse.data, units.delta = landmark_delta.data, units.normalizer = only_fp32(landmark_normalizer), units.dk = dk.view(), units.dv = dv.view();
+    RUN(launch_unit_gradient(units, 0));
+    expect_close("dk" + name, valid(dk.get(), keys), want.routed_k.x, gradient_tolerance);
+    expect_close("dv" + name, valid(dv.get(), keys), want.routed_v.x, gradient_tolerance);
+  };
+  if (s && dtype != Dtype::fp32) key_gradients(RoutedSums(BH, backward_grouping, K, D, Dtype::fp32), ", sums in fp32");
+  const RoutedSums routed_sums(BH, backward_grouping, K, D, dtype);
+  key_gradients(routed_sums, "");
 
   // both gradients of that softmax in one pass over the keys
   if (c.shared && fits_key_specialists(problem)) {

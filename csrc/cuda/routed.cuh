@@ -1,0 +1,152 @@
+// Routed sums, what queries leave for the keys of their experts (RoutedRows): how they are rounded, stored, and added to the gradients of keys.
+#pragma once
+#include "device.cuh"
+
+namespace mita {
+
+// A number of 16 bits, to be multiplied by a factor of its row: as good as fp32 for sums that are rounded to 16 bits in the end. Stored as an
+// unsigned n + 2^15, which are the last bits of the float n + kFixed.
+struct Fixed {
+  std::uint16_t bits;
+};
+constexpr float kFixed = 8388608.0f + 32768.0f;
+template <> __device__ inline std::uint32_t pack<Fixed>(float lo, float hi) { return __byte_perm(__float_as_uint(lo + kFixed), __float_as_uint(hi + kFixed), 0x5410); }
+template <> __device__ inline float2 unpack<Fixed>(std::uint32_t two) {
+  return make_float2(__uint_as_float(__byte_perm(two, 0x4b00, 0x5410)) - kFixed, __uint_as_float(__byte_perm(two, 0x4b00, 0x5432)) - kFixed);
+}
+
+// What the rows of accumulators are multiplied by to be rounded to Fixed, and after that. A row with a number that is not finite becomes all NaN.
+struct FixedRows {
+  float to[2], back[2];  // of a lane's upper and lower row
+  template <int DT> __device__ explicit FixedRows(const float (&acc)[DT][4]) {
+    const auto highest = [](float x, float y) {
+      asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(y));
+      return x;
+    };
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float m = 0.0f;
+#pragma unroll
+      for (int d = 0; d < DT; ++d) m = highest(m, highest(fabsf(acc[d][2 * h]), fabsf(acc[d][2 * h + 1])));
+#pragma unroll
+      for (int lanes = 1; lanes < 4; lanes *= 2) m = highest(m, __shfl_xor_sync(kAllLanes, m, lanes));
+      to[h] = fminf(__fdividef(32767.0f, m), power_of_2(100));
+      back[h] = __fdividef(1.0f, to[h]) + (m - m);
+    }
+  }
+};
+
+// Rows of routed sums lie as the accumulators of a warp hold them: of every 32 columns lane t of four has eight numbers, one after the other, those of columns
+// 8d + 2t and 8d + 2t + 1 for d from 0 to 3. Row i goes to row index(i) behind `base`, nowhere if that is negative.
+template <class C, class E, class Index>
+__device__ inline void store_routed_rows(const float (&acc)[C::kColumns / 8][4], const float (&factor)[2], int D, int lane, E* base, Index index) {
+  const int first = column_of_warp<C>();
+  base += first + 8 * (lane & 3);
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+    if (const int row = index((lane >> 2) + 8 * h); row >= 0)
+#pragma unroll
+      for (int j = 0; j < C::kColumns / 32; ++j)
+        if (first + 32 * j < D) {
+          const auto number = [&](int n) { return acc[4 * j + n / 2][2 * h + n % 2] * factor[h]; };
+          if constexpr (sizeof(E) == 2) {
+            std::uint32_t two[4];
+#pragma unroll
+            for (int d = 0; d < 4; ++d) two[d] = pack<E>(number(2 * d), number(2 * d + 1));
+            store_vector(base + 32 * j, routed_pitch(D) * sizeof(E), row, reinterpret_cast<const float4&>(two));
+          } else {
+#pragma unroll
+            for (int n = 0; n < 8; n += 4) store_vector(base + 32 * j + n, routed_pitch(D) * sizeof(E), row, make_float4(number(n), number(n + 1), number(n + 2), number(n + 3)));
+          }
+        }
+}
+
+// What queries of one head left for the keys of a block: the list of that, 32 entries at a time, one for each lane.
+struct RoutedList {
+  std::int64_t row0;  // of the head
+  KeyRange range;
+  KeyEntry mine;
+
+  __device__ RoutedList() : row0(0), range{0, 0} {}
+  __device__ RoutedList(const UnitGradientParams& p, int bh, int key0)
+      : row0(std::int64_t(bh) * max_tiles(p.problem, p.groups.segment_rows) * p.problem.K),
+        range(p.groups.key_ranges[std::int64_t(bh) * ceil_div(p.problem.keys.max_length, kKeyBlock) + key0 / kKeyBlock]) {}
+  __device__ bool has(int lane) const { return range.first + lane < range.last; }
+  __device__ void ask(const UnitGradientParams& p, int lane) { mine = has(lane) ? p.groups.key_entries[row0 + range.first + lane] : KeyEntry{0, kKeyBlock}; }
+  __device__ int entries_before(int key) const {  // of the 32
+    int count = 0;
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2)
+      if (__shfl_sync(kAllLanes, mine.key, count + step - 1) < key) count += step;
+    return count + (__shfl_sync(kAllLanes, mine.key, count) < key);
+  }
+
+  // Has the rows of this lane's entry in the L2 soon.
+  __device__ void prefetch(const UnitGradientParams& p, int lane) const {
+    const int bytes = routed_pitch(p.problem.D) * sizeof(Fixed);
+    for (int i = 0; has(lane) && i < bytes; i += 128)
+      for (const RoutedRows* rows : {&p.routed_dk, &p.routed_dv}) asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(rows->numbers) + (row0 + mine.row) * bytes + i));
+  }
+
+  // Adds them to the gradients of a warp's 16 keys, of which `key` is the first, in the order of the list.
+  template <class C, class E> __device__ void add(const UnitGradientParams& p, float (&dk)[C::kColumns / 8][4], float (&dv)[C::kColumns / 8][4], int key, int lane) {
+    constexpr int kVectors = C::kColumns / 32, kOfNumbers = sizeof(E) / 2;  // of eight numbers
+    struct Row {
+      float4 vectors[kVectors][kOfNumbers];
+    };
+    const int D = p.problem.D, column = column_of_warp<C>();
+    const auto load = [&](const RoutedRows& from, int row) {
+      const E* const numbers = static_cast<const E*>(from.numbers) + (row0 + row) * routed_pitch(D) + column + 8 * (lane & 3);
+      Row result;
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j)
+#pragma unroll
+        for (int i = 0; i < kOfNumbers; ++i) result.vectors[j][i] = column + 32 * j < D ? *reinterpret_cast<const float4*>(numbers + 32 * j + 4 * i) : float4{};
+      return result;
+    };
+    const auto factor = [&](const RoutedRows& from) { return sizeof(E) == 2 && has(lane) ? from.factors[(row0 + mine.row) * ceil_div(D, kFactorColumns) + column / kFactorColumns] : 1.0f; };
+    for (; range.first < range.last; range.first += 32, ask(p, lane)) {
+      const float factors[2] = {factor(p.routed_dk), factor(p.routed_dv)};
+      constexpr int kAtOnce = sizeof(E) == 2 ? 2 : 1;  // keys of a lane, as registers allow
+#pragma unroll
+      for (int h0 = 0; h0 < 2; h0 += kAtOnce) {
+        int first[kAtOnce], count[kAtOnce], most = 0;
+#pragma unroll
+        for (int h = 0; h < kAtOnce; ++h) {
+          const int own = key + lane / 4 + 8 * (h0 + h);
+          first[h] = entries_before(own), count[h] = entries_before(own + 1) - first[h], most = max(most, count[h]);
+        }
+        most = __reduce_max_sync(kAllLanes, most);
+#pragma unroll 1
+        for (int e = 0; e < most; ++e) {
+          Row k[kAtOnce], v[kAtOnce];
+#pragma unroll
+          for (int h = 0; h < kAtOnce; ++h) {
+            const int row = __shfl_sync(kAllLanes, mine.row, first[h] + e);
+            k[h] = v[h] = Row{};
+            if (e < count[h]) k[h] = load(p.routed_dk, row), v[h] = load(p.routed_dv, row);
+          }
+#pragma unroll
+          for (int h = 0; h < kAtOnce; ++h) {
+            const auto add = [&](float (&sum)[C::kColumns / 8][4], const Row& more, float its) {
+              its = __shfl_sync(kAllLanes, its, first[h] + e);
+              const float factor = e < count[h] ? its : 0.0f;
+#pragma unroll
+              for (int n = 0; n < 8 * kVectors; n += 2) {
+                const float* const vector = reinterpret_cast<const float*>(more.vectors[n / 8]);
+                float2 two;
+                if constexpr (sizeof(E) == 2) two = unpack<E>(__float_as_uint(vector[n % 8 / 2]));
+                else two = make_float2(vector[n % 8], vector[n % 8 + 1]);
+                float* const to = &sum[n / 2][2 * (h0 + h)];
+                to[0] = fmaf(two.x, factor, to[0]), to[1] = fmaf(two.y, factor, to[1]);
+              }
+            };
+            add(dk, k[h], factors[0]), add(dv, v[h], factors[1]);
+          }
+        }
+      }
+    }
+  }
+};
+
+}  // namespace mita
