@@ -49,9 +49,22 @@ template <class T> __device__ inline Vector<T> mean_of(const float (&sum)[kChunk
 template <class T, class Load> __device__ inline void sum_share(float (&sum)[kChunk<T>], const PooledTokens& tokens, int lanes, int share, int shares, Load load) {
 #pragma unroll
   for (int e = 0; e < kChunk<T>; ++e) sum[e] = 0.0f;
-#pragma unroll 4
-  for (int i = share * (32 / lanes) + threadIdx.x % 32 / lanes; i < tokens.area; i += 32 / lanes * shares)
-    add(sum, load(tokens.at(i, tokens.area == tokens.width ? 0 : i / tokens.width)));
+  constexpr int kFew = 8;  // loads under way; the window's line is counted on, not divided for: registers
+  const int first = share * (32 / lanes) + threadIdx.x % 32 / lanes, step = 32 / lanes * shares, width = max(tokens.width, 1);
+  const int columns = step % width, tokens_on = tokens.at(step, step / width) - tokens.first, to_next_line = tokens.pitch - tokens.width;
+  int column = first % width, token = tokens.at(first, first / width);
+#pragma unroll 1
+  for (int i = first; i < tokens.area;) {
+    Vector<T> few[kFew] = {};
+#pragma unroll
+    for (int j = 0; j < kFew; ++j) {
+      if (i < tokens.area) few[j] = load(token);
+      i += step, column += columns, token += tokens_on;
+      if (column >= width) column -= width, token += to_next_line;
+    }
+#pragma unroll
+    for (int j = 0; j < kFew; ++j) add(sum, few[j]);
+  }
   for (int d = lanes; d < 32; d *= 2)
 #pragma unroll
     for (int e = 0; e < kChunk<T>; ++e) sum[e] += __shfl_xor_sync(kAllLanes, sum[e], d);
