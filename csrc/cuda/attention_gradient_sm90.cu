@@ -414,9 +414,7 @@ cudaError_t launch_specialist_gradient(const AttentionGradientParams& p, cudaStr
   return dispatch_dtype(x.dtype, [&](auto element) {
     using T = decltype(element);
     if constexpr (sizeof(T) == 2) {
-      if (cudaError_t status = allow_shared_memory(gradient_specialists_kernel<T>, sizeof(Shared<T>))) return status;
-      gradient_specialists_kernel<T><<<static_cast<unsigned>(x.B) * x.H * p.splits, kThreads, sizeof(Shared<T>), stream>>>(p);
-      return cudaGetLastError();
+      return launch(gradient_specialists_kernel<T>, static_cast<unsigned>(x.B) * x.H * p.splits, kThreads, sizeof(Shared<T>), stream, p);
     } else {
       return cudaErrorInvalidValue;
     }

@@ -882,13 +882,16 @@ __device__ inline void store_partial_rows(const float (&acc)[C::kColumns / 8][4]
         if (first + 8 * d < D) *reinterpret_cast<float2*>(target + first + 8 * d + 2 * t) = make_float2(acc[d][2 * h] * factor[h], acc[d][2 * h + 1] * factor[h]);
 }
 
-// ---- shared memory of a launch -------------------------------------------------------------------------------------
+// ---- launches ------------------------------------------------------------------------------------------------------
 
-// Allows a kernel more dynamic shared memory than it may have anyway, as far as the device has it: 48 KB with its static one, for which 16 KB
-// are more than enough.
-template <class Kernel> inline cudaError_t allow_shared_memory(Kernel kernel, std::size_t bytes) {
-  if (bytes <= 32 * 1024) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+// Starts a kernel with so much dynamic shared memory, as far as the device has it. 48 KB with its static one a kernel may have anyway; 16 KB are more than
+// enough for that.
+template <class... Params, class... Args>
+inline cudaError_t launch(void (*kernel)(Params...), dim3 blocks, unsigned threads, std::size_t bytes, cudaStream_t stream, const Args&... args) {
+  if (bytes > 32 * 1024)
+    if (cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes))) return status;
+  kernel<<<blocks, threads, bytes, stream>>>(args...);
+  return cudaGetLastError();
 }
 
 }  // namespace mita

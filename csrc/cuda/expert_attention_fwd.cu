@@ -427,9 +427,7 @@ template <class T, int KT> cudaError_t launch_small(const AttentionParams& p, cu
   // The start of a block takes as long as a tile.
   const int parts = least_busy_parts(heads, tiles, kSmallWarps, kSmallBlocks<KT> * kMultiprocessors, 2);
   const std::size_t bytes = 1024 * KT * (2 * (p.units.shared ? ceil_div(x.M, 8 * KT) : 0) + kSmallWarps);
-  if (cudaError_t status = allow_shared_memory(small_kernel<T, KT>, bytes)) return status;
-  small_kernel<T, KT><<<static_cast<unsigned>(heads) * parts, 32 * kSmallWarps, bytes, stream>>>(p, parts);
-  return cudaGetLastError();
+  return launch(small_kernel<T, KT>, static_cast<unsigned>(heads) * parts, 32 * kSmallWarps, bytes, stream, p, parts);
 }
 
 constexpr int kMergeWarps = 4;
@@ -475,10 +473,8 @@ cudaError_t launch_expert_attention(const AttentionParams& p, cudaStream_t strea
   const auto blocks = [&](auto config) {
     using C = decltype(config);
     const Memory<C> layout(p);
-    if (cudaError_t status = allow_shared_memory(attention_kernel<C>, layout.bytes)) return status;
     const int threads = std::min(Layout<C>::kThreads, 2 * p.groups.tile_rows * C::kSharers);
-    attention_kernel<C><<<static_cast<unsigned>(x.B) * x.H * max_tiles(x, p.groups.tile_rows), threads, layout.bytes, stream>>>(p, layout);
-    return cudaGetLastError();
+    return launch(attention_kernel<C>, static_cast<unsigned>(x.B) * x.H * max_tiles(x, p.groups.tile_rows), threads, layout.bytes, stream, p, layout);
   };
   const cudaError_t status = small_experts(x)                 ? dispatch_dtype(x.dtype, small)
                              : has_warpgroups(x.dtype, x.D) ? launch_specialist_attention(p, stream)
@@ -486,8 +482,7 @@ cudaError_t launch_expert_attention(const AttentionParams& p, cudaStream_t strea
   if (status != cudaSuccess || x.s <= 1) return status;
   return dispatch(x.dtype, x.D, [&](auto config) {
     const std::int64_t rows = std::int64_t(x.B) * x.H * x.queries.max_length;
-    merge_kernel<decltype(config)><<<static_cast<unsigned>((rows + kMergeWarps - 1) / kMergeWarps), 32 * kMergeWarps, 0, stream>>>(p);
-    return cudaGetLastError();
+    return launch(merge_kernel<decltype(config)>, static_cast<unsigned>((rows + kMergeWarps - 1) / kMergeWarps), 32 * kMergeWarps, 0, stream, p);
   });
 }
 

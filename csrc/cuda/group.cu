@@ -216,17 +216,11 @@ cudaError_t launch_group(const GroupParams& p, cudaStream_t stream) {
   const unsigned heads = static_cast<unsigned>(x.B) * x.H;
   const std::size_t bytes = kWarps * x.M * sizeof(int);
   if (p.chunks == 1) {
-    group_kernel<<<heads, kThreads, bytes, stream>>>(p);
-    return cudaGetLastError();
+    return launch(group_kernel, heads, kThreads, bytes, stream, p);
   }
-  count_kernel<<<heads * p.chunks, kThreads, 0, stream>>>(p);
-  if (cudaError_t status = cudaGetLastError()) return status;
-  scan_kernel<<<heads, kScanThreads, 0, stream>>>(p);
-  if (cudaError_t status = cudaGetLastError()) return status;
-  const std::size_t sorting = bytes + kGroupChunk * sizeof(int);
-  if (cudaError_t status = allow_shared_memory(scatter_kernel, sorting)) return status;
-  scatter_kernel<<<heads * p.chunks, kThreads, sorting, stream>>>(p);
-  return cudaGetLastError();
+  if (cudaError_t status = launch(count_kernel, heads * p.chunks, kThreads, 0, stream, p)) return status;
+  if (cudaError_t status = launch(scan_kernel, heads, kScanThreads, 0, stream, p)) return status;
+  return launch(scatter_kernel, heads * p.chunks, kThreads, bytes + kGroupChunk * sizeof(int), stream, p);
 }
 
 }  // namespace mita

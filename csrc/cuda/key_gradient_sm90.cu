@@ -343,9 +343,7 @@ cudaError_t launch_key_specialists(const KeyGradientParams& p, cudaStream_t stre
   return dispatch_dtype(x.dtype, [&](auto element) {
     using T = decltype(element);
     if constexpr (sizeof(T) == 2) {
-      if (cudaError_t status = allow_shared_memory(key_specialists_kernel<T>, sizeof(Shared<T>))) return status;
-      key_specialists_kernel<T><<<static_cast<unsigned>(x.B) * x.H * p.keys.splits, kThreads, sizeof(Shared<T>), stream>>>(p);
-      return cudaGetLastError();
+      return launch(key_specialists_kernel<T>, static_cast<unsigned>(x.B) * x.H * p.keys.splits, kThreads, sizeof(Shared<T>), stream, p);
     } else {
       return cudaErrorInvalidValue;
     }

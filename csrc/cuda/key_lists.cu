@@ -138,10 +138,8 @@ cudaError_t launch_key_lists(const KeyListParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
   const std::int64_t heads = std::int64_t(x.B) * x.H, items = heads * ceil_div(x.keys.max_length, p.keys);
   const int experts = std::max(1, kStartThreads / (x.K + 1));
-  key_starts_kernel<<<static_cast<unsigned>((heads * x.M + experts - 1) / experts), kStartThreads, 0, stream>>>(p);
-  if (cudaError_t status = cudaGetLastError()) return status;
-  key_lists_kernel<<<static_cast<unsigned>((items + kWarps - 1) / kWarps), 32 * kWarps, kWarps * p.keys * sizeof(std::int32_t), stream>>>(p);
-  return cudaGetLastError();
+  if (cudaError_t status = launch(key_starts_kernel, static_cast<unsigned>((heads * x.M + experts - 1) / experts), kStartThreads, 0, stream, p)) return status;
+  return launch(key_lists_kernel, static_cast<unsigned>((items + kWarps - 1) / kWarps), 32 * kWarps, kWarps * p.keys * sizeof(std::int32_t), stream, p);
 }
 
 }  // namespace mita

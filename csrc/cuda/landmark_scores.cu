@@ -354,9 +354,7 @@ cudaError_t launch_landmark_scores(const LandmarkParams& p, cudaStream_t stream)
       using L = Layout<C>;
       const int warps = std::min(L::kWarps, C::kGroups ? ceil_div(x.M, 64) * 4 : ceil_div(x.M, 16) * C::kSharers), groups = ceil_div(x.M, rows_of_block<C>(32 * warps));
       const std::size_t bytes = sizeof(typename L::Shared) - rows_of_block<C>(32 * (L::kWarps - warps)) * C::DP * sizeof(T);
-      if (cudaError_t status = allow_shared_memory(score_compress_kernel<C>, sizeof(typename L::Shared))) return status;
-      score_compress_kernel<C><<<static_cast<unsigned>(x.B) * x.H * p.splits * groups, 32 * warps, bytes, stream>>>(p);
-      return cudaGetLastError();
+      return launch(score_compress_kernel<C>, static_cast<unsigned>(x.B) * x.H * p.splits * groups, 32 * warps, bytes, stream, p);
     };
     if constexpr (C::kGroups) {
       using L = Specialists<C>;
@@ -373,8 +371,7 @@ cudaError_t launch_landmark_combine(const LandmarkParams& p, cudaStream_t stream
   return dispatch(x.dtype, x.D, [&](auto config) {
     using C = decltype(config);
     const std::int64_t rows = std::int64_t(x.B) * x.H * x.M;
-    combine_kernel<typename C::T, C::DP><<<static_cast<unsigned>((rows + kCombineWarps - 1) / kCombineWarps), 32 * kCombineWarps, 0, stream>>>(p);
-    return cudaGetLastError();
+    return launch(combine_kernel<typename C::T, C::DP>, static_cast<unsigned>((rows + kCombineWarps - 1) / kCombineWarps), 32 * kCombineWarps, 0, stream, p);
   });
 }
 

@@ -436,16 +436,14 @@ cudaError_t launch_landmark_topk(const LandmarkParams& p, cudaStream_t stream) {
   const int row_scores = ceil_div(x.keys.max_length, p.group);
   const auto rows_of = [&](auto lanes) {
     return [&, lanes](auto most) {
-      topk_rows_kernel<lanes, most><<<static_cast<unsigned>((std::int64_t(rows) * lanes + kThreads - 1) / kThreads), kThreads, 0, stream>>>(p);
-      return cudaGetLastError();
+      return launch(topk_rows_kernel<lanes, most>, static_cast<unsigned>((std::int64_t(rows) * lanes + kThreads - 1) / kThreads), kThreads, 0, stream, p);
     };
   };
   if (p.group == 1 && row_scores <= kShortKeys) return dispatch_size<128, kShortKeys>(row_scores, rows_of(std::integral_constant<int, 8>{}));
   if (p.group == 1 && row_scores <= kWarpScores) return dispatch_size<512, 768, 1152, 1664, kWarpScores>(row_scores, rows_of(std::integral_constant<int, 32>{}));
   const auto groups_of = [&](auto warps) {
     return dispatch(x.dtype, x.D, [&](auto config) {
-      topk_groups_kernel<decltype(config), warps><<<ceil_div(rows * warps, kThreads / 32), kThreads, 0, stream>>>(p);
-      return cudaGetLastError();
+      return launch(topk_groups_kernel<decltype(config), warps>, ceil_div(rows * warps, kThreads / 32), kThreads, 0, stream, p);
     });
   };
   constexpr std::integral_constant<int, 1> one_warp;
@@ -456,9 +454,7 @@ cudaError_t launch_landmark_topk(const LandmarkParams& p, cudaStream_t stream) {
   const std::size_t bytes = LongLayout(plan, x.K, p.group).bytes;
   return dispatch(x.dtype, x.D, [&](auto config) {
     using C = decltype(config);
-    if (cudaError_t status = allow_shared_memory(topk_long_kernel<C>, bytes)) return status;
-    topk_long_kernel<C><<<rows, kThreads, bytes, stream>>>(p, plan);
-    return cudaGetLastError();
+    return launch(topk_long_kernel<C>, rows, kThreads, bytes, stream, p, plan);
   });
 }
 

@@ -97,8 +97,7 @@ cudaError_t launch_pool(const PoolParams& p, cudaStream_t stream) {
     const std::int64_t landmarks = std::int64_t(x.B) * x.H * x.M;
     const int shares = pool_shares<T>(x, p.windows);
     const dim3 blocks(static_cast<unsigned>((landmarks * shares + kPoolShares - 1) / kPoolShares), ceil_div(x.D, 32 * kChunk<T>));
-    pool_kernel<T><<<blocks, 32 * kPoolShares, 0, stream>>>(p, shares);
-    return cudaGetLastError();
+    return launch(pool_kernel<T>, blocks, 32 * kPoolShares, 0, stream, p, shares);
   });
 }
 
@@ -109,9 +108,8 @@ cudaError_t launch_pool_backward(const PoolBackwardParams& p, cudaStream_t strea
     // Products of 32 bits, where they suffice, are divided in half the instructions; one-dimensional windows may follow the length.
     const Windows& w = p.windows;
     const bool narrow = std::max(std::int64_t(w.gh + 1) * (w.mh + 1), std::int64_t(std::max(w.gw, x.queries.max_length) + 1) * (w.mw + 1)) < INT32_MAX;
-    if (narrow) pool_backward_kernel<decltype(config), int><<<blocks, kThreads, 0, stream>>>(p);
-    else pool_backward_kernel<decltype(config), std::int64_t><<<blocks, kThreads, 0, stream>>>(p);
-    return cudaGetLastError();
+    if (narrow) return launch(pool_backward_kernel<decltype(config), int>, blocks, kThreads, 0, stream, p);
+    return launch(pool_backward_kernel<decltype(config), std::int64_t>, blocks, kThreads, 0, stream, p);
   });
 }
 

@@ -71,8 +71,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 4) reduce_kernel(
 cudaError_t launch_delta(const DeltaParams& p, cudaStream_t stream) {
   return dispatch_dtype(p.dtype, [&](auto element) {
     const std::int64_t threads = std::int64_t(p.B) * p.H * p.sequences.max_length * kLanes;
-    delta_kernel<decltype(element)><<<static_cast<unsigned>((threads + kThreads - 1) / kThreads), kThreads, 0, stream>>>(p);
-    return cudaGetLastError();
+    return launch(delta_kernel<decltype(element)>, static_cast<unsigned>((threads + kThreads - 1) / kThreads), kThreads, 0, stream, p);
   });
 }
 
@@ -80,8 +79,7 @@ cudaError_t launch_reduce(const ReduceParams& p, cudaStream_t stream) {
   return dispatch_dtype(p.dtype, [&](auto element) {
     constexpr int kWarps = kThreads / 32;
     const std::int64_t rows = std::int64_t(p.BH) * p.rows;
-    reduce_kernel<decltype(element)><<<dim3(static_cast<unsigned>((rows + kWarps - 1) / kWarps), 2), kThreads, 0, stream>>>(p);
-    return cudaGetLastError();
+    return launch(reduce_kernel<decltype(element)>, dim3(static_cast<unsigned>((rows + kWarps - 1) / kWarps), 2), kThreads, 0, stream, p);
   });
 }
 

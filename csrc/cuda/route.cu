@@ -201,12 +201,10 @@ cudaError_t launch_route(const RouteParams& p, cudaStream_t stream) {
       return launch_specialists(route_specialists_kernel<C>, kThreads, sizeof(typename L::Shared), std::int64_t(x.B) * x.H * ceil_div(x.queries.max_length, kPieceRows), stream, p);
     } else {
       using L = Layout<C>;
-      if (cudaError_t status = allow_shared_memory(route_kernel<C>, sizeof(typename L::Shared))) return status;
       const int tiles = ceil_div(x.queries.max_length, 16 * L::kWarps);
       const std::int64_t heads = std::int64_t(x.B) * x.H;
       const int passes = heads * tiles >= 4 * kBlocksOfAWave ? 4 : 1;  // where there is work enough for that
-      route_kernel<C><<<static_cast<unsigned>(heads * ceil_div(tiles, passes)), 32 * L::kWarps, sizeof(typename L::Shared), stream>>>(p, passes);
-      return cudaGetLastError();
+      return launch(route_kernel<C>, static_cast<unsigned>(heads * ceil_div(tiles, passes)), 32 * L::kWarps, sizeof(typename L::Shared), stream, p, passes);
     }
   });
 }

@@ -319,11 +319,9 @@ cudaError_t launch_row_gradient(const RowGradientParams& p, cudaStream_t stream)
     if (warps < 1 || p.groups.tile_rows > kMaxRowGradientTile) return cudaErrorInvalidValue;
     const std::size_t bytes =
         offsetof(typename L::Shared, rows) + 2 * L::allocated_rows(rows_of_block<C>(32 * warps)) * C::DP * sizeof(typename C::T) + (landmark ? 0 : x.K * sizeof(std::int32_t));
-    if (cudaError_t status = allow_shared_memory(row_gradient_kernel<C>, sizeof(typename L::Shared))) return status;
     const unsigned heads = static_cast<unsigned>(x.B) * x.H;
     const unsigned blocks = landmark ? heads * p.splits * ceil_div(x.M, rows_of_block<C>(32 * warps)) : heads * max_tiles(x, p.groups.tile_rows);
-    row_gradient_kernel<C><<<blocks, 32 * warps, bytes, stream>>>(p);
-    if (cudaError_t status = cudaGetLastError()) return status;
+    if (cudaError_t status = launch(row_gradient_kernel<C>, blocks, 32 * warps, bytes, stream, p)) return status;
     return landmark || x.s > 1 ? launch_row_finish(p, stream) : cudaSuccess;
   });
 }
@@ -332,8 +330,7 @@ cudaError_t launch_row_finish(const RowGradientParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
   return dispatch_dtype(x.dtype, [&](auto element) {
     const std::int64_t rows = std::int64_t(x.B) * x.H * (p.role == RowRole::landmark ? x.M : x.queries.max_length);
-    finish_kernel<decltype(element)><<<static_cast<unsigned>((rows + kFinishWarps - 1) / kFinishWarps), 32 * kFinishWarps, 0, stream>>>(p);
-    return cudaGetLastError();
+    return launch(finish_kernel<decltype(element)>, static_cast<unsigned>((rows + kFinishWarps - 1) / kFinishWarps), 32 * kFinishWarps, 0, stream, p);
   });
 }
 

@@ -509,9 +509,7 @@ cudaError_t launch_short_gradient(const ShortGradientParams& p, cudaStream_t str
     using T = decltype(element);
     if constexpr (sizeof(T) == 2) {
       const Memory layout(x);
-      if (cudaError_t status = allow_shared_memory(short_gradient_kernel<T>, layout.bytes)) return status;
-      short_gradient_kernel<T><<<static_cast<unsigned>(x.B) * x.H, kThreads, layout.bytes, stream>>>(p, layout);
-      return cudaGetLastError();
+      return launch(short_gradient_kernel<T>, static_cast<unsigned>(x.B) * x.H, kThreads, layout.bytes, stream, p, layout);
     } else {
       return cudaErrorInvalidValue;
     }

@@ -238,9 +238,7 @@ cudaError_t launch_short_attention(const ShortParams& p, cudaStream_t stream) {
     using T = decltype(element);
     if constexpr (sizeof(T) == 2) {
       const Memory layout(x);
-      if (cudaError_t status = allow_shared_memory(short_attention_kernel<T>, layout.bytes)) return status;
-      short_attention_kernel<T><<<static_cast<unsigned>(x.B) * x.H, kThreads, layout.bytes, stream>>>(p, layout);
-      return cudaGetLastError();
+      return launch(short_attention_kernel<T>, static_cast<unsigned>(x.B) * x.H, kThreads, layout.bytes, stream, p, layout);
     } else {
       return cudaErrorInvalidValue;
     }

@@ -158,9 +158,7 @@ template <class Params> inline cudaError_t launch_specialists(void (*kernel)(Par
   int device, multiprocessors;
   if (cudaError_t status = cudaGetDevice(&device)) return status;
   if (cudaError_t status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) return status;
-  if (cudaError_t status = allow_shared_memory(kernel, bytes)) return status;
-  kernel<<<static_cast<unsigned>(std::min<std::int64_t>(multiprocessors, pieces)), threads, bytes, stream>>>(p);
-  return cudaGetLastError();
+  return launch(kernel, static_cast<unsigned>(std::min<std::int64_t>(multiprocessors, pieces)), threads, bytes, stream, p);
 }
 
 }  // namespace mita

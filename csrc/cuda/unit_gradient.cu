@@ -212,10 +212,8 @@ cudaError_t launch_unit_gradient(const UnitGradientParams& p, cudaStream_t strea
     using L = Layout<C>;
     const int warps = C::kGroups ? 4 : std::min(L::kWarps, ceil_div(units, 16) * C::kSharers);
     const std::size_t bytes = offsetof(typename L::Shared, v) + rows_of_block<C>(32 * warps) * C::DP * sizeof(typename C::T);
-    if (cudaError_t status = allow_shared_memory(unit_gradient_kernel<C>, bytes)) return status;
     const unsigned blocks = static_cast<unsigned>(x.B) * (compress ? x.Hkv : x.H) * parts_of(p) * ceil_div(units, rows_of_block<C>(32 * warps));
-    unit_gradient_kernel<C><<<blocks, 32 * warps, bytes, stream>>>(p);
-    return cudaGetLastError();
+    return launch(unit_gradient_kernel<C>, blocks, 32 * warps, bytes, stream, p);
   });
 }
 
