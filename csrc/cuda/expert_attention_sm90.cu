@@ -218,10 +218,12 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
             factor[i] = softmax.factor(i);
             if (t == 0 && entry(g + 8 * i) >= 0) (x.s > 1 ? p.partial_lse : p.lse)[entry0 + entry(g + 8 * i)] = softmax.lse(i);
           }
-          if (x.s > 1)
+          if (x.s > 1) {
             store_partial_rows<C>(out, factor, x.D, lane, [&](int i) { return entry(i) < 0 ? nullptr : p.partial_out + (entry0 + entry(i)) * x.D; });
-          else
-            store_rows<C>(queries.from_row(16 * warp), out, factor, x.D, lane, head_rows<T>(p.out, b, h, span(x.queries, b).start), p.out.row, entry);
+          } else {
+            const auto rows = queries.from_row(16 * warp);
+            store_rows_by_warp(rows, rows.chunk(lane & 15, lane >> 4), out, factor, x.D, lane, head_rows<T>(p.out, b, h, span(x.queries, b).start), p.out.row, entry);
+          }
           (set + pass).done().arrive();
         }
         if (!resident) first = first + tiles;

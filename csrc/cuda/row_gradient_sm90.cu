@@ -350,7 +350,8 @@ template <class T, bool LANDMARK> __global__ void __launch_bounds__(kThreads, 1)
         store_partial_rows<C>(dq, kUnshifted, x.D, this_lane(), row_in(0));
         store_partial_rows<C>(kappa, kUnshifted, x.D, this_lane(), row_in(1));
       } else {
-        store_rows<C>(shared.sets[set().at()].q.in(window).from_row(16 * this_warp()), dq, kUnshifted, x.D, this_lane(), the_list().dq, p.dq.row, row_of_warp);
+        const auto rows = shared.sets[set().at()].q.in(window).from_row(16 * this_warp());
+        store_rows_by_warp(rows, rows.chunk(this_lane() & 15, this_lane() >> 4), dq, kUnshifted, x.D, this_lane(), the_list().dq, p.dq.row, row_of_warp);
       }
       set().done().arrive();
     }
