@@ -290,6 +290,17 @@ template <class T, int DP> struct Copy {
   }
 };
 
+// The same, of rows that nobody reads again soon: they leave the L2 first.
+template <class T, int DP> struct PassingCopy : Copy<T, DP> {
+  std::uint64_t policy;
+  template <class... Args> __device__ PassingCopy(const Args&... args) : Copy<T, DP>(args...) { asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy)); }
+  __device__ void whole(std::uint32_t place, int c, std::uint32_t index) const {
+    asm volatile("{ .reg .u64 from; mad.wide.u32 from, %1, %2, %3; cp.async.cg.shared.global.L2::cache_hint [%0], [from], 16, %4; }" ::"r"(this->target.address + place), "r"(index),
+                 "r"(static_cast<std::uint32_t>(this->pitch)), "l"(this->source + 16 * c), "l"(policy)
+                 : "memory");
+  }
+};
+
 // Starts copying `rows` rows into one or more tiles with all threads of the block. source(i), i < present, is the row of the
 // tensors that becomes row i. The others become zeros, as do the columns from D to DP: probability 0 times garbage would be NaN
 // if the garbage is. The usual case, whole vectors of whole rows, has a loop of its own: a thread's rows there lie a multiple of

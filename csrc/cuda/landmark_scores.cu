@@ -268,8 +268,8 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
               return key < length ? key : -1;
             };
             load_rows_by_warp<16, T, DP>(key_of, key0 + kRows <= piece.keys.length, x.D,
-                                         Copy<T, DP>(to.k.in(window).from_row(16 * warp), p.k, b, head, piece.keys.start),
-                                         Copy<T, DP>(to.v.in(window).from_row(16 * warp), p.v, b, head, piece.keys.start));
+                                         PassingCopy<T, DP>(to.k.in(window).from_row(16 * warp), p.k, b, head, piece.keys.start),  // so the scores stay
+                                         PassingCopy<T, DP>(to.v.in(window).from_row(16 * warp), p.v, b, head, piece.keys.start));
           }
           stage.there().arrive_loaded();
         }
