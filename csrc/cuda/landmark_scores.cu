@@ -239,13 +239,13 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
   struct Piece {
     int bh, m0, first_split;
     Span keys;
-    int first, last, rounds;  // tiles of all its parts, which take them by turns
+    int rounds;  // tiles of the longest part, the first one
   };
   const auto piece_of = [&](int item) {
     const int bh = item / (row_pieces * part_pieces), first_split = item / row_pieces % part_pieces * parts;
     const Span keys = span(x.keys, bh / x.H);
-    const int first = Part(keys.length, kRows, p.splits, first_split).first, last = Part(keys.length, kRows, p.splits, min(first_split + parts, p.splits) - 1).last;
-    return Piece{bh, item % row_pieces * 64 * groups, first_split, keys, first, last, ceil_div(max(last - first, 0), parts)};
+    const Part longest(keys.length, kRows, p.splits, first_split);
+    return Piece{bh, item % row_pieces * 64 * groups, first_split, keys, max(longest.last - longest.first, 0)};
   };
   if (group == L::kGroups) {
     if constexpr (DP == 64) keep_registers<64>();
@@ -259,8 +259,9 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
       landmarks.there().arrive_loaded();
       for (int round = 0; round < piece.rounds; ++round)
         for (int i = 0; i < parts; ++i, ++stage.count) {
+          const Part part(piece.keys.length, kRows, p.splits, piece.first_split + i);
           stage.wait_free();
-          if (const int tile = piece.first + round * parts + i; tile < piece.last) {
+          if (const int tile = part.first + round; tile < part.last) {
             const auto& to = shared.stages[stage.at()];
             const int key0 = tile * kRows;
             const auto key_of = [key0, first = 16 * warp, length = piece.keys.length](int row) {
@@ -282,6 +283,7 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
     for (int item = blockIdx.x; item < pieces; item += gridDim.x, ++landmarks.count) {
       const Piece piece = piece_of(item);
       const int split = piece.first_split + own_part, m = piece.m0 + first_row + 16 * warp + lane / 4;
+      const Part part(piece.keys.length, kRows, p.splits, split);
       Compression<C> compression;
       clear(compression.values);
       pin(compression.values);
@@ -289,7 +291,7 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
       for (int round = 0; round < piece.rounds; ++round) {
         const auto at = stage + (round * parts + own_part);
         at.wait_there();
-        if (const int tile = piece.first + round * parts + own_part; tile < piece.last) {
+        if (const int tile = part.first + round; tile < part.last) {
           fence_loads();
           float s[kRows / 8][4];
           product<C>(s, GroupRows<T, DP>{shared.landmarks.in(window).from_row(first_row)}, shared.stages[at.at()].k.in(window), lane);
