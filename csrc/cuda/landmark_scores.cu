@@ -214,8 +214,8 @@ template <class C> struct Specialists : C {
   };
 };
 
-// A block takes one piece of work after the other: some landmarks of a head, and as many parts of its keys as there are warpgroups left.
-// Their tiles go through the ring by turns.
+// A block takes one piece of work after the other: some landmarks of a head, and as many parts of its keys as there are warpgroups left. Those take the
+// tiles of all these parts by turns: that reads memory in one place.
 template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1) score_compress_specialists_kernel(const LandmarkParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using L = Specialists<C>;
@@ -239,13 +239,14 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
   struct Piece {
     int bh, m0, first_split;
     Span keys;
-    int rounds;  // tiles of the longest part, the first one
+    int parts, first, last, rounds;  // tiles: those of all parts
   };
   const auto piece_of = [&](int item) {
     const int bh = item / (row_pieces * part_pieces), first_split = item / row_pieces % part_pieces * parts;
     const Span keys = span(x.keys, bh / x.H);
-    const Part longest(keys.length, kRows, p.splits, first_split);
-    return Piece{bh, item % row_pieces * 64 * groups, first_split, keys, max(longest.last - longest.first, 0)};
+    const int own = min(parts, p.splits - first_split), first = Part(keys.length, kRows, p.splits, first_split).first;
+    const int last = Part(keys.length, kRows, p.splits, first_split + own - 1).last;
+    return Piece{bh, item % row_pieces * 64 * groups, first_split, keys, own, first, last, ceil_div(max(last - first, 0), own)};
   };
   if (group == L::kGroups) {
     if constexpr (DP == 64) keep_registers<64>();
@@ -259,9 +260,8 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
       landmarks.there().arrive_loaded();
       for (int round = 0; round < piece.rounds; ++round)
         for (int i = 0; i < parts; ++i, ++stage.count) {
-          const Part part(piece.keys.length, kRows, p.splits, piece.first_split + i);
           stage.wait_free();
-          if (const int tile = part.first + round; tile < part.last) {
+          if (const int tile = piece.first + round * piece.parts + i; i < piece.parts && tile < piece.last) {
             const auto& to = shared.stages[stage.at()];
             const int key0 = tile * kRows;
             const auto key_of = [key0, first = 16 * warp, length = piece.keys.length](int row) {
@@ -283,7 +283,6 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
     for (int item = blockIdx.x; item < pieces; item += gridDim.x, ++landmarks.count) {
       const Piece piece = piece_of(item);
       const int split = piece.first_split + own_part, m = piece.m0 + first_row + 16 * warp + lane / 4;
-      const Part part(piece.keys.length, kRows, p.splits, split);
       Compression<C> compression;
       clear(compression.values);
       pin(compression.values);
@@ -291,7 +290,7 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
       for (int round = 0; round < piece.rounds; ++round) {
         const auto at = stage + (round * parts + own_part);
         at.wait_there();
-        if (const int tile = part.first + round; tile < part.last) {
+        if (const int tile = piece.first + round * piece.parts + own_part; own_part < piece.parts && tile < piece.last) {
           fence_loads();
           float s[kRows / 8][4];
           product<C>(s, GroupRows<T, DP>{shared.landmarks.in(window).from_row(first_row)}, shared.stages[at.at()].k.in(window), lane);
