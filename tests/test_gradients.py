@@ -388,6 +388,18 @@ def test_gradients_scale_with_those_of_the_output(K):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_value_gradient_of_one_query_with_one_key_is_exact(dtype):
+    """Its probability is 1: plain PyTorch rounds nothing then, whatever the numbers of a row differ by."""
+    query, key, value = (torch.randn(4, 3, n, 40, device="cuda", dtype=dtype, requires_grad=True) for n in (1, 5, 5))
+    out, aux = mita_ext.attention(query, key, value, num_landmarks=1, topk=1, shared_expert=False, return_aux=True)
+    dout = torch.randn_like(out) * torch.logspace(-3, 1, 40, device="cuda").to(dtype)
+    (grad,) = torch.autograd.grad(out, value, dout)
+    expected = torch.zeros_like(value).scatter(2, aux.topk_indices.long()[:, :, 0, :, None].expand(-1, -1, -1, 40), dout)
+    assert torch.equal(grad, expected)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_what_is_not_finite_reaches_the_keys_of_its_expert_alone(value):
     case = case_of("no_shared_expert", N=100, D=64, M=4, K=20)
