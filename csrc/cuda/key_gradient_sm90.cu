@@ -259,7 +259,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) key_specialist
     for (int i = turn; i < count; i += kSums) {
       sums(i).wait_free();
       auto& to = shared.sums[sums(i).at()];
-      const std::uint32_t own = window.of(to.gradient[tensor][0][lane / 16 * 32 + lane % 4 * 8 + lane / 4 % 4 * 2]);  // the columns of its numbers: `store_routed_rows`
+      const std::uint32_t own = window.of(to.gradient[tensor][0][column_of_pair(lane)]);
       std::uint32_t rows[2] = {0, 0};
       int last = -1;
       float2 sum = {0.0f, 0.0f};  // of the last key

@@ -37,7 +37,10 @@ struct FixedRows {
 };
 
 // Rows of routed sums lie as the accumulators of a warp hold them: of every 32 columns lane t of four has eight numbers, one after the other, those of columns
-// 8d + 2t and 8d + 2t + 1 for d from 0 to 3. Row i goes to row index(i) behind `base`, nowhere if that is negative.
+// 8d + 2t and 8d + 2t + 1 for d from 0 to 3. So the i-th two numbers of a row belong to this column and the next one:
+__device__ inline int column_of_pair(int i) { return i / 16 * 32 + i % 4 * 8 + i / 4 % 4 * 2; }
+
+// Stores a warp's 16 rows. Row i goes to row index(i) behind `base`, nowhere if that is negative.
 template <class C, class E, class Index>
 __device__ inline void store_routed_rows(const float (&acc)[C::kColumns / 8][4], const float (&factor)[2], int D, int lane, E* base, Index index) {
   const int first = column_of_warp<C>();
