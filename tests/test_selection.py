@@ -66,6 +66,84 @@ def test_selection_properties(case, backend):
     assert torch.equal(r, mita_ext.route(q, Z, routes=case.routes))
 
 
+# Long sequences, enough of them for landmarks and experts in one pass over the queries: windows of whole pieces of 512 tokens,
+# within pieces and across them, tokens in no window, heads that share the multiprocessors evenly and not.
+MANY_TOKENS = [
+    dict(B=4, H=16, N=16384, D=64, M=64),
+    dict(B=1, H=5, N=65536, D=64, M=33),
+    dict(B=2, H=9, N=20001, D=64, M=49),
+    dict(B=1, H=12, N=33333, D=40, M=128),
+    dict(B=16, H=12, N=6003, D=24, M=66, grid=(700, 5000)),
+    dict(B=1, H=3, N=131072, D=64, M=1),
+]
+
+
+def pooled_and_routed(q, M, grid=None):
+    """`grid`: the first pooled token, and how many."""
+    pooling = dict(num_landmarks=(1, M), grid=(1, grid[1]), num_prefix_tokens=grid[0]) if grid else dict(num_landmarks=M)
+    k = q[:, :, :64]
+    return mita_ext.attention(q, k, k, topk=16, **pooling, return_aux=True)[1], mita_ext.pool_landmarks(q, **pooling)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", MANY_TOKENS, ids=lambda shape: "-".join(map(str, shape.values())))
+def test_many_tokens_are_pooled_and_routed_as_by_themselves(shape, dtype):
+    B, H, N, D, M, grid = (shape.get(name) for name in ("B", "H", "N", "D", "M", "grid"))
+    torch.manual_seed(0)
+    q = torch.randn(B, N, H, D, device="cuda", dtype=dtype).transpose(1, 2)
+    aux, landmarks = pooled_and_routed(q, M, grid)
+    first, tokens = grid or (0, N)
+    windows = q[:, :, first : first + tokens].flatten(0, 1).double().mT
+    expected = torch.nn.functional.adaptive_avg_pool1d(windows, M).mT.unflatten(0, (B, H))
+    torch.testing.assert_close(landmarks, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+    assert torch.equal(aux.landmarks, landmarks)
+    assert torch.equal(aux.experts, mita_ext.route(q, landmarks))
+    for h in range(0, H, 5):  # too few tokens for one pass
+        assert torch.equal(aux.landmarks[:1, h : h + 1], pooled_and_routed(q[:1, h : h + 1], M, grid)[0].landmarks)
+
+
+@pytest.mark.gpu
+def test_many_tokens_with_one_that_is_not_finite():
+    """It reaches the landmarks of its windows, and no others; all bits that a landmark may have end the wait for it."""
+    torch.manual_seed(0)
+    q = torch.randn(4, 16, 8192, 64, device="cuda", dtype=torch.bfloat16)
+    before, _ = pooled_and_routed(q, 40)
+    tokens = [(0, 0, 700), (1, 3, 5000), (2, 5, 8191), (3, 2, 2000)]
+    q[0, 0, 700], q[1, 3, 5000, 7], q[2, 5, 8191] = torch.inf, -torch.inf, torch.nan
+    q.view(torch.int16)[3, 2, 2000] = -1  # a NaN of ones
+    aux, landmarks = pooled_and_routed(q, 40)
+    assert torch.equal(aux.landmarks.nan_to_num(0.5, 1.5, 2.5), landmarks.nan_to_num(0.5, 1.5, 2.5))
+    assert torch.equal(aux.experts, mita_ext.route(q, landmarks))
+    changed = (aux.landmarks != before.landmarks).any(-1).nonzero()
+    windows = [range(m * 8192 // 40, -(-(m + 1) * 8192 // 40)) for m in range(40)]
+    assert changed.tolist() == [[b, h, m] for b, h, n in tokens for m in range(40) if n in windows[m]]
+
+
+@pytest.mark.gpu
+def test_many_tokens_on_several_streams_and_in_a_graph():
+    """Blocks that wait for each other: two launches at once must both get all of theirs."""
+    torch.manual_seed(0)
+    q = torch.randn(4, 16, 16384, 64, device="cuda", dtype=torch.bfloat16)
+    expected, _ = pooled_and_routed(q, 64)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(10):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(pooled_and_routed(q, 64)[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results.append(pooled_and_routed(q, 64)[0])
+    graph.replay()
+    assert all(torch.equal(aux.landmarks, expected.landmarks) and torch.equal(aux.experts, expected.experts) for aux in results)
+    q.neg_()
+    graph.replay()
+    assert torch.equal(results[-1].landmarks, -expected.landmarks)
+
+
 INTEGER = [
     case_of("basic", N=80, L=300, M=9, K=20, routes=2),
     case_of("grouped_query", L=700, K=100, D=64, routes=3),

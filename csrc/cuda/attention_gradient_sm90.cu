@@ -380,11 +380,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
         const std::int64_t first = (std::int64_t(shared.head.number) * max_tiles(x, p.groups.segment_rows) + load_shared_int(window.of(shared.key_lists[key_list().at()].segment.index))) * x.K;
         const int row0 = 16 * this_warp();
         const auto store_rounded = [&](float (&sums)[kDP / 8][4], float factor, const RoutedRows& to) {
-          const FixedRows fixed(sums);
-#pragma unroll
-          for (int i = 0; i < 2; ++i)
-            if (const int row = row0 + this_lane() / 4 + 8 * i; this_lane() % 4 == 0 && row < x.K) to.factors[first + row] = fixed.back[i] * factor;
-          store_routed_rows<C>(sums, fixed.to, x.D, this_lane(), static_cast<Fixed*>(to.numbers) + first * routed_pitch(x.D), [=](int row) { return row0 + row < x.K ? row0 + row : -1; });
+          store_rounded_rows<C>(sums, factor, x.D, this_lane(), to, first, [=](int row) { return row0 + row < x.K ? row0 + row : -1; });
           pin(sums);  // where they are: registers
         };
         store_rounded(dk[kRouted], p.scale * kUnshifted, p.routed_dk), store_rounded(dv[kRouted], kProbability, p.routed_dv);

@@ -29,6 +29,13 @@ inline int least_busy_parts(std::int64_t heads, int pieces, int at_once, int blo
   return best;
 }
 
+// Long windows in one dimension, of what one kernel may pool and route, are summed in pieces, each of the tokens [512 i, 512 (i + 1)) of a sequence for some
+// i: these may be at hand in different places.
+constexpr int kPoolPiece = 512;
+__host__ __device__ inline bool pools_pieces(const Problem& x, const Windows& w) {
+  return x.dtype != Dtype::fp32 && x.D <= 64 && w.gh == 1 && w.mh == 1 && w.gw >= 4096 && w.gw >= 64 * w.mw;
+}
+
 // Queries that a block, or a warpgroup of it, holds at a time, by element size and padded head dimension: what fits two blocks'
 // registers on a multiprocessor and 99 KB of shared memory.
 constexpr int kPassRows = 64;

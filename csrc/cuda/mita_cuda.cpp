@@ -179,6 +179,16 @@ Tensor pool_stage(const Context& context, const Problem& x, const Windows& w, co
   return landmarks;
 }
 
+// Landmarks and experts, where one pass over the queries makes both.
+std::tuple<Tensor, Tensor> pool_route_stage(const Context& context, const Problem& x, const Windows& w, const Tensor& query) {
+  Tensor landmarks = at::empty({x.B, x.H, x.M, x.D}, query.options()), experts = ints(query, {x.B, x.H, x.queries.max_length, 1});
+  const int64_t sums = heads(x) * (ceil_div(x.queries.max_length, kPoolPiece) + x.M) * x.D;
+  const Tensor scratch = floats(query, {sums + landmarks.numel() / 2});
+  float* const partial = scratch.data_ptr<float>();
+  context.run("mita_ext::pool_route", launch_pool_route, {x, w, rows(query), partial, partial + sums, landmarks.data_ptr(), experts.data_ptr<int>()});
+  return {landmarks, experts};
+}
+
 // What landmarks give, and the memory for it.
 struct LandmarkStage {
   Tensor indices, compressed, lse, scores, values, state;
@@ -802,12 +812,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(con
                                        static_cast<float>(landmark_scale));
     return {a.out, a.lse, landmarks ? none() : a.landmarks, a.indices, a.experts, a.compressed, a.landmark_lse};
   }
-  const Tensor pooled = landmarks ? none() : pool_stage(context, x, w, q);
+  const bool both = !landmarks && fits_pool_route(x, w);
+  Tensor pooled = none(), experts;
+  if (both) std::tie(pooled, experts) = pool_route_stage(context, x, w, q);
+  else if (!landmarks) pooled = pool_stage(context, x, w, q);
   const Tensor z = landmarks ? aligned(*landmarks) : pooled;
   LandmarkStage landmark(x, z, k, v, static_cast<float>(scale));
   // Experts and groups beside all that the landmarks give, and of that the compressed values beside the choice of keys.
   Branch beside_all(context);
-  const Tensor experts = route_stage(beside_all.context, x, q, z);
+  if (!both) experts = route_stage(beside_all.context, x, q, z);
   const Grouped grouped = attention_groups(beside_all.context, x, experts);
   landmark.score(context);
   Branch beside_choice(context, 1);

@@ -66,6 +66,16 @@ struct LandmarkParams {
   float* lse;                  // [B, H, M]
 };
 
+struct PoolRouteParams {
+  Problem problem;
+  Windows windows;
+  Rows q;                      // [B, H, N, D]
+  float* partial;              // [BH, pieces of N + M, D]: row piece + m holds what that piece gives to window m
+  void* known;                 // [BH, M, D]: landmarks again. These two lie one behind the other
+  void* landmarks;             // [B, H, M, D], contiguous
+  std::int32_t* experts;       // [B, H, N, 1]
+};
+
 struct RouteParams {
   Problem problem;
   Rows q, landmarks;           // [B, H, N, D], [B, H, M, D]

@@ -1,7 +1,7 @@
 // Landmark queries by average pooling, and its gradient.
 //
 // pool: a window, or 512 bytes of its rows, is summed by one warp or by several of a block; fp32 sums, combined in a fixed order,
-// divided and rounded once.
+// divided and rounded once. Long sequences are pooled and routed in one kernel where that is at hand (pool_route_sm90.cu).
 // pool_backward: four threads per row of dq; they read the few windows that hold its token, and may add to what is there.
 #include "device.cuh"
 #include "launch.h"
@@ -19,31 +19,42 @@ template <class T> __global__ void __launch_bounds__(32 * kPoolShares, 3) pool_k
   int own_shares = 1;  // as many as its sequence would have alone: the same sums
   const int lanes = min(row_lanes<T>(x.D), 32), own = lane % lanes, c = own + 32 * blockIdx.y;
   const bool inside = c * kChunk<T> < x.D;
-  int area = 0;
-  float sum[kChunk<T>];
+  PooledTokens tokens{};
+  Range pieces{0, exists};
+  bool in_pieces = false;
+  const T* q = nullptr;
   if (exists) {
     const int m = static_cast<int>(landmark % x.M), bh = static_cast<int>(landmark / x.M), b = bh / x.H, h = bh % x.H;
     const Span queries = span(x.queries, b);
     const Windows w = windows_of(p.windows, x.queries, queries.length);
-    const auto tokens = PooledTokens::of<std::int64_t>(w, m);
-    area = tokens.area;
+    tokens = PooledTokens::of<std::int64_t>(w, m);
     own_shares = pool_shares<T>(x, w);
-    sum_share<T>(sum, tokens, lanes, share, own_shares,
-                 [&, q = head_rows<T>(p.q, b, h, queries.start) + (inside ? c * kChunk<T> : 0)](int token) { return load_vector(q + token * p.q.row); });
+    in_pieces = pools_pieces(x, w);
+    if (in_pieces) pieces = tokens.pieces();
+    q = head_rows<T>(p.q, b, h, queries.start) + (inside ? c * kChunk<T> : 0);
   }
-  if (shares > 1) {
-    __shared__ float partial[kPoolShares][32][kChunk<T>];
-    if (lane < lanes)
+  float sum[kChunk<T>] = {};
+  for (int piece = pieces.first; __syncthreads_or(piece < pieces.last); ++piece) {
+    float part[kChunk<T>] = {};
+    if (piece < pieces.last)
+      sum_share<T>(part, in_pieces ? tokens.of_piece(piece) : tokens, lanes, share, own_shares, [&](int token) { return load_vector(q + token * p.q.row); });
+    if (shares > 1) {
+      __shared__ float parts[kPoolShares][32][kChunk<T>];
+      if (lane < lanes)
 #pragma unroll
-      for (int e = 0; e < kChunk<T>; ++e) partial[warp][lane][e] = sum[e];
-    __syncthreads();
-    if (share > 0) return;
-    for (int i = 1; i < own_shares; ++i)
+        for (int e = 0; e < kChunk<T>; ++e) parts[warp][lane][e] = part[e];
+      __syncthreads();
+      if (share == 0)
+        for (int i = 1; i < own_shares; ++i)
 #pragma unroll
-      for (int e = 0; e < kChunk<T>; ++e) sum[e] += partial[warp + i][own][e];
+          for (int e = 0; e < kChunk<T>; ++e) part[e] += parts[warp + i][own][e];
+    }
+#pragma unroll
+    for (int e = 0; e < kChunk<T>; ++e) sum[e] += part[e];
   }
+  if (share > 0) return;
   if (!exists || lane >= lanes || !inside) return;
-  *reinterpret_cast<uint4*>(static_cast<T*>(p.landmarks) + landmark * x.D + c * kChunk<T>) = mean_of<T>(sum, area).bits;
+  *reinterpret_cast<uint4*>(static_cast<T*>(p.landmarks) + landmark * x.D + c * kChunk<T>) = mean_of<T>(sum, tokens.area).bits;
 }
 
 constexpr int kThreads = 128, kRowThreads = 4, kBlockRows = kThreads / kRowThreads;  // of a block of pool_backward, of one row of dq
@@ -95,7 +106,8 @@ cudaError_t launch_pool(const PoolParams& p, cudaStream_t stream) {
     using T = decltype(element);
     const Problem& x = p.problem;
     const std::int64_t landmarks = std::int64_t(x.B) * x.H * x.M;
-    const int shares = pool_shares<T>(x, p.windows);
+    const bool vary = x.queries.lengths || x.queries.starts;  // shorter sequences may be summed in more shares than pieces are
+    const int shares = vary && pools_pieces(x, p.windows) ? kPoolShares : pool_shares<T>(x, p.windows);
     const dim3 blocks(static_cast<unsigned>((landmarks * shares + kPoolShares - 1) / kPoolShares), ceil_div(x.D, 32 * kChunk<T>));
     return launch(pool_kernel<T>, blocks, 32 * kPoolShares, 0, stream, p, shares);
   });

@@ -64,6 +64,17 @@ __device__ inline void store_routed_rows(const float (&acc)[C::kColumns / 8][4],
         }
 }
 
+// The same rounded, and the factors of the rows times `factor`; the rows lie from row0 on.
+template <class C, class Index>
+__device__ inline void store_rounded_rows(const float (&acc)[C::kColumns / 8][4], float factor, int D, int lane, const RoutedRows& to, std::int64_t row0, Index index) {
+  const FixedRows fixed(acc);
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+    if (const int row = index((lane >> 2) + 8 * h); (lane & 3) == 0 && row >= 0)
+      to.factors[(row0 + row) * ceil_div(D, kFactorColumns) + column_of_warp<C>() / kFactorColumns] = fixed.back[h] * factor;
+  store_routed_rows<C>(acc, fixed.to, D, lane, static_cast<Fixed*>(to.numbers) + row0 * routed_pitch(D), index);
+}
+
 // What queries of one head left for the keys of a block: the list of that, 32 entries at a time, one for each lane.
 struct RoutedList {
   std::int64_t row0;  // of the head
@@ -108,8 +119,55 @@ struct RoutedList {
       return result;
     };
     const auto factor = [&](const RoutedRows& from) { return sizeof(E) == 2 && has(lane) ? from.factors[(row0 + mine.row) * ceil_div(D, kFactorColumns) + column / kFactorColumns] : 1.0f; };
+    constexpr int kFew = sizeof(E) == 2 ? 6 : 32;  // rows of a key among 32 that its four lanes add by themselves
     for (; range.first < range.last; range.first += 32, ask(p, lane)) {
       const float factors[2] = {factor(p.routed_dk), factor(p.routed_dv)};
+      // The rows of a key with more are added by the whole warp, key after key: a lane has the same pairs of columns of all of them, as they lie, and the owners of
+      // the key get the totals. Latency: lanes of four would wait for one row after the other.
+      if constexpr (sizeof(E) == 2) {
+        constexpr int kPairs = C::kColumns / 64, kRows = 8;  // pairs of a lane; rows under way
+        using Pairs = std::conditional_t<kPairs == 2, uint2, std::uint32_t>;
+        const bool more = __shfl_down_sync(kAllLanes, mine.key, kFew) == mine.key && lane + kFew < 32 && mine.key / 16 == key / 16;
+#pragma unroll 1
+        for (unsigned left = __ballot_sync(kAllLanes, more); __builtin_expect(left != 0, false);) {
+          int e = __ffs(left) - 1;
+          const int many = __shfl_sync(kAllLanes, mine.key, e);
+          const unsigned its = __ballot_sync(kAllLanes, mine.key == many);
+          const int end = e + __popc(its), own_lane = opaque(lane), first = column + 2 * kPairs * own_lane, pitch = opaque(routed_pitch(D));  // opaque: registers
+          float total[2][2 * kPairs] = {};
+#pragma unroll 1
+          for (; e < end; e += kRows) {
+            Pairs pairs[kRows][2];
+#pragma unroll
+            for (int i = 0; i < kRows; ++i) {
+              const std::int64_t at = (row0 + __shfl_sync(kAllLanes, mine.row, e + i)) * pitch + first;
+#pragma unroll
+              for (int v = 0; v < 2; ++v)
+                pairs[i][v] = e + i < end && first < pitch ? *reinterpret_cast<const Pairs*>(static_cast<const E*>((v ? p.routed_dv : p.routed_dk).numbers) + at) : Pairs{};
+            }
+#pragma unroll
+            for (int i = 0; i < 2 * kRows; ++i) {
+              const float back = __shfl_sync(kAllLanes, factors[i % 2], e + i / 2), factor = e + i / 2 < end ? back : 0.0f;
+#pragma unroll
+              for (int n = 0; n < kPairs; ++n) {
+                const float2 two = unpack<E>(reinterpret_cast<const std::uint32_t*>(&pairs[i / 2][i % 2])[n]);
+                float* const to = &total[i % 2][2 * n];
+                to[0] = fmaf(two.x, factor, to[0]), to[1] = fmaf(two.y, factor, to[1]);
+              }
+            }
+          }
+#pragma unroll
+          for (int d = 0; d < C::kColumns / 8; ++d)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const float sum = __shfl_sync(kAllLanes, total[i / 2][d % kPairs * 2 + i % 2], (d / 4 * 16 + own_lane % 4 * 4 + d % 4) / kPairs);  // see column_of_pair
+#pragma unroll
+              for (int h = 0; h < 2; ++h)
+                if (key + own_lane / 4 + 8 * h == many) (i / 2 ? dv : dk)[d][2 * h + i % 2] += sum;
+            }
+          left &= ~its;
+        }
+      }
       constexpr int kAtOnce = sizeof(E) == 2 ? 2 : 1;  // keys of a lane, as registers allow
 #pragma unroll
       for (int h0 = 0; h0 < 2; h0 += kAtOnce) {
@@ -117,7 +175,8 @@ struct RoutedList {
 #pragma unroll
         for (int h = 0; h < kAtOnce; ++h) {
           const int own = key + lane / 4 + 8 * (h0 + h);
-          first[h] = entries_before(own), count[h] = entries_before(own + 1) - first[h], most = max(most, count[h]);
+          first[h] = entries_before(own), count[h] = entries_before(own + 1) - first[h];
+          most = max(most, count[h] = count[h] > kFew ? 0 : count[h]);
         }
         most = __reduce_max_sync(kAllLanes, most);
 #pragma unroll 1

@@ -7,15 +7,20 @@ namespace mita {
 
 // ---- pooling -------------------------------------------------------------------------------------------------------
 
-// The tokens of pooling window m: token i of `area`, in line y of the window, counted from the first one of the sequence.
+// The tokens of pooling window m: token i of `area`, in line y of the window, counted from the first one of the sequence; of a piece, from `begin` on.
 struct PooledTokens {
-  int first, width, area, pitch;
+  int first, width, area, pitch, begin = 0;
   template <class Product> __device__ static PooledTokens of(const Windows& w, int m) {
     const Range rows = overlapping<Product>(m / w.mw, w.mh, w.gh), columns = overlapping<Product>(m % w.mw, w.mw, w.gw);
     const int width = columns.last - columns.first;
     return {w.prefix + rows.first * w.gw + columns.first, width, (rows.last - rows.first) * width, w.gw};
   }
   __device__ int at(int i, int y) const { return first + i + y * (pitch - width); }
+  __device__ Range pieces() const { return {first / kPoolPiece, ceil_div(first + area, kPoolPiece)}; }
+  __device__ PooledTokens of_piece(int piece) const {
+    const int start = piece * kPoolPiece;
+    return {start, kPoolPiece, min(first + area - start, kPoolPiece), kPoolPiece, max(first - start, 0)};
+  }
 };
 
 // A lane owns 16 bytes of a row, neighbouring lanes neighbouring bytes; this many lanes, a power of two, share a row of D elements.
@@ -26,8 +31,9 @@ template <class T> __host__ __device__ inline int row_lanes(int D) {
 }
 // Shares into which the tokens of a window are cut, sixteen loads or fewer of a lane in each: a power of two. A share is summed in
 // 32 / lanes strands, which take its tokens in turn and are added as a tree.
-constexpr int kPoolShares = 8;  // at most
+constexpr int kPoolShares = 8, kPieceShares = 4;  // at most; of a piece
 template <class T> __host__ __device__ inline int pool_shares(const Problem& x, const Windows& w) {
+  if (pools_pieces(x, w)) return kPieceShares;
   const std::int64_t tokens = std::int64_t(ceil_div(w.gh, w.mh)) * ceil_div(w.gw, w.mw);
   int shares = 1;
   while (shares < kPoolShares && tokens * row_lanes<T>(x.D) > 32 * 16 * shares) shares *= 2;
@@ -38,11 +44,21 @@ template <class T> __device__ inline void add(float (&sum)[kChunk<T>], const Vec
 #pragma unroll
   for (int e = 0; e < kChunk<T>; ++e) sum[e] += to_float(v.element[e]);
 }
+// Divides sums by how many tokens they are of: by one reciprocal, which the remainder corrects, so that it is rounded as a division is.
+struct Mean {
+  float count, inverse;
+  __device__ explicit Mean(int area) : count(static_cast<float>(area)), inverse(area ? 1.0f / count : 0.0f) {}
+  __device__ float operator()(float sum) const {
+    const float about = sum * inverse, remainder = fmaf(-about, count, sum);
+    return remainder == remainder ? fmaf(remainder, inverse, about) : about;
+  }
+};
 template <class T> __device__ inline Vector<T> mean_of(const float (&sum)[kChunk<T>], int area) {
-  Vector<T> mean;
+  Vector<T> result;
+  const Mean mean(area);
 #pragma unroll
-  for (int e = 0; e < kChunk<T>; ++e) mean.element[e] = from_float<T>(area ? sum[e] / static_cast<float>(area) : 0.0f);
-  return mean;
+  for (int e = 0; e < kChunk<T>; ++e) result.element[e] = from_float<T>(mean(sum[e]));
+  return result;
 }
 
 // The sum of a share by one warp; load(token) are the 16 bytes of this lane.
@@ -50,7 +66,9 @@ template <class T, class Load> __device__ inline void sum_share(float (&sum)[kCh
 #pragma unroll
   for (int e = 0; e < kChunk<T>; ++e) sum[e] = 0.0f;
   constexpr int kFew = 8;  // loads under way; the window's line is counted on, not divided for: registers
-  const int first = share * (32 / lanes) + threadIdx.x % 32 / lanes, step = 32 / lanes * shares, width = max(tokens.width, 1);
+  const int step = 32 / lanes * shares, width = max(tokens.width, 1);
+  int first = share * (32 / lanes) + threadIdx.x % 32 / lanes;
+  if (first < tokens.begin) first += ceil_div(tokens.begin - first, step) * step;
   const int columns = step % width, tokens_on = tokens.at(step, step / width) - tokens.first, to_next_line = tokens.pitch - tokens.width;
   int column = first % width, token = tokens.at(first, first / width);
 #pragma unroll 1

@@ -162,17 +162,9 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
   }
   if (routed) {
     const auto store = [&](const RoutedRows& to, const auto& sums) {
-      const auto store_as = [&](auto number, const float (&factor)[2]) {
-        using E = decltype(number);
-        store_routed_rows<C>(sums, factor, x.D, lane, static_cast<E*>(to.numbers) + row0 * routed_pitch(x.D), [=](int i) { return own + i < units ? own + i : -1; });
-      };
-      if (!L::kHalf || !to.factors) return store_as(float{}, one);
-      const FixedRows fixed(sums);
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        if (const int row = own + g + 8 * i; lane % 4 == 0 && row < units)
-          to.factors[(row0 + row) * ceil_div(x.D, kFactorColumns) + column_of_warp<C>() / kFactorColumns] = fixed.back[i];
-      store_as(Fixed{}, fixed.to);
+      const auto index = [=](int i) { return own + i < units ? own + i : -1; };
+      if (L::kHalf && to.factors) store_rounded_rows<C>(sums, 1.0f, x.D, lane, to, row0, index);
+      else store_routed_rows<C>(sums, one, x.D, lane, static_cast<float*>(to.numbers) + row0 * routed_pitch(x.D), index);
     };
     store(p.routed_dk, dk), store(p.routed_dv, dv);
     return;

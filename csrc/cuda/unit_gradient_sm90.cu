@@ -275,13 +275,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) unit_specialis
       const std::int64_t row0 = (std::int64_t(the_item().bh) * parts_of(p) + the_item().work.place) * count;  // of partial and routed sums
       item().done().arrive();
       if (routed()) {
-        const auto store = [&](const RoutedRows& to, const auto& sums) {
-          const FixedRows fixed(sums);
-#pragma unroll
-          for (int i = 0; i < 2; ++i)
-            if (const int row = own + this_lane() / 4 + 8 * i; this_lane() % 4 == 0 && row < count) to.factors[row0 + row] = fixed.back[i];
-          store_routed_rows<C>(sums, fixed.to, x.D, this_lane(), static_cast<Fixed*>(to.numbers) + row0 * routed_pitch(x.D), [=](int i) { return own + i < count ? own + i : -1; });
-        };
+        const auto store = [&](const RoutedRows& to, const auto& sums) { store_rounded_rows<C>(sums, 1.0f, x.D, this_lane(), to, row0, [=](int i) { return own + i < count ? own + i : -1; }); };
         store(p.routed_dk, dk), store(p.routed_dv, dv);
       } else {
         const auto row_in = [&](float* partial) { return [=](int i) { return own + i < count ? partial + (row0 + own + i) * x.D : nullptr; }; };

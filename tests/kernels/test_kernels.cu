@@ -259,6 +259,8 @@ const Case kCases[] = {
     {"packed", Dtype::bf16, 3, 4, 2, 150, 130, 20, 24, 1, 64, true, Batch::packed},
     {"packed_two_routes_fp32", Dtype::fp32, 3, 2, 1, 70, 80, 6, 10, 2, 32, true, Batch::packed},
     {"long_sequence", Dtype::bf16, 1, 1, 1, 2500, 3000, 65, 64, 1, 64},
+    {"many_tokens", Dtype::bf16, 2, 8, 2, 4500, 100, 20, 8, 1, 64},
+    {"many_tokens_fp16", Dtype::fp16, 1, 16, 16, 4710, 64, 71, 8, 1, 40, true, Batch::full, false, {1, 71, 1, 4600, 3}},
     // whole warpgroups in every stage
     {"many_queries", Dtype::bf16, 1, 2, 1, 1500, 300, 5, 100, 1, 128},
     {"many_queries_fp16", Dtype::fp16, 1, 1, 1, 700, 200, 3, 70, 1, 64},
@@ -596,6 +598,15 @@ void run(const Case& c) {
     expect(right, c.integers ? "experts, exactly" : "experts, up to fp32 rounding");
   }
   const auto routed = experts.get();
+  if (!c.integers && fits_pool_route(problem, windows)) {
+    const Output landmarks(dtype, B, H, M, D);
+    Buffer<std::int32_t> its_experts(routed.size());
+    const std::size_t sums = std::size_t(BH) * (ceil_div(N, kPoolPiece) + M) * D;
+    Buffer<float> scratch(sums + std::size_t(BH) * M * D / 2);
+    RUN(launch_pool_route({problem, windows, q.rows, scratch.data, scratch.data + sums, landmarks.memory.data, its_experts.data}, 0));
+    expect(landmarks.memory.get() == pooled.memory.get(), "one pass: landmarks, bit for bit");
+    expect(its_experts.get() == routed, "one pass: experts");
+  }
 
   // grouping of the queries by expert: one list of tiles for the forward, one for the backward
   const int per_expert = std::max(1, N * s / M);
