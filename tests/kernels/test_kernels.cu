@@ -482,7 +482,7 @@ void run(const Case& c) {
   const Windows windows = c.windows.mh ? c.windows : Windows{1, M, 1, N, 0};
   const auto windows_of_batch = [&](int b) {
     Windows w = windows;
-    if (w.gh == 1) w.gw = queries.each[b];
+    if (!c.windows.mh) w.gw = queries.each[b];
     return w;
   };
   const auto each_head = [&](const auto& f) {
