@@ -1,5 +1,5 @@
-// What one warp does of a stage: shared by the kernel of that stage and by the kernel of whole short sequences, so that both
-// give the same bits.
+// What one warp does of a stage: shared by the kernel of that stage, by those of whole short sequences, and by that which pools
+// and routes long ones at once, so that all give the same bits.
 #pragma once
 #include "device.cuh"
 
