@@ -301,6 +301,20 @@ template <class T, int DP> struct PassingCopy : Copy<T, DP> {
   }
 };
 
+// Two numbers that are read again soon: they leave the L2 last.
+__device__ inline void store_to_stay(float* to, float x, float y) {
+  std::uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0;" : "=l"(policy));
+  asm volatile("st.global.L2::cache_hint.v2.f32 [%0], {%1, %2}, %3;" ::"l"(to), "f"(x), "f"(y), "l"(policy) : "memory");
+}
+// By THREADS threads, once all have read what they want of `bytes` bytes: what they are from here on does not matter, and need not be written to memory.
+template <int THREADS> __device__ inline void forget(const void* from, std::int64_t bytes) {
+  constexpr int kLine = 128;
+  const std::uintptr_t first = (reinterpret_cast<std::uintptr_t>(from) + kLine - 1) / kLine * kLine, last = reinterpret_cast<std::uintptr_t>(from) + bytes;
+  for (std::uintptr_t line = first + threadIdx.x % THREADS * kLine; line + kLine <= last; line += THREADS * kLine)
+    asm volatile("discard.global.L2 [%0], %1;" ::"l"(line), "n"(kLine) : "memory");
+}
+
 // Starts copying `rows` rows into one or more tiles with all threads of the block. source(i), i < present, is the row of the
 // tensors that becomes row i. The others become zeros, as do the columns from D to DP: probability 0 times garbage would be NaN
 // if the garbage is. The usual case, whole vectors of whole rows, has a loop of its own: a thread's rows there lie a multiple of

@@ -35,6 +35,11 @@ constexpr int kPoolPiece = 512;
 __host__ __device__ inline bool pools_pieces(const Problem& x, const Windows& w) {
   return x.dtype != Dtype::fp32 && x.D <= 64 && w.gh == 1 && w.mh == 1 && w.gw >= 4096 && w.gw >= 64 * w.mw;
 }
+__host__ __device__ inline int pool_pieces(const Problem& x) { return ceil_div(x.queries.max_length, kPoolPiece); }
+// PoolRouteParams::memory.
+__host__ __device__ inline std::size_t pool_route_bytes(const Problem& x) {
+  return std::size_t(x.B) * x.H * x.D * ((pool_pieces(x) + x.M) * sizeof(float) + x.M * 2);
+}
 
 // Queries that a block, or a warpgroup of it, holds at a time, by element size and padded head dimension: what fits two blocks'
 // registers on a multiprocessor and 99 KB of shared memory.

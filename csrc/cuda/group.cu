@@ -46,9 +46,9 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const GroupParams p) {
 }
 
 // Prefix sums over the experts of one head: of their entries, tiles and segments.
-template <int THREADS> struct Lists {
-  static constexpr int kItems = ceil_div(kMaxLandmarks, THREADS);  // experts of one thread
-  using Scan = cub::BlockScan<int, THREADS>;
+struct Lists {
+  static constexpr int kItems = ceil_div(kMaxLandmarks, kThreads);  // experts of one thread
+  using Scan = cub::BlockScan<int, kThreads>;
   typename Scan::TempStorage storage;
   int first[kMaxLandmarks + 1], tiles[kMaxLandmarks + 1], segments[kMaxLandmarks + 1];
 
@@ -70,7 +70,7 @@ template <int THREADS> struct Lists {
 
   // Pieces of `rows` entries, `starts` the prefix sums of each expert's pieces.
   __device__ void write_work(Work* list, int most, int rows, int M, const int* starts) const {
-    for (int i = threadIdx.x; i < most; i += THREADS) {
+    for (int i = threadIdx.x; i < most; i += kThreads) {
       Work work{0, 0, 0, 0};
       if (i < starts[M]) {
         int m = 0;  // the last expert that does not start behind piece i
@@ -90,27 +90,27 @@ template <int THREADS> struct Lists {
     sum(tiles, M, [&](int m) { return ceil_div(first[m + 1] - first[m], p.tile_rows); });
     sum(segments, M, [&](int m) { return ceil_div(first[m + 1] - first[m], p.segment_rows); });
     if (bh == 0 && threadIdx.x == 0) *p.taken = 0;
-    for (int m = threadIdx.x; m <= M; m += THREADS) p.segment_starts[std::int64_t(bh) * (M + 1) + m] = segments[m];
+    for (int m = threadIdx.x; m <= M; m += kThreads) p.segment_starts[std::int64_t(bh) * (M + 1) + m] = segments[m];
     const auto list_of = [&](Work* list, int rows) { return list + std::int64_t(bh) * max_tiles(p.problem, rows); };
     write_work(list_of(p.tiles, p.tile_rows), max_tiles(p.problem, p.tile_rows), p.tile_rows, M, tiles);
     write_work(list_of(p.segments, p.segment_rows), max_tiles(p.problem, p.segment_rows), p.segment_rows, M, segments);
   }
 };
 
-constexpr int kScanThreads = 1024, kScanItems = 4;
+constexpr int kScanItems = 16;  // of few threads: beside the scores there are a few multiprocessors, for the blocks of all heads at once
 
-__global__ void __launch_bounds__(kScanThreads) scan_kernel(const GroupParams p) {
-  __shared__ Lists<kScanThreads> lists;
+__global__ void __launch_bounds__(kThreads) scan_kernel(const GroupParams p) {
+  __shared__ Lists lists;
   const int M = p.problem.M, bh = blockIdx.x;
   const std::int64_t n = std::int64_t(M) * p.chunks;
   std::int32_t* counts = p.counts + bh * n;
   int total = 0;
-  for (std::int64_t base = 0; base < n; base += kScanThreads * kScanItems) {
+  for (std::int64_t base = 0; base < n; base += kThreads * kScanItems) {
     int item[kScanItems], sum;
     const std::int64_t at = base + std::int64_t(threadIdx.x) * kScanItems;
 #pragma unroll
     for (int i = 0; i < kScanItems; ++i) item[i] = at + i < n ? counts[at + i] : 0;
-    Lists<kScanThreads>::Scan(lists.storage).ExclusiveSum(item, item, sum);
+    Lists::Scan(lists.storage).ExclusiveSum(item, item, sum);
 #pragma unroll
     for (int i = 0; i < kScanItems; ++i)
       if (at + i < n) counts[at + i] = total + item[i];
@@ -179,7 +179,7 @@ __device__ std::int32_t* entries_of(const GroupParams& p, int bh) { return p.ent
 
 __global__ void __launch_bounds__(kThreads) scatter_kernel(const GroupParams p) {
   extern __shared__ int places[];
-  __shared__ Lists<kThreads> lists;
+  __shared__ Lists lists;
   const Chunk chunk(p);
   int* const sorted = places + kWarps * chunk.M;  // [kGroupChunk]: expert, entry of the chunk
   Shares shares{places, kGroupChunk / kWarps};
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kThreads) scatter_kernel(const GroupParams p) 
 
 __global__ void __launch_bounds__(kThreads) group_kernel(const GroupParams p) {
   extern __shared__ int places[];
-  __shared__ Lists<kThreads> lists;
+  __shared__ Lists lists;
   const Chunk chunk(p);
   Shares shares{places, ceil_div(chunk.entries, 32 * kWarps) * 32};
   shares.count(chunk);
@@ -219,7 +219,7 @@ cudaError_t launch_group(const GroupParams& p, cudaStream_t stream) {
     return launch(group_kernel, heads, kThreads, bytes, stream, p);
   }
   if (cudaError_t status = launch(count_kernel, heads * p.chunks, kThreads, 0, stream, p)) return status;
-  if (cudaError_t status = launch(scan_kernel, heads, kScanThreads, 0, stream, p)) return status;
+  if (cudaError_t status = launch(scan_kernel, heads, kThreads, 0, stream, p)) return status;
   return launch(scatter_kernel, heads * p.chunks, kThreads, bytes + kGroupChunk * sizeof(int), stream, p);
 }
 

@@ -6,7 +6,7 @@
 //   rounded score
 //   online softmax over scale * S, O += P v  -> partial values, maximum and sum of this part
 // Where fp32 may be rounded to TF32, the values are, and S is not.
-// The keys of a tile are permuted, so that the columns of one lane are consecutive keys.
+// The keys of a tile are permuted, so that the columns of one lane are consecutive keys; where all scores are stored, four by four of four lanes.
 // On sm_90a, where 16-bit sequences are long, specialists do the same: four warps bring keys and values, a share of the rows each, whole
 // warpgroups own 64 landmarks, or share them, each with a part of the key range of its own.
 // combine: one warp per landmark merges the parts in their order, rounds the value once and writes the lse.
@@ -28,8 +28,11 @@ struct Part {
   }
 };
 
-// Row 8n + 2t + i of a tile is key t * kLaneKeys + 2n + i.
-template <class C> __device__ inline int key_of_row(int row) { return row / 2 % 4 * kLaneKeys<C> + row / 8 * 2 + row % 2; }
+// Of a tile, the key that column i of lane t, i < 2, has in product n; it is row 8n + 2t + i there.
+template <class C> __device__ inline int key_of_column(bool all_scores, int t, int n, int i) {
+  return all_scores ? n / 2 * 16 + t * 4 + n % 2 * 2 + i : t * kLaneKeys<C> + n * 2 + i;
+}
+template <class C> __device__ inline int key_of_row(bool all_scores, int row) { return key_of_column<C>(all_scores, row / 2 % 4, row / 8, row % 2); }
 
 // What is stored of a group's scores (kGroupKeys). The two largest are found with their places in the lowest bits, by exclusive or: they
 // are those of the scores but for these bits, and an infinity becomes NaN.
@@ -71,14 +74,14 @@ template <class C> struct Compression {
     const Problem& x = p.problem;
     const bool all_scores = p.group == 1;
     const std::int64_t pitch = score_pitch(x.keys.max_length, p.group);
-    const int lane_key = tile * kKeys<C> + threadIdx.x % 4 * kLaneKeys<C>;
+    const int first_key = tile * kKeys<C>, t = threadIdx.x % 4, lane_key = first_key + key_of_column<C>(all_scores, t, 0, 0);
     const auto each_absent = [&](auto&& f) {
       if ((tile + 1) * kKeys<C> > length)
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i)
-            if (lane_key + 2 * n + i % 2 >= length) f(s[n][i]);
+            if (first_key + key_of_column<C>(all_scores, t, n, i % 2) >= length) f(s[n][i]);
     };
     each_absent([](float& score) { score = NAN; });
     float highest[2];  // of a lane's keys; looks over NaN, unless all are
@@ -99,7 +102,7 @@ template <class C> struct Compression {
         if (stored)
 #pragma unroll
           for (int n = 0; n < kTiles; n += 2)
-            *reinterpret_cast<float4*>(scores + 2 * n) = make_float4(s[n][2 * i], s[n][2 * i + 1], s[n + 1][2 * i], s[n + 1][2 * i + 1]);
+            *reinterpret_cast<float4*>(scores + 8 * n) = make_float4(s[n][2 * i], s[n][2 * i + 1], s[n + 1][2 * i], s[n + 1][2 * i + 1]);
       } else {
         constexpr bool kHalf = kLaneKeys<C> < kGroupKeys;  // is a lane's half of a group?
         GroupScores group{highest[i]};
@@ -108,7 +111,7 @@ template <class C> struct Compression {
 #pragma unroll
           for (int j = 0; j < 2; ++j) group.add(s[n][2 * i + j], (kHalf ? lane_key % kGroupKeys : 0) + 2 * n + j);
         if constexpr (kHalf) group.add_neighbour();
-        if (stored && (!kHalf || lane_key % kGroupKeys == 0)) *reinterpret_cast<float2*>(scores) = make_float2(group.highest, group.others());
+        if (stored && (!kHalf || lane_key % kGroupKeys == 0)) store_to_stay(scores, group.highest, group.others());
       }
     }
     const float scale = p.scale * kLogit<T>, positive = positive_scale(s, scale);
@@ -167,8 +170,8 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::kGroups && C::DP ==
   const auto load_stage = [&](int tile) {
     auto& stage = shared.stage[tile & (L::kStages - 1)];
     const int head = h / (x.H / x.Hkv), key0 = tile * kRows;
-    const auto key_of = [key0, length = keys.length](int row) {  // a ragged tile lacks the last row and the last key
-      const int key = key0 + key_of_row<C>(row);
+    const auto key_of = [key0, all_scores = p.group == 1, length = keys.length](int row) {  // a ragged tile lacks the last row and the last key
+      const int key = key0 + key_of_row<C>(all_scores, row);
       return key < length ? key : -1;
     };
     load_rows<T, DP>(kRows, x.D, key0 + kRows <= keys.length ? kRows : kRows - 1, key_of,
@@ -264,8 +267,8 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
           if (const int tile = piece.first + round * piece.parts + i; i < piece.parts && tile < piece.last) {
             const auto& to = shared.stages[stage.at()];
             const int key0 = tile * kRows;
-            const auto key_of = [key0, first = 16 * warp, length = piece.keys.length](int row) {
-              const int key = key0 + key_of_row<C>(first + row);
+            const auto key_of = [key0, all_scores = p.group == 1, first = 16 * warp, length = piece.keys.length](int row) {
+              const int key = key0 + key_of_row<C>(all_scores, first + row);
               return key < length ? key : -1;
             };
             load_rows_by_warp<16, T, DP>(key_of, key0 + kRows <= piece.keys.length, x.D,

@@ -102,12 +102,14 @@ template <int LANES, int MOST> __global__ void __launch_bounds__(kThreads) topk_
   const std::int64_t row = (std::int64_t(blockIdx.x) * kThreads + threadIdx.x) / LANES;
   const bool exists = row < std::int64_t(x.B) * x.H * x.M;
   const int length = exists ? span(x.keys, static_cast<int>(row / x.M / x.H)).length : 0, k = min(x.K, length);
-  const float* scores = p.scores + row * score_pitch(x.keys.max_length, 1);
+  const std::int64_t pitch = score_pitch(x.keys.max_length, 1);
+  const float* scores = p.scores + row * pitch;
   std::int32_t* indices = p.indices + row * x.K;
   if (exists)
     for (int i = k + threadIdx.x % LANES; i < x.K; i += LANES) indices[i] = -1;
   select_row<LANES, MOST>(length, k, [&](int key) { return *reinterpret_cast<const float4*>(scores + key); },
                           [&](int i, int key) { indices[i] = key; });
+  if (exists) forget<LANES>(scores, pitch * sizeof(float));
 }
 
 template <int WARPS> __device__ void wait_for_warps() {
@@ -154,7 +156,8 @@ template <class C, int WARPS> __global__ void __launch_bounds__(kThreads, C::DP 
   if (first_warp)
     for (int i = k + lane; i < x.K; i += 32) indices[i] = -1;
   if (k == 0) return;
-  const float* pairs = p.scores + row * score_pitch(x.keys.max_length, kGroupKeys);
+  const std::int64_t pitch = score_pitch(x.keys.max_length, kGroupKeys);
+  const float* pairs = p.scores + row * pitch;
   const auto maximum = [&](int i) { return pairs[2 * i]; };
   const auto four_maxima = [&](int i) {
     const float4 one = *reinterpret_cast<const float4*>(pairs + 2 * i), other = *reinterpret_cast<const float4*>(pairs + 2 * i + 4);
@@ -185,6 +188,7 @@ template <class C, int WARPS> __global__ void __launch_bounds__(kThreads, C::DP 
     if (lane == 0) its.count = count;
   }
   wait_for_warps<WARPS>();
+  forget<32 * WARPS>(pairs, pitch * sizeof(float));
   const int count = its.count;
   const auto emit = [&](int i, int j) { indices[i] = its.keys[j]; };
   if (count == k) {
@@ -397,9 +401,11 @@ template <class C> __global__ void __launch_bounds__(kThreads, C::DP == 64 ? 8 :
   const int k = min(x.K, keys.length), row_groups = ceil_div(keys.length, p.group), groups = min(x.K, row_groups);
   for (int i = k + threadIdx.x; i < x.K; i += kThreads) indices[i] = -1;
   if (k == 0) return;
-  const float* numbers = p.scores + row * score_pitch(x.keys.max_length, p.group);
+  const std::int64_t pitch = score_pitch(x.keys.max_length, p.group);
+  const float* numbers = p.scores + row * pitch;
   choose_groups(selection, lists, reinterpret_cast<u64*>(memory), numbers, p.group > 1, row_groups, groups, plan);
   const u32* chosen = p.group == 1 ? lists : choose_keys<C>(selection, lists, groups, k, reinterpret_cast<u32*>(memory), layout.round, numbers, p, bh, m);
+  forget<kThreads>(numbers, pitch * sizeof(float));
 
   if (x.K <= kCountedTopk) {
     for (int i = threadIdx.x; i < k; i += kThreads) {

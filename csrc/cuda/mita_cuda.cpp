@@ -60,8 +60,9 @@ struct Context {
   }
 };
 
-// Another stream, the first or second one, for stages that do not need what the op's own stream does meanwhile. It follows that one from here
-// on, until they join. What is in use on any of them must not be freed before.
+// Another stream for stages that do not need what the op's own stream does meanwhile, one of a few: of an urgent one blocks start before those of that
+// stream. It follows that one from here on, until they join. What is in use on any of them must not be freed before.
+enum class Beside { urgent, any, other };
 class Branch {
   struct Own {
     cudaStream_t stream = nullptr;
@@ -71,10 +72,14 @@ class Branch {
   const Own own;
   bool joined = false;
 
-  static Own of_thread(int device, int which) {  // kept for the next call
-    static thread_local std::map<std::pair<int, int>, Own> owns;
+  static Own of_thread(int device, Beside which) {  // kept for the next call
+    static thread_local std::map<std::pair<int, Beside>, Own> owns;
     Own& own = owns[{device, which}];
-    if (!own.stream) C10_CUDA_CHECK(cudaStreamCreateWithFlags(&own.stream, cudaStreamNonBlocking));
+    if (!own.stream) {
+      int least, greatest;
+      C10_CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+      C10_CUDA_CHECK(cudaStreamCreateWithPriority(&own.stream, cudaStreamNonBlocking, which == Beside::urgent ? greatest : least));
+    }
     if (!own.event) C10_CUDA_CHECK(cudaEventCreateWithFlags(&own.event, cudaEventDisableTiming));
     return own;
   }
@@ -85,10 +90,11 @@ class Branch {
 
  public:
   Context context;
-  explicit Branch(const Context& trunk, int which = 0)
+  Branch(const Context& trunk, Beside which)
       : trunk(trunk), own(of_thread(trunk.guard.current_device().index(), which)), context(trunk.guard.current_device(), own.stream) {
-    C10_CUDA_CHECK(follow(own.stream, trunk.stream));
+    catch_up();
   }
+  void catch_up() { C10_CUDA_CHECK(follow(own.stream, trunk.stream)); }  // with what the op's own stream does by now
   void join() {
     joined = true;
     C10_CUDA_CHECK(follow(trunk.stream, own.stream));
@@ -182,10 +188,8 @@ Tensor pool_stage(const Context& context, const Problem& x, const Windows& w, co
 // Landmarks and experts, where one pass over the queries makes both.
 std::tuple<Tensor, Tensor> pool_route_stage(const Context& context, const Problem& x, const Windows& w, const Tensor& query) {
   Tensor landmarks = at::empty({x.B, x.H, x.M, x.D}, query.options()), experts = ints(query, {x.B, x.H, x.queries.max_length, 1});
-  const int64_t sums = heads(x) * (ceil_div(x.queries.max_length, kPoolPiece) + x.M) * x.D;
-  const Tensor scratch = floats(query, {sums + landmarks.numel() / 2});
-  float* const partial = scratch.data_ptr<float>();
-  context.run("mita_ext::pool_route", launch_pool_route, {x, w, rows(query), partial, partial + sums, landmarks.data_ptr(), experts.data_ptr<int>()});
+  const Tensor memory = at::empty({int64_t(pool_route_bytes(x))}, query.options().dtype(at::kByte));
+  context.run("mita_ext::pool_route", launch_pool_route, {x, w, rows(query), memory.data_ptr(), landmarks.data_ptr(), experts.data_ptr<int>()});
   return {landmarks, experts};
 }
 
@@ -269,7 +273,7 @@ class KeyLists {
   bool begun = false, joined = false;
 
  public:
-  KeyLists(const Context& context, const Problem& x, const Tensor& indices, Groups& groups) : memory(allocate(x, indices, groups, p)), branch(context) {
+  KeyLists(const Context& context, const Problem& x, const Tensor& indices, Groups& groups) : memory(allocate(x, indices, groups, p)), branch(context, Beside::any) {
     groups.key_ranges = p.ranges, groups.key_entries = p.entries;
   }
   void begin() {
@@ -705,7 +709,7 @@ void attention_gradient_stages(const Context& context, const Problem& x, const S
   const bool with_keys = fits_key_specialists(x) && rounds_routed_sums(x);  // the landmarks' own gradients, in one pass
   Tensor memory;
   std::optional<Branch> beside;
-  if (shared && !one_pass && wanted.keys && x.s > 0) beside.emplace(context, 1);
+  if (shared && !one_pass && wanted.keys && x.s > 0) beside.emplace(context, Beside::other);
   if (shared) {
     const Context& of_landmarks = beside ? beside->context : context;
     Tensor as_keys = result.dlandmarks;
@@ -727,7 +731,7 @@ void attention_gradient_stages(const Context& context, const Problem& x, const S
     if (beside) {
       beside->join();
       beside.reset();
-      if (pools && !with_keys) pooled.emplace(context, 1), pool(pooled->context);
+      if (pools && !with_keys) pooled.emplace(context, Beside::other), pool(pooled->context);
     }
     shared.reset(), memory = Tensor();  // for what follows
     if (!with_keys) own.reset();
@@ -818,16 +822,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(con
   else if (!landmarks) pooled = pool_stage(context, x, w, q);
   const Tensor z = landmarks ? aligned(*landmarks) : pooled;
   LandmarkStage landmark(x, z, k, v, static_cast<float>(scale));
-  // Experts and groups beside all that the landmarks give, and of that the compressed values beside the choice of keys.
-  Branch beside_all(context);
-  if (!both) experts = route_stage(beside_all.context, x, q, z);
-  const Grouped grouped = attention_groups(beside_all.context, x, experts);
+  // Experts and groups beside the scores, and compressed values beside the choice of keys.
+  Branch beside(context, Beside::urgent);
+  if (!both) experts = route_stage(beside.context, x, q, z);
+  const Grouped grouped = attention_groups(beside.context, x, experts);
   landmark.score(context);
-  Branch beside_choice(context, 1);
-  landmark.combine(beside_choice.context);
+  beside.catch_up();
+  landmark.combine(beside.context);
   landmark.choose(context);
-  beside_choice.join();
-  beside_all.join();
+  beside.join();
   landmark.free_scratch();
   auto [out, lse] = attention_stage(context, x, units(shared_expert, z, landmark.compressed, k, v, landmark.indices), q, grouped, static_cast<float>(scale),
                                     static_cast<float>(landmark_scale));

@@ -58,7 +58,7 @@ struct LandmarkParams {
   Rows landmarks, k, v;        // [B, H, M, D], [B, Hkv, L, D] twice
   int splits;                  // parts of the key range, each with its own partial softmax
   int group;                   // group_keys(L, K, D)
-  float* scores;               // [BH, M, score_pitch(L, group)], unscaled, every bit of fp32; pairs where group > 1
+  float* scores;               // [BH, M, score_pitch(L, group)], unscaled, every bit of fp32; pairs where group > 1; until keys are chosen by them
   float* partial_values;       // [BH, splits, M, D], not yet divided by the sums
   float* partial_state;        // [BH, splits, M, 2]: maximum, sum
   std::int32_t* indices;       // [B, H, M, K], ascending; -1 where a sequence has fewer keys
@@ -70,8 +70,7 @@ struct PoolRouteParams {
   Problem problem;
   Windows windows;
   Rows q;                      // [B, H, N, D]
-  float* partial;              // [BH, pieces of N + M, D]: row piece + m holds what that piece gives to window m
-  void* known;                 // [BH, M, D]: landmarks again. These two lie one behind the other
+  void* memory;                // pool_route_bytes: fp32 [BH, pieces of N + M, D], row piece + m is what that piece gives to window m; then landmarks again
   void* landmarks;             // [B, H, M, D], contiguous
   std::int32_t* experts;       // [B, H, N, 1]
 };

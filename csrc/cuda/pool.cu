@@ -11,11 +11,11 @@ namespace mita {
 namespace {
 
 // Loads under way, and so registers, are worth more than warps. H100, one-dimensional windows: three blocks of them 60, six blocks with one load at a time 68 us.
-template <class T> __global__ void __launch_bounds__(32 * kPoolShares, 3) pool_kernel(const PoolParams p, const int shares) {
+template <class T, class Product> __global__ void __launch_bounds__(32 * kPoolShares, 3) pool_kernel(const PoolParams p, const int shares) {
   const Problem& x = p.problem;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, share = warp % shares;
-  const std::int64_t landmark = std::int64_t(blockIdx.x) * (kPoolShares / shares) + warp / shares;
-  const bool exists = landmark < std::int64_t(x.B) * x.H * x.M;
+  const Product landmark = Product(blockIdx.x) * (kPoolShares / shares) + warp / shares;
+  const bool exists = landmark < Product(x.B) * x.H * x.M;
   int own_shares = 1;  // as many as its sequence would have alone: the same sums
   const int lanes = min(row_lanes<T>(x.D), 32), own = lane % lanes, c = own + 32 * blockIdx.y;
   const bool inside = c * kChunk<T> < x.D;
@@ -27,7 +27,7 @@ template <class T> __global__ void __launch_bounds__(32 * kPoolShares, 3) pool_k
     const int m = static_cast<int>(landmark % x.M), bh = static_cast<int>(landmark / x.M), b = bh / x.H, h = bh % x.H;
     const Span queries = span(x.queries, b);
     const Windows w = windows_of(p.windows, x.queries, queries.length);
-    tokens = PooledTokens::of<std::int64_t>(w, m);
+    tokens = PooledTokens::of<Product>(w, m);
     own_shares = pool_shares<T>(x, w);
     in_pieces = pools_pieces(x, w);
     if (in_pieces) pieces = tokens.pieces();
@@ -52,9 +52,8 @@ template <class T> __global__ void __launch_bounds__(32 * kPoolShares, 3) pool_k
 #pragma unroll
     for (int e = 0; e < kChunk<T>; ++e) sum[e] += part[e];
   }
-  if (share > 0) return;
-  if (!exists || lane >= lanes || !inside) return;
-  *reinterpret_cast<uint4*>(static_cast<T*>(p.landmarks) + landmark * x.D + c * kChunk<T>) = mean_of<T>(sum, tokens.area).bits;
+  if (share > 0 || !exists || lane >= lanes || !inside) return;
+  *reinterpret_cast<uint4*>(static_cast<T*>(p.landmarks) + std::int64_t(landmark) * x.D + c * kChunk<T>) = mean_of<T>(sum, tokens.area).bits;
 }
 
 constexpr int kThreads = 128, kRowThreads = 4, kBlockRows = kThreads / kRowThreads;  // of a block of pool_backward, of one row of dq
@@ -101,6 +100,12 @@ template <class C, class Product> __global__ void __launch_bounds__(kThreads) po
 
 }  // namespace
 
+// Do products of 32 bits suffice, which are divided in half the instructions? Windows in one dimension may follow the length of a sequence.
+static bool are_narrow(const Problem& x, const Windows& w) {
+  const auto product = [](std::int64_t a, std::int64_t b) { return (a + 1) * (b + 1); };
+  return std::max({product(w.gh, w.mh), product(std::max(w.gw, x.queries.max_length), w.mw), std::int64_t(x.B) * x.H * x.M + kPoolShares}) < INT32_MAX;
+}
+
 cudaError_t launch_pool(const PoolParams& p, cudaStream_t stream) {
   return dispatch_dtype(p.problem.dtype, [&](auto element) {
     using T = decltype(element);
@@ -109,7 +114,7 @@ cudaError_t launch_pool(const PoolParams& p, cudaStream_t stream) {
     const bool vary = x.queries.lengths || x.queries.starts;  // shorter sequences may be summed in more shares than pieces are
     const int shares = vary && pools_pieces(x, p.windows) ? kPoolShares : pool_shares<T>(x, p.windows);
     const dim3 blocks(static_cast<unsigned>((landmarks * shares + kPoolShares - 1) / kPoolShares), ceil_div(x.D, 32 * kChunk<T>));
-    return launch(pool_kernel<T>, blocks, 32 * kPoolShares, 0, stream, p, shares);
+    return launch(are_narrow(x, p.windows) ? pool_kernel<T, int> : pool_kernel<T, std::int64_t>, blocks, 32 * kPoolShares, 0, stream, p, shares);
   });
 }
 
@@ -117,11 +122,8 @@ cudaError_t launch_pool_backward(const PoolBackwardParams& p, cudaStream_t strea
   return dispatch(p.problem.dtype, p.problem.D, [&](auto config) {
     const Problem& x = p.problem;
     const unsigned blocks = static_cast<unsigned>(x.B) * x.H * ceil_div(x.queries.max_length, kBlockRows);
-    // Products of 32 bits, where they suffice, are divided in half the instructions; one-dimensional windows may follow the length.
-    const Windows& w = p.windows;
-    const bool narrow = std::max(std::int64_t(w.gh + 1) * (w.mh + 1), std::int64_t(std::max(w.gw, x.queries.max_length) + 1) * (w.mw + 1)) < INT32_MAX;
-    if (narrow) return launch(pool_backward_kernel<decltype(config), int>, blocks, kThreads, 0, stream, p);
-    return launch(pool_backward_kernel<decltype(config), std::int64_t>, blocks, kThreads, 0, stream, p);
+    using C = decltype(config);
+    return launch(are_narrow(x, p.windows) ? pool_backward_kernel<C, int> : pool_backward_kernel<C, std::int64_t>, blocks, kThreads, 0, stream, p);
   });
 }
 

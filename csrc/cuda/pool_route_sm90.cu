@@ -8,7 +8,9 @@
 //   two bring all landmarks of a head;
 //   three warpgroups route the queries, 64 at a time, as `route` does.
 // Nobody counts or fences: memory that others wait for is filled with bits that no sum and no landmark has, and read until they are gone.
-// All blocks must run at once: the launch is a cooperative one.
+// All blocks must run at once, and know that it is filled: the launch is a cooperative one.
+#include <cooperative_groups.h>
+
 #include "launch.h"
 #include "specialists.cuh"
 #include "stages.cuh"
@@ -56,8 +58,6 @@ template <int NUMBER, class V, class From> __device__ inline void look_until_the
   while (look_from(1, NUMBER)) continue;
 }
 
-__host__ __device__ inline int pieces_of(const Problem& x) { return ceil_div(x.queries.max_length, kPoolPiece); }
-
 template <class T> __global__ void __launch_bounds__(kThreads, 1) pool_route_kernel(const PoolRouteParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using C = Config<T, kDP, true>;
@@ -76,11 +76,17 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) pool_route_ker
     const PooledTokens its = PooledTokens::of<int>(p.windows, m);
     shared.windows[m] = {its.first, its.first + its.area};
   }
-  __syncthreads();
+  const int N = x.queries.max_length, pieces = pool_pieces(x), all = x.B * x.H * pieces;
+  if (const int n = blockIdx.x % pieces * kPoolPiece + threadIdx.x; threadIdx.x < kPoolPiece && n < N)  // the first piece, into the L2 meanwhile
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(head_rows<T>(p.q, blockIdx.x / pieces / x.H, blockIdx.x / pieces % x.H, n)));
+  for (std::size_t i = blockIdx.x * kThreads + threadIdx.x; i < pool_route_bytes(x) / sizeof(uint4); i += gridDim.x * kThreads)
+    static_cast<uint4*>(p.memory)[i] = {~0u, ~0u, ~0u, ~0u};
+  cooperative_groups::this_grid().sync();
 
   const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-  const int N = x.queries.max_length, pieces = pieces_of(x), all = x.B * x.H * pieces;
-  const auto row_of_sums = [&](int bh, int piece, int m) { return p.partial + (std::int64_t(bh) * (pieces + x.M) + piece + m) * x.D; };
+  float* const partial = static_cast<float*>(p.memory);
+  void* const known = partial + std::int64_t(x.B) * x.H * (pieces + x.M) * x.D;
+  const auto row_of_sums = [&](int bh, int piece, int m) { return partial + (std::int64_t(bh) * (pieces + x.M) + piece + m) * x.D; };
   const auto row_of_landmark = [&](void* of, int bh, int m) { return static_cast<T*>(of) + (std::int64_t(bh) * x.M + m) * x.D; };
   const auto in_one_piece = [](const Range& window) { return window.first / kPoolPiece == (window.last - 1) / kPoolPiece; };
   const auto each_piece = [&](auto&& work) {  // of this block
@@ -99,19 +105,10 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) pool_route_ker
         const auto own = tile + i;
         own.wait_there();
         fence_loads();
-        BestLandmark highest;
-        for (int m = 0; m < x.M; m += kTileRows) {
-          float s[kTileRows / 8][4];
-          product<C>(s, GroupRows<T, kDP>{shared.queries[own.at()].in(window)}, shared.landmarks[landmarks.at()][m / kTileRows].in(window), lane);
-          wait_products<C, 0>(s);
-          highest.update(s, m, x.M);
-        }
+        const BestLandmark highest =
+            route_tile<C, kTileRows>({shared.queries[own.at()].in(window)}, [&](int m) { return shared.landmarks[landmarks.at()][m].in(window); }, x.M);
         if (lane == 0) own.done().arrive();
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int n = first + i * kTileRows + 16 * warp + lane / 4 + 8 * h;
-          if (lane % 4 == 0 && n < N) p.experts[std::int64_t(bh) * N + n] = highest.of_row(h);
-        }
+        highest.store(p.experts + std::int64_t(bh) * N, first + i * kTileRows + 16 * warp + lane / 4, N, N);
       }
       if (lane == 0) landmarks.done().arrive();
     });
@@ -138,7 +135,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) pool_route_ker
         if (strand == 0 && c * kChunk<T> < x.D) {
           if (in_one_piece(its)) {
             const Vector<T> mean = mean_of<T>(sum, its.last - its.first);
-            for (void* to : {p.known, p.landmarks}) *reinterpret_cast<uint4*>(row_of_landmark(to, bh, m) + c * kChunk<T>) = mean.bits;
+            for (void* to : {known, p.landmarks}) *reinterpret_cast<uint4*>(row_of_landmark(to, bh, m) + c * kChunk<T>) = mean.bits;
           } else {
             float* const to = row_of_sums(bh, piece, m) + c * kChunk<T>;
 #pragma unroll
@@ -210,20 +207,20 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) pool_route_ker
         const Mean mean(its.last - its.first);
         const std::uint32_t two = pack<T>(mean(sum.x), mean(sum.y));
         if (2 * lane < x.D)
-          for (void* to : {p.known, p.landmarks}) reinterpret_cast<std::uint32_t*>(row_of_landmark(to, bh, m))[lane] = two;
+          for (void* to : {known, p.landmarks}) reinterpret_cast<std::uint32_t*>(row_of_landmark(to, bh, m))[lane] = two;
       }
     });
   } else {
     each_piece([&](int bh, int piece, int first, int last, int tiles) {
       constexpr int kRows = 64 / kChunks, kAtOnce = kTileRows / kRows;
       const int own = (threadIdx.x % 128 - 64) / kChunks, c = threadIdx.x % kChunks;
-      const T* const known = row_of_landmark(p.known, bh, 0) + c * kChunk<T>;
+      const T* const its = row_of_landmark(known, bh, 0) + c * kChunk<T>;
       landmarks.wait_free();
       for (int m0 = own; m0 < round_up(x.M, kTileRows); m0 += kAtOnce * kRows) {
         uint4 chunks[kAtOnce];
         look_until_there(chunks, [&](int i) {
           const int m = m0 + i * kRows;
-          return m < x.M && c * kChunk<T> < x.D ? reinterpret_cast<const uint4*>(known + m * x.D) : nullptr;
+          return m < x.M && c * kChunk<T> < x.D ? reinterpret_cast<const uint4*>(its + m * x.D) : nullptr;
         });
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
@@ -243,9 +240,9 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) pool_route_ker
 
 // Blocks: as many as there are multiprocessors, or fewer that take the same share of every head. None where their rings cannot hold a head.
 int blocks_of(const Problem& x) {
-  int device, multiprocessors;
-  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 0;
-  const int pieces = pieces_of(x), of_each = ceil_div(pieces, multiprocessors);
+  int multiprocessors;
+  if (count_multiprocessors(multiprocessors)) return 0;
+  const int pieces = pool_pieces(x), of_each = ceil_div(pieces, multiprocessors);
   if (of_each * kPieceTiles > kTiles || std::int64_t(x.B) * x.H * pieces < multiprocessors) return 0;
   const int whole = of_each > 1 ? ceil_div(pieces, of_each) : multiprocessors / pieces * pieces;
   return 8 * whole >= 7 * multiprocessors ? whole : multiprocessors;
@@ -260,8 +257,6 @@ bool fits_pool_route(const Problem& x, const Windows& w) {
 cudaError_t launch_pool_route(const PoolRouteParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
   if (!fits_pool_route(x, p.windows)) return cudaErrorInvalidValue;
-  const std::size_t heads = std::size_t(x.B) * x.H, bytes = heads * x.D * ((pieces_of(x) + x.M) * sizeof(float) + x.M * 2);
-  if (cudaError_t status = cudaMemsetAsync(p.partial, 0xff, bytes, stream)) return status;
   return dispatch_dtype(x.dtype, [&](auto element) {
     using T = decltype(element);
     if constexpr (sizeof(T) == 2) {

@@ -137,7 +137,7 @@ template <class C> __global__ void __launch_bounds__(kThreads, 1) route_speciali
   __syncthreads();
 
   const Problem& x = p.problem;
-  const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
+  const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   const int N = x.queries.max_length, parts = ceil_div(N, kPieceRows), pieces = x.B * x.H * parts, tiles = ceil_div(x.M, kTileLandmarks);
   // A warp's share of 64 rows from `first` on, of those before `end`.
   const auto bring = [&](const auto& place, const Tile<T, DP>& target, const Rows& rows, int b, int h, std::int64_t start, int first, int end) {
@@ -163,19 +163,10 @@ template <class C> __global__ void __launch_bounds__(kThreads, 1) route_speciali
         const auto own = set + pass;
         own.wait_there();
         fence_loads();
-        BestLandmark highest;
-        for (int tile = 0; tile < tiles; ++tile) {
-          float s[kTileLandmarks / 8][4];
-          product<C>(s, GroupRows<T, DP>{shared.queries[own.at()].in(window)}, shared.stages[(stage + tile).at()].in(window), lane);
-          wait_products<C, 0>(s);
-          highest.update(s, tile * kTileLandmarks, x.M);
-        }
+        const BestLandmark highest =
+            route_tile<C, kTileLandmarks>({shared.queries[own.at()].in(window)}, [&](int tile) { return shared.stages[(stage + tile).at()].in(window); }, x.M);
         if (lane == 0) own.done().arrive();
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int n = first + pass * kPassRows + 16 * warp + g + 8 * i;
-          if (t == 0 && n < N) p.experts[std::int64_t(bh) * N + n] = n < queries.length ? highest.of_row(i) : -1;
-        }
+        highest.store(p.experts + std::int64_t(bh) * N, first + pass * kPassRows + 16 * warp + lane / 4, queries.length, N);
       }
       if (lane == 0)
         for (int tile = 0; tile < tiles; ++tile) (stage + tile).done().arrive();

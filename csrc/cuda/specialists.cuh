@@ -153,11 +153,17 @@ __device__ inline void fence_loads() {
 #endif
 }
 
+// Of the current device.
+inline cudaError_t count_multiprocessors(int& count) {
+  int device;
+  if (cudaError_t status = cudaGetDevice(&device)) return status;
+  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+}
+
 // One block on every multiprocessor, or for every piece of work where there are fewer.
 template <class Params> inline cudaError_t launch_specialists(void (*kernel)(Params), int threads, std::size_t bytes, std::int64_t pieces, cudaStream_t stream, const Params& p) {
-  int device, multiprocessors;
-  if (cudaError_t status = cudaGetDevice(&device)) return status;
-  if (cudaError_t status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) return status;
+  int multiprocessors;
+  if (cudaError_t status = count_multiprocessors(multiprocessors)) return status;
   return launch(kernel, static_cast<unsigned>(std::min<std::int64_t>(multiprocessors, pieces)), threads, bytes, stream, p);
 }
 

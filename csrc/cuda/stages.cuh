@@ -264,7 +264,25 @@ struct BestLandmark {
   }
   // Nothing but NaN: the first landmark.
   __device__ int of_row(int h) const { return max(landmark[h], 0); }
+  // To experts [N], n being the upper one of the lane's rows; -1 behind the sequence.
+  __device__ void store(std::int32_t* experts, int n, int length, int N) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      if (const int own = n + 8 * h; threadIdx.x % 4 == 0 && own < N) experts[own] = own < length ? of_row(h) : -1;
+  }
 };
+
+// Of a warpgroup's tile of queries; tile(i) are the landmarks from i * LANDMARKS on, of M.
+template <class C, int LANDMARKS, class Tiles> __device__ inline BestLandmark route_tile(const GroupRows<typename C::T, C::DP>& queries, Tiles tile, int M) {
+  BestLandmark highest;
+  for (int m = 0; m < M; m += LANDMARKS) {
+    float s[LANDMARKS / 8][4];
+    product<C>(s, queries, tile(m / LANDMARKS), threadIdx.x % 32);
+    wait_products<C, 0>(s);
+    highest.update(s, m, M);
+  }
+  return highest;
+}
 
 // ---- whole short sequences -----------------------------------------------------------------------------------------
 

@@ -601,9 +601,8 @@ void run(const Case& c) {
   if (!c.integers && fits_pool_route(problem, windows)) {
     const Output landmarks(dtype, B, H, M, D);
     Buffer<std::int32_t> its_experts(routed.size());
-    const std::size_t sums = std::size_t(BH) * (ceil_div(N, kPoolPiece) + M) * D;
-    Buffer<float> scratch(sums + std::size_t(BH) * M * D / 2);
-    RUN(launch_pool_route({problem, windows, q.rows, scratch.data, scratch.data + sums, landmarks.memory.data, its_experts.data}, 0));
+    Buffer<float> memory(pool_route_bytes(problem) / sizeof(float));
+    RUN(launch_pool_route({problem, windows, q.rows, memory.data, landmarks.memory.data, its_experts.data}, 0));
     expect(landmarks.memory.get() == pooled.memory.get(), "one pass: landmarks, bit for bit");
     expect(its_experts.get() == routed, "one pass: experts");
   }
