@@ -53,7 +53,8 @@ template <class T> struct Shared {
     T* dq;
     const float *lse, *dlse;
     const std::int32_t *entries, *indices;
-    std::int32_t number, keys;
+    RoutedRows dk, dv;
+    std::int32_t keys;
   } head;
   std::uint64_t of_lists[kLists][2], of_key_lists[kKeyLists][2], of_sets[kSets][2], of_landmarks[1][2], of_stages[kStages][2], of_weights[kWeighers][2];
 };
@@ -83,6 +84,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
     const int bh = blockIdx.x / p.splits, b = bh / x.H, h = bh - b * x.H, key_head = h / (x.H / x.Hkv);
     const Span its_queries = span(x.queries, b), its_keys = span(x.keys, b);
     const std::int64_t row0 = std::int64_t(bh) * x.queries.max_length;
+    const auto routed = [&](const RoutedRows& of) { return rounded_rows_from(of, std::int64_t(bh) * max_tiles(x, p.groups.segment_rows) * x.K, x.D); };
     const auto rows = [&](const Rows& rows, int head, std::int64_t start) { return typename Shared<T>::HeadRows{head_rows<T>(rows, b, head, start), rows.row}; };
     shared.head = {{rows(p.q, h, its_queries.start), rows(p.dout, h, its_queries.start), rows(p.units.landmarks, h, 0), rows(p.units.compressed, h, 0),
                     rows(p.units.k, key_head, its_keys.start), rows(p.units.v, key_head, its_keys.start)},
@@ -91,7 +93,8 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
                    (p.dlse ? p.dlse : p.lse) + row0,
                    p.groups.entries + row0,
                    p.units.indices + std::int64_t(bh) * x.M * x.K,
-                   bh,
+                   routed(p.routed_dk),
+                   routed(p.routed_dv),
                    its_keys.length};
   }
   {
@@ -329,7 +332,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
         add(of_keys, units().k.in(window));
         const auto& dq = shared.dq[thread / 128];
         forget();
-        store_rows_by_warp(dq.in(window).from_row(16 * warp()), address_of(dq), sum, last, x.D, lane(), shared.head.dq, p.dq.row, [&](int row) { return number(offsetof(List, query), row); });
+        store_rows_by_warp(dq.in(window).from_row(16 * warp()), sum, last, x.D, lane(), shared.head.dq, p.dq.row, [&](int row) { return number(offsetof(List, query), row); });
         forget();
         list().done().arrive();
         set().done().arrive();
@@ -350,12 +353,11 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
       pin(sums);
     };
     constexpr float kUnshifted = power_of_2(-kGradientShift<T>), kProbability = power_of_2(-kProbabilityShift<T>);
-    clear(dk[kShared]), clear(dv[kShared]);
+    clear(dk[kShared]), clear(dv[kShared]), clear(dk[kRouted]), clear(dv[kRouted]);
     key_list().done().arrive();  // landmarks
     ++keys;
     for (; key_list().wait_there(), is_of(shared.key_lists[key_list().at()].segment); ++keys) {
-      clear(dk[kRouted]), clear(dv[kRouted]);
-      for (; is_of(shared.key_lists[key_list().at()].segment); ++queries) {
+      for (bool begun = false; is_of(shared.key_lists[key_list().at()].segment); ++queries, begun = true) {
         set().wait_there();
         weights().wait_there();
         fence_loads();
@@ -369,21 +371,19 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) gradient_speci
 #pragma unroll
           for (int k = 0; k < kPassRows / 16; ++k) {
             constexpr int kStep = 16 * kDP * sizeof(T), kTile = kPassRows * kDP * sizeof(T);
-            wgmma_transposed<T>(dv[kind], of_units.at(kind * kTile + k * kStep), of_queries.at(kTile + k * kStep));
-            wgmma_transposed<T>(dk[kind], of_units.at((kKinds + kind) * kTile + k * kStep), of_queries.at(k * kStep));
+            const bool more = kind == kShared || k > 0 || begun;
+            wgmma_transposed<T>(dv[kind], of_units.at(kind * kTile + k * kStep), of_queries.at(kTile + k * kStep), more);
+            wgmma_transposed<T>(dk[kind], of_units.at((kKinds + kind) * kTile + k * kStep), of_queries.at(k * kStep), more);
           }
         commit_products();
         wait_products<C, 0>(dk[kShared], dk[kRouted], dv[kShared], dv[kRouted]);
         if (this_lane() == 0) weights().done().arrive(), set().done().arrive();
       }
       if (p.routed_dk.numbers) {
-        const std::int64_t first = (std::int64_t(shared.head.number) * max_tiles(x, p.groups.segment_rows) + load_shared_int(window.of(shared.key_lists[key_list().at()].segment.index))) * x.K;
-        const int row0 = 16 * this_warp();
-        const auto store_rounded = [&](float (&sums)[kDP / 8][4], float factor, const RoutedRows& to) {
-          store_rounded_rows<C>(sums, factor, x.D, this_lane(), to, first, [=](int row) { return row0 + row < x.K ? row0 + row : -1; });
-          pin(sums);  // where they are: registers
-        };
-        store_rounded(dk[kRouted], p.scale * kUnshifted, p.routed_dk), store_rounded(dv[kRouted], kProbability, p.routed_dv);
+        const int row0 = 16 * this_warp(), first = load_shared_int(window.of(shared.key_lists[key_list().at()].segment.index)) * x.K + row0;
+        store_rounded_rows<C>(dk[kRouted], dv[kRouted], p.scale * kUnshifted, kProbability, x.D, this_lane(), shared.head.dk, shared.head.dv,
+                              [=](int row) { return row0 + row < x.K ? first + row : -1; });
+        pin(dk[kRouted]), pin(dv[kRouted]);  // where they are: registers
       }
       key_list().done().arrive();
     }

@@ -420,8 +420,8 @@ __device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync
 
 // acc = A B^T or acc += A B^T, A [64 x 16] and B [64 x 16] in shared memory.
 template <class T> __device__ inline void wgmma(float (&acc)[8][4], std::uint64_t a, std::uint64_t b, bool accumulate);
-// acc += A^T B, A [16 x 64] and B [16 x 64] in shared memory.
-template <class T> __device__ inline void wgmma_transposed(float (&acc)[8][4], std::uint64_t a, std::uint64_t b);
+// acc = A^T B or acc += A^T B, A [16 x 64] and B [16 x 64] in shared memory.
+template <class T> __device__ inline void wgmma_transposed(float (&acc)[8][4], std::uint64_t a, std::uint64_t b, bool accumulate = true);
 // acc += A^T B, A [16 x 64] and B [16 x 8] in shared memory: with ones in B, the sums of A's rows, in every column.
 template <class T> __device__ inline void wgmma_sum(float (&acc)[1][4], std::uint64_t a, std::uint64_t b);
 // acc += A B, A [64 x 16] in registers, B [16 x 64] or [16 x 128] in shared memory.
@@ -439,8 +439,9 @@ template <class T> __device__ inline void wgmma(float (&acc)[16][4], const Opera
     asm volatile(MITA_WGMMA("m64n64k16", TYPE, MITA_PLACES_32, "%34") "%32, %33, p, 1, 1, 0, 0; }" \
                  : MITA_32(acc, 0) : "l"(a), "l"(b), "r"(static_cast<int>(accumulate))); \
   } \
-  template <> __device__ inline void wgmma_transposed<T>(float (&acc)[8][4], std::uint64_t a, std::uint64_t b) { \
-    asm volatile(MITA_WGMMA("m64n64k16", TYPE, MITA_PLACES_32, "%34") "%32, %33, p, 1, 1, 1, 1; }" : MITA_32(acc, 0) : "l"(a), "l"(b), "r"(1)); \
+  template <> __device__ inline void wgmma_transposed<T>(float (&acc)[8][4], std::uint64_t a, std::uint64_t b, bool accumulate) { \
+    asm volatile(MITA_WGMMA("m64n64k16", TYPE, MITA_PLACES_32, "%34") "%32, %33, p, 1, 1, 1, 1; }" \
+                 : MITA_32(acc, 0) : "l"(a), "l"(b), "r"(static_cast<int>(accumulate))); \
   } \
   template <> __device__ inline void wgmma_sum<T>(float (&acc)[1][4], std::uint64_t a, std::uint64_t b) { \
     asm volatile(MITA_WGMMA("m64n8k16", TYPE, "%0,%1,%2,%3", "%6") "%4, %5, p, 1, 1, 1, 0; }" \
@@ -474,7 +475,7 @@ template <class C, int PENDING, class... Registers> __device__ inline void wait_
 template <class... Registers> __device__ inline void begin_products(Registers&...) { __trap(); }
 __device__ inline void commit_products() {}
 template <class T> __device__ inline void wgmma(float (&)[8][4], std::uint64_t, std::uint64_t, bool) {}
-template <class T> __device__ inline void wgmma_transposed(float (&)[8][4], std::uint64_t, std::uint64_t) {}
+template <class T> __device__ inline void wgmma_transposed(float (&)[8][4], std::uint64_t, std::uint64_t, bool = true) {}
 template <class T> __device__ inline void wgmma_sum(float (&)[1][4], std::uint64_t, std::uint64_t) {}
 template <class T, int N> __device__ inline void wgmma(float (&)[N][4], const Operand&, std::uint64_t) {}
 template <class C, int PENDING, class... Registers> __device__ inline void wait_products(Registers&...) {}
@@ -860,11 +861,11 @@ template <int NT> __device__ inline void mask_row(float (&s)[NT][4], int i) {
 
 // ---- whole rows out of accumulators --------------------------------------------------------------------------------
 
-// Row `to` behind `base`, 16 bytes of it. Its address is one instruction, which the compiler would make three.
-__device__ inline void store_vector(void* base, std::int64_t pitch, int to, float4 x) {
-  asm volatile("{ .reg .u64 to; mad.wide.u32 to, %0, %1, %2; st.global.v4.f32 [to], {%3,%4,%5,%6}; }" ::"r"(to), "r"(static_cast<std::uint32_t>(pitch)), "l"(base), "f"(x.x),
-               "f"(x.y), "f"(x.z), "f"(x.w)
-               : "memory");
+// Row `row` behind `base`, rows of `pitch` bytes: one instruction, which the compiler would make three.
+template <class E> __device__ inline E* row_behind(E* base, std::uint32_t pitch, int row) {
+  E* to;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(to) : "r"(row), "r"(pitch), "l"(base));
+  return to;
 }
 
 // Writes the warp's 16 accumulator rows through its own 16 rows of a tile (free by now), so that global memory sees
@@ -891,7 +892,7 @@ __device__ inline void store_rows(const Tile<T, C::DP>& rows, const float (&acc)
   for (int i = 0; i < 16; i += kRows) {
     const int row = i + lane / kChunks, to = index(row);
     const float4 x = load_shared4(tile.chunk(row, c));
-    if (to >= 0) store_vector(base, pitch * sizeof(T), to, x);
+    if (to >= 0) *reinterpret_cast<float4*>(row_behind(base, pitch * sizeof(T), to)) = x;
   }
 }
 

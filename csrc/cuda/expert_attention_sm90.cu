@@ -222,7 +222,7 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
             store_partial_rows<C>(out, factor, x.D, lane, [&](int i) { return entry(i) < 0 ? nullptr : p.partial_out + (entry0 + entry(i)) * x.D; });
           } else {
             const auto rows = queries.from_row(16 * warp);
-            store_rows_by_warp(rows, rows.chunk(lane & 15, lane >> 4), out, factor, x.D, lane, head_rows<T>(p.out, b, h, span(x.queries, b).start), p.out.row, entry);
+            store_rows_by_warp(rows, out, factor, x.D, lane, head_rows<T>(p.out, b, h, span(x.queries, b).start), p.out.row, entry);
           }
           (set + pass).done().arrive();
         }

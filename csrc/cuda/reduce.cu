@@ -30,7 +30,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) delta_kernel(cons
   if (row < total && lane == 0) p.delta[row] = present ? sum - (p.dlse ? p.dlse[row] : 0.0f) : 0.0f;
 }
 
-template <class T> __global__ void __launch_bounds__(kThreads, 4) reduce_kernel(const ReduceParams p) {
+template <class T> __global__ void __launch_bounds__(kThreads, 5) reduce_kernel(const ReduceParams p) {
   const std::int64_t row = std::int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   if (row >= std::int64_t(p.BH) * p.rows) return;
   const int bh = static_cast<int>(row / p.rows), m = static_cast<int>(row % p.rows), lane = threadIdx.x % 32;
@@ -39,7 +39,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 4) reduce_kernel(
   float* const total = keys ? p.dk.total : p.dv.total;
   T* const rounded = static_cast<T*>(keys ? p.dk.rounded : p.dv.rounded);
   const bool delta = !keys && p.delta;
-  constexpr int kFew = 16;
+  constexpr int kFew = 8;
   const std::int64_t stride = std::int64_t(p.rows) * p.D;
   const T* const values = delta ? head_rows<T>(p.values, bh / p.H, bh % p.H, m) : nullptr;
   float dot = 0.0f;

@@ -23,6 +23,10 @@ struct FixedRows {
       asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(y));
       return x;
     };
+    const auto about_inverse = [](float x) {
+      asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(x));
+      return x;
+    };
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float m = 0.0f;
@@ -30,8 +34,8 @@ struct FixedRows {
       for (int d = 0; d < DT; ++d) m = highest(m, highest(fabsf(acc[d][2 * h]), fabsf(acc[d][2 * h + 1])));
 #pragma unroll
       for (int lanes = 1; lanes < 4; lanes *= 2) m = highest(m, __shfl_xor_sync(kAllLanes, m, lanes));
-      to[h] = fminf(__fdividef(32767.0f, m), power_of_2(100));
-      back[h] = __fdividef(1.0f, to[h]) + (m - m);
+      to[h] = fminf(32767.0f * about_inverse(m), power_of_2(100));
+      back[h] = about_inverse(to[h]) + (m - m);
     }
   }
 };
@@ -47,7 +51,8 @@ __device__ inline void store_routed_rows(const float (&acc)[C::kColumns / 8][4],
   base += first + 8 * (lane & 3);
 #pragma unroll
   for (int h = 0; h < 2; ++h)
-    if (const int row = index((lane >> 2) + 8 * h); row >= 0)
+    if (const int row = index((lane >> 2) + 8 * h); row >= 0) {
+      E* const to = row_behind(base, routed_pitch(D) * sizeof(E), row);
 #pragma unroll
       for (int j = 0; j < C::kColumns / 32; ++j)
         if (first + 32 * j < D) {
@@ -56,23 +61,32 @@ __device__ inline void store_routed_rows(const float (&acc)[C::kColumns / 8][4],
             std::uint32_t two[4];
 #pragma unroll
             for (int d = 0; d < 4; ++d) two[d] = pack<E>(number(2 * d), number(2 * d + 1));
-            store_vector(base + 32 * j, routed_pitch(D) * sizeof(E), row, reinterpret_cast<const float4&>(two));
+            *reinterpret_cast<uint4*>(to + 32 * j) = {two[0], two[1], two[2], two[3]};
           } else {
 #pragma unroll
-            for (int n = 0; n < 8; n += 4) store_vector(base + 32 * j + n, routed_pitch(D) * sizeof(E), row, make_float4(number(n), number(n + 1), number(n + 2), number(n + 3)));
+            for (int n = 0; n < 8; n += 4) *reinterpret_cast<float4*>(to + 32 * j + n) = make_float4(number(n), number(n + 1), number(n + 2), number(n + 3));
           }
         }
+    }
 }
 
-// The same rounded, and the factors of the rows times `factor`; the rows lie from row0 on.
+__device__ inline RoutedRows rounded_rows_from(const RoutedRows& rows, std::int64_t row, int D) {
+  return {static_cast<Fixed*>(rows.numbers) + row * routed_pitch(D), rows.factors + row * ceil_div(D, kFactorColumns)};
+}
+
+// The same rounded, of keys and of values; and the factors of the rows times `factor`.
 template <class C, class Index>
-__device__ inline void store_rounded_rows(const float (&acc)[C::kColumns / 8][4], float factor, int D, int lane, const RoutedRows& to, std::int64_t row0, Index index) {
-  const FixedRows fixed(acc);
+__device__ inline void store_rounded_rows(const float (&dk)[C::kColumns / 8][4], const float (&dv)[C::kColumns / 8][4], float k_factor, float v_factor, int D, int lane, const RoutedRows& to_k,
+                                          const RoutedRows& to_v, Index index) {
+  const FixedRows k(dk), v(dv);
+  const auto store = [&](const float (&acc)[C::kColumns / 8][4], const FixedRows& fixed, float factor, const RoutedRows& to) {
 #pragma unroll
-  for (int h = 0; h < 2; ++h)
-    if (const int row = index((lane >> 2) + 8 * h); (lane & 3) == 0 && row >= 0)
-      to.factors[(row0 + row) * ceil_div(D, kFactorColumns) + column_of_warp<C>() / kFactorColumns] = fixed.back[h] * factor;
-  store_routed_rows<C>(acc, fixed.to, D, lane, static_cast<Fixed*>(to.numbers) + row0 * routed_pitch(D), index);
+    for (int h = 0; h < 2; ++h)
+      if (const int row = index((lane >> 2) + 8 * h); (lane & 3) == 0 && row >= 0)
+        to.factors[unsigned(row) * ceil_div(D, kFactorColumns) + column_of_warp<C>() / kFactorColumns] = fixed.back[h] * factor;
+    store_routed_rows<C>(acc, fixed.to, D, lane, static_cast<Fixed*>(to.numbers), index);
+  };
+  store(dk, k, k_factor, to_k), store(dv, v, v_factor, to_v);
 }
 
 // What queries of one head left for the keys of a block: the list of that, 32 entries at a time, one for each lane.

@@ -351,7 +351,7 @@ template <class T, bool LANDMARK> __global__ void __launch_bounds__(kThreads, 1)
         store_partial_rows<C>(kappa, kUnshifted, x.D, this_lane(), row_in(1));
       } else {
         const auto rows = shared.sets[set().at()].q.in(window).from_row(16 * this_warp());
-        store_rows_by_warp(rows, rows.chunk(this_lane() & 15, this_lane() >> 4), dq, kUnshifted, x.D, this_lane(), the_list().dq, p.dq.row, row_of_warp);
+        store_rows_by_warp(rows, dq, kUnshifted, x.D, this_lane(), the_list().dq, p.dq.row, row_of_warp);
       }
       set().done().arrive();
     }

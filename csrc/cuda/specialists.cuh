@@ -89,11 +89,12 @@ template <class T, int KT> __device__ inline void store_weights(std::uint32_t ad
     store_weights<T>(address, k, {weights.packed[2 * k][0], weights.packed[2 * k][1], weights.packed[2 * k + 1][0], weights.packed[2 * k + 1][1]});
 }
 
-// Whole rows out of accumulators, as `store_rows` does it, but from 16 rows of a tile that are free again for the warp afterwards. address: as above;
-// row i goes to row index(i) behind `base`, nowhere if that is negative.
+// Whole rows out of accumulators, as `store_rows` does it, but from 16 rows of a tile that are free again for the warp afterwards. Row i goes to row
+// index(i) behind `base`, nowhere if that is negative.
 template <class T, int DP, class Index>
-__device__ inline void store_rows_by_warp(const Tile<T, DP>& rows, std::uint32_t address, const float (&acc)[DP / 8][4], const float (&factor)[2], int D, int lane, T* base,
+__device__ inline void store_rows_by_warp(const Tile<T, DP>& rows, const float (&acc)[DP / 8][4], const float (&factor)[2], int D, int lane, T* base,
                                           std::int64_t pitch, Index index) {
+  const std::uint32_t address = rows.chunk(lane & 15, lane >> 4);
 #pragma unroll
   for (int k = 0; k < DP / 16; ++k) {
     std::uint32_t two[4];
@@ -112,7 +113,7 @@ __device__ inline void store_rows_by_warp(const Tile<T, DP>& rows, std::uint32_t
     for (int i = 0; i < 16 / kRows; ++i) {
       const int to = index(kRows * i + own);
       const float4 chunk = load_shared4(places[i % kPlaces] + i / kPlaces * 8 * Tile<T, DP>::kRowBytes);
-      if (to >= 0) store_vector(base, pitch * sizeof(T), to, chunk);
+      if (to >= 0) *reinterpret_cast<float4*>(row_behind(base, pitch * sizeof(T), to)) = chunk;
     }
   }
   __syncwarp();

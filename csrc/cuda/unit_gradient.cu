@@ -161,12 +161,11 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
     return;
   }
   if (routed) {
-    const auto store = [&](const RoutedRows& to, const auto& sums) {
-      const auto index = [=](int i) { return own + i < units ? own + i : -1; };
-      if (L::kHalf && to.factors) store_rounded_rows<C>(sums, 1.0f, x.D, lane, to, row0, index);
-      else store_routed_rows<C>(sums, one, x.D, lane, static_cast<float*>(to.numbers) + row0 * routed_pitch(x.D), index);
-    };
-    store(p.routed_dk, dk), store(p.routed_dv, dv);
+    const auto index = [=](int i) { return own + i < units ? own + i : -1; };
+    const auto store = [&](const RoutedRows& to, const auto& sums) { store_routed_rows<C>(sums, one, x.D, lane, static_cast<float*>(to.numbers) + row0 * routed_pitch(x.D), index); };
+    if (L::kHalf && p.routed_dk.factors)
+      store_rounded_rows<C>(dk, dv, 1.0f, 1.0f, x.D, lane, rounded_rows_from(p.routed_dk, row0, x.D), rounded_rows_from(p.routed_dv, row0, x.D), index);
+    else store(p.routed_dk, dk), store(p.routed_dv, dv);
     return;
   }
 #pragma unroll

@@ -265,7 +265,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) unit_specialis
         const int stored = x.keys.starts ? keys.length : count;
         const auto store = [&](const Rows& rows, const auto& tile, const auto& sums) {
           const auto its = own_units(tile).from_row(16 * this_warp());
-          store_rows_by_warp(its, its.chunk(this_lane() & 15, this_lane() >> 4), sums, kOne, x.D, this_lane(), head_rows<T>(rows, b, h, keys.start), rows.row,
+          store_rows_by_warp(its, sums, kOne, x.D, this_lane(), head_rows<T>(rows, b, h, keys.start), rows.row,
                              [=](int i) { return own + i < stored ? own + i : -1; });
         };
         store(p.dk, shared.stages[stage().at()].k, dk), store(p.dv, shared.stages[stage().at()].v, dv);
@@ -275,8 +275,8 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) unit_specialis
       const std::int64_t row0 = (std::int64_t(the_item().bh) * parts_of(p) + the_item().work.place) * count;  // of partial and routed sums
       item().done().arrive();
       if (routed()) {
-        const auto store = [&](const RoutedRows& to, const auto& sums) { store_rounded_rows<C>(sums, 1.0f, x.D, this_lane(), to, row0, [=](int i) { return own + i < count ? own + i : -1; }); };
-        store(p.routed_dk, dk), store(p.routed_dv, dv);
+        store_rounded_rows<C>(dk, dv, 1.0f, 1.0f, x.D, this_lane(), rounded_rows_from(p.routed_dk, row0, x.D), rounded_rows_from(p.routed_dv, row0, x.D),
+                              [=](int i) { return own + i < count ? own + i : -1; });
       } else {
         const auto row_in = [&](float* partial) { return [=](int i) { return own + i < count ? partial + (row0 + own + i) * x.D : nullptr; }; };
         store_partial_rows<C>(dk, kOne, x.D, this_lane(), row_in(p.partial_dk));
