@@ -277,12 +277,12 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) key_specialist
         // The first and the last sum of a key are marked. One that goes on in the next piece is stored twice.
         const int before = __shfl_up_sync(kAllLanes, piece.mine.key, 1), after = __shfl_down_sync(kAllLanes, piece.mine.key, 1);
         const bool starts = piece.mine.key != (lane == 0 ? last : before), ends = lane == 31 || piece.mine.key != after;
-        const int mark = piece.mine.key * kPitch | starts | ends << 1;
+        constexpr unsigned kStarts = 1u << 31, kEnds = 1u << 30;  // above a quarter of the key's place, which a shift by two leaves
+        const unsigned mark = piece.mine.key * (kPitch / 4) | (starts ? kStarts : 0) | (ends ? kEnds : 0);
         last = __shfl_sync(kAllLanes, piece.mine.key, 31);
 #pragma unroll 1
         for (int e = 0; e < min(kPiece, piece.left); e += kFew) {
-          int marks[kFew];
-          std::uint32_t values[kFew];
+          std::uint32_t marks[kFew], values[kFew];
           float factor[kFew];
 #pragma unroll
           for (int j = 0; j < kFew; ++j)
@@ -290,9 +290,9 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) key_specialist
 #pragma unroll
           for (int j = 0; j < kFew; ++j) {
             const float2 two = unpack<Fixed>(values[j]);
-            if (marks[j] & 1) sum = {0.0f, 0.0f};
+            if (marks[j] & kStarts) sum = {0.0f, 0.0f};
             sum = {fmaf(two.x, factor[j], sum.x), fmaf(two.y, factor[j], sum.y)};
-            asm volatile("{ .reg .pred ends; setp.ne.u32 ends, %0, 0; @ends st.shared.v2.f32 [%1], {%2,%3}; }" ::"r"(marks[j] & 2), "r"(own + (marks[j] & ~3)), "f"(sum.x), "f"(sum.y)
+            asm volatile("{ .reg .pred ends; setp.ne.u32 ends, %0, 0; @ends st.shared.v2.f32 [%1], {%2,%3}; }" ::"r"(marks[j] & kEnds), "r"(own + (marks[j] << 2)), "f"(sum.x), "f"(sum.y)
                          : "memory");
           }
         }
