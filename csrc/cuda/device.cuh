@@ -154,7 +154,7 @@ template <class Product, class F> __device__ inline void for_each_window(const W
 
 // The pooling windows of a sequence: 1-D windows follow its own length.
 __device__ inline Windows windows_of(Windows w, const Sequences& queries, int length) {
-  if (queries.lengths || queries.starts) w.gw = w.gh == 1 ? length : w.gw;
+  if (vary(queries)) w.gw = w.gh == 1 ? length : w.gw;
   return w;
 }
 
@@ -308,7 +308,7 @@ __device__ inline void store_to_stay(float* to, float x, float y) {
   asm volatile("st.global.L2::cache_hint.v2.f32 [%0], {%1, %2}, %3;" ::"l"(to), "f"(x), "f"(y), "l"(policy) : "memory");
 }
 // By THREADS threads, once all have read what they want of `bytes` bytes: what they are from here on does not matter, and need not be written to memory.
-template <int THREADS> __device__ inline void forget(const void* from, std::int64_t bytes) {
+template <int THREADS> __device__ inline void discard(const void* from, std::int64_t bytes) {
   constexpr int kLine = 128;
   const std::uintptr_t first = (reinterpret_cast<std::uintptr_t>(from) + kLine - 1) / kLine * kLine, last = reinterpret_cast<std::uintptr_t>(from) + bytes;
   for (std::uintptr_t line = first + threadIdx.x % THREADS * kLine; line + kLine <= last; line += THREADS * kLine)

@@ -29,10 +29,13 @@ inline int least_busy_parts(std::int64_t heads, int pieces, int at_once, int blo
   return best;
 }
 
+// Do sequences differ in length, or may they?
+__host__ __device__ inline bool vary(const Sequences& s) { return s.lengths || s.starts; }
+
 // Long windows in one dimension, of what one kernel may pool and route, are summed in pieces, each of the tokens [512 i, 512 (i + 1)) of a sequence for some
 // i: these may be at hand in different places.
 constexpr int kPoolPiece = 512;
-__host__ __device__ inline bool pools_pieces(const Problem& x, const Windows& w) {
+__host__ __device__ inline bool pools_in_pieces(const Problem& x, const Windows& w) {
   return x.dtype != Dtype::fp32 && x.D <= 64 && w.gh == 1 && w.mh == 1 && w.gw >= 4096 && w.gw >= 64 * w.mw;
 }
 __host__ __device__ inline int pool_pieces(const Problem& x) { return ceil_div(x.queries.max_length, kPoolPiece); }

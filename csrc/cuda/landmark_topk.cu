@@ -109,7 +109,7 @@ template <int LANES, int MOST> __global__ void __launch_bounds__(kThreads) topk_
     for (int i = k + threadIdx.x % LANES; i < x.K; i += LANES) indices[i] = -1;
   select_row<LANES, MOST>(length, k, [&](int key) { return *reinterpret_cast<const float4*>(scores + key); },
                           [&](int i, int key) { indices[i] = key; });
-  if (exists) forget<LANES>(scores, pitch * sizeof(float));
+  if (exists) discard<LANES>(scores, pitch * sizeof(float));
 }
 
 template <int WARPS> __device__ void wait_for_warps() {
@@ -188,7 +188,7 @@ template <class C, int WARPS> __global__ void __launch_bounds__(kThreads, C::DP 
     if (lane == 0) its.count = count;
   }
   wait_for_warps<WARPS>();
-  forget<32 * WARPS>(pairs, pitch * sizeof(float));
+  discard<32 * WARPS>(pairs, pitch * sizeof(float));
   const int count = its.count;
   const auto emit = [&](int i, int j) { indices[i] = its.keys[j]; };
   if (count == k) {
@@ -405,7 +405,7 @@ template <class C> __global__ void __launch_bounds__(kThreads, C::DP == 64 ? 8 :
   const float* numbers = p.scores + row * pitch;
   choose_groups(selection, lists, reinterpret_cast<u64*>(memory), numbers, p.group > 1, row_groups, groups, plan);
   const u32* chosen = p.group == 1 ? lists : choose_keys<C>(selection, lists, groups, k, reinterpret_cast<u32*>(memory), layout.round, numbers, p, bh, m);
-  forget<kThreads>(numbers, pitch * sizeof(float));
+  discard<kThreads>(numbers, pitch * sizeof(float));
 
   if (x.K <= kCountedTopk) {
     for (int i = threadIdx.x; i < k; i += kThreads) {

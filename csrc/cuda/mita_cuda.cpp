@@ -60,9 +60,11 @@ struct Context {
   }
 };
 
-// Another stream for stages that do not need what the op's own stream does meanwhile, one of a few: of an urgent one blocks start before those of that
-// stream. It follows that one from here on, until they join. What is in use on any of them must not be freed before.
+// The streams beside an op's own one: blocks of the urgent one start before those of that stream.
 enum class Beside { urgent, any, other };
+
+// One of these, for stages that do not need what the op's own stream does meanwhile. It follows that one from here on, until they join. What is in use on
+// any of them must not be freed before.
 class Branch {
   struct Own {
     cudaStream_t stream = nullptr;
@@ -163,7 +165,6 @@ Tensor ints(const Tensor& like, IntArrayRef sizes) { return at::empty(sizes, lik
 const float* data(const OptionalTensor& x) { return x ? x->const_data_ptr<float>() : nullptr; }
 
 // Memory for what kernels say of every token; where no sequence has one, it stays as it is filled here.
-bool vary(const Sequences& s) { return s.lengths || s.starts; }
 Tensor per_token(const Sequences& s, const Tensor& like) { return vary(s) ? at::zeros(like.sizes(), like.options()) : at::empty(like.sizes(), like.options()); }
 Tensor lse_of(const Problem& x, const Tensor& like) {
   const Tensor lse = floats(like, {x.B, x.H, x.queries.max_length});

@@ -29,7 +29,7 @@ template <class T, class Product> __global__ void __launch_bounds__(32 * kPoolSh
     const Windows w = windows_of(p.windows, x.queries, queries.length);
     tokens = PooledTokens::of<Product>(w, m);
     own_shares = pool_shares<T>(x, w);
-    in_pieces = pools_pieces(x, w);
+    in_pieces = pools_in_pieces(x, w);
     if (in_pieces) pieces = tokens.pieces();
     q = head_rows<T>(p.q, b, h, queries.start) + (inside ? c * kChunk<T> : 0);
   }
@@ -98,21 +98,21 @@ template <class C, class Product> __global__ void __launch_bounds__(kThreads) po
   });
 }
 
-}  // namespace
-
 // Do products of 32 bits suffice, which are divided in half the instructions? Windows in one dimension may follow the length of a sequence.
-static bool are_narrow(const Problem& x, const Windows& w) {
+bool are_narrow(const Problem& x, const Windows& w) {
   const auto product = [](std::int64_t a, std::int64_t b) { return (a + 1) * (b + 1); };
   return std::max({product(w.gh, w.mh), product(std::max(w.gw, x.queries.max_length), w.mw), std::int64_t(x.B) * x.H * x.M + kPoolShares}) < INT32_MAX;
 }
+
+}  // namespace
 
 cudaError_t launch_pool(const PoolParams& p, cudaStream_t stream) {
   return dispatch_dtype(p.problem.dtype, [&](auto element) {
     using T = decltype(element);
     const Problem& x = p.problem;
     const std::int64_t landmarks = std::int64_t(x.B) * x.H * x.M;
-    const bool vary = x.queries.lengths || x.queries.starts;  // shorter sequences may be summed in more shares than pieces are
-    const int shares = vary && pools_pieces(x, p.windows) ? kPoolShares : pool_shares<T>(x, p.windows);
+    // Shorter sequences may be summed in more shares than pieces are.
+    const int shares = vary(x.queries) && pools_in_pieces(x, p.windows) ? kPoolShares : pool_shares<T>(x, p.windows);
     const dim3 blocks(static_cast<unsigned>((landmarks * shares + kPoolShares - 1) / kPoolShares), ceil_div(x.D, 32 * kChunk<T>));
     return launch(are_narrow(x, p.windows) ? pool_kernel<T, int> : pool_kernel<T, std::int64_t>, blocks, 32 * kPoolShares, 0, stream, p, shares);
   });

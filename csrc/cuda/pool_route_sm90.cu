@@ -251,7 +251,7 @@ int blocks_of(const Problem& x) {
 }  // namespace
 
 bool fits_pool_route(const Problem& x, const Windows& w) {
-  return has_warpgroups(x.dtype, x.D) && pools_pieces(x, w) && x.s == 1 && !x.queries.lengths && !x.queries.starts && x.M <= kMostLandmarks && blocks_of(x) > 0;
+  return has_warpgroups(x.dtype, x.D) && pools_in_pieces(x, w) && x.s == 1 && !vary(x.queries) && x.M <= kMostLandmarks && blocks_of(x) > 0;
 }
 
 cudaError_t launch_pool_route(const PoolRouteParams& p, cudaStream_t stream) {

@@ -33,7 +33,7 @@ template <class T> __host__ __device__ inline int row_lanes(int D) {
 // 32 / lanes strands, which take its tokens in turn and are added as a tree.
 constexpr int kPoolShares = 8, kPieceShares = 4;  // at most; of a piece
 template <class T> __host__ __device__ inline int pool_shares(const Problem& x, const Windows& w) {
-  if (pools_pieces(x, w)) return kPieceShares;
+  if (pools_in_pieces(x, w)) return kPieceShares;
   const std::int64_t tokens = std::int64_t(ceil_div(w.gh, w.mh)) * ceil_div(w.gw, w.mw);
   int shares = 1;
   while (shares < kPoolShares && tokens * row_lanes<T>(x.D) > 32 * 16 * shares) shares *= 2;
