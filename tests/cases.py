@@ -120,6 +120,9 @@ CASES = [
     Case("one_pass_one_expert", H=4, Hkv=2, N=700, L=300, D=64, M=33, K=50, values="one_expert"),
     Case("one_pass_clustered", H=4, Hkv=2, N=600, D=64, M=64, K=64, values="clustered", pooled=True, layout="heads_last"),
     Case("one_pass_large_logits", B=1, N=300, D=64, M=40, K=64, values="large"),
+    # the same, 16 queries of an expert at a time, or 64
+    *(Case(f"one_pass_queries_{N}", B=1, H=4, Hkv=2, N=N, L=300, D=64, M=5, K=50) for N in (319, 320, 321, 1300)),
+    Case("one_pass_many_queries_one_expert", H=4, Hkv=2, N=700, L=300, D=40, M=5, K=64, values="one_expert"),
     # logits of hundreds: of thousands, one near tie decides the largest error, by the order of its sums
     Case("routes_3_logits_of_hundreds", N=600, D=40, M=24, K=16, routes=3, values="large", scale=0.01),
     # gradients of the landmarks' softmax in one pass over the keys: many tiles of them, in several parts
@@ -190,6 +193,9 @@ VARLEN = [
     Case("many_queries", B=2, H=1, N=700, L=300, D=128, M=3, K=70, lengths_q=(400, 700), lengths_k=(300, 99), pooled=True),
     Case("small_experts", B=3, H=1, N=500, L=300, D=64, M=30, K=49, lengths_q=(500, 9, 99), lengths_k=(20, 300, 150), routes=2),
     Case("one_pass", B=3, H=4, Hkv=2, N=400, L=300, D=64, M=40, K=64, lengths_q=(400, 70, 1), lengths_k=(300, 40, 0)),
+    Case(
+        "one_pass_many_queries", B=3, H=4, Hkv=2, N=500, L=300, D=64, M=5, K=64, lengths_q=(500, 70, 1), lengths_k=(300, 40, 0)
+    ),
     Case("many_key_tiles", B=4, N=400, L=900, D=64, M=40, K=64, lengths_q=(400, 70, 1, 0), lengths_k=(900, 40, 0, 640)),
     Case("many_landmarks", B=3, H=1, N=300, L=400, D=64, M=100, K=64, lengths_q=(300, 40, 99), lengths_k=(30, 400, 200)),
     Case("many_units", B=3, H=2, Hkv=1, N=400, L=300, D=128, M=130, K=140, lengths_q=(400, 70, 0), lengths_k=(300, 9, 99)),

@@ -222,7 +222,8 @@ template <class T, int DP> struct Tile {
   static constexpr int kChunks = DP / kChunk<T>, kRowBytes = DP * sizeof(T);
   std::uint32_t address;
   __device__ std::uint32_t chunk(int row, int c) const {
-    if constexpr (kRowBytes == 128) return address + row * kRowBytes + 16 * ((c ^ row) & 7);
+    if constexpr (kRowBytes == 64) return address + row * kRowBytes + 16 * ((c ^ row >> 1) & 3);
+    else if constexpr (kRowBytes == 128) return address + row * kRowBytes + 16 * ((c ^ row) & 7);
     else if constexpr (sizeof(T) == 2) return address + (row >> 3) * (8 * kRowBytes) + (c >> 3) * kPanel + (row & 7) * 128 + 16 * ((c ^ row) & 7);
     else return address + row * kRowBytes + 16 * (c ^ (row & 7));
   }
@@ -272,15 +273,15 @@ template <class T, int DP> struct Copy {
       : Copy(target, head_rows<T>(rows, b, head, start), rows.row) {}
   __device__ Copy(Tile<T, DP> target, const T* row0, std::int64_t row)  // row: elements from row to row
       : target(target), source(reinterpret_cast<const unsigned char*>(row0)), pitch(row * std::int64_t(sizeof(T))) {}
-  // A chunk to the byte `place` of the tile. Its address is one instruction, which the compiler would make three.
+  // Chunk c of a row to this place.
   __device__ void whole(std::uint32_t place, int c, std::uint32_t index) const {
-    asm volatile("{ .reg .u64 from; mad.wide.u32 from, %1, %2, %3; cp.async.cg.shared.global [%0], [from], 16; }" ::"r"(target.address + place), "r"(index),
+    asm volatile("{ .reg .u64 from; mad.wide.u32 from, %1, %2, %3; cp.async.cg.shared.global [%0], [from], 16; }" ::"r"(place), "r"(index),
                  "r"(static_cast<std::uint32_t>(pitch)), "l"(source + 16 * c)
                  : "memory");
   }
   // The same, or zeros.
   __device__ void part(std::uint32_t place, int c, int index, bool valid) const {
-    asm volatile("{ .reg .u64 from; mad.wide.u32 from, %1, %2, %3; cp.async.cg.shared.global [%0], [from], 16, %4; }" ::"r"(target.address + place), "r"(max(index, 0)),
+    asm volatile("{ .reg .u64 from; mad.wide.u32 from, %1, %2, %3; cp.async.cg.shared.global [%0], [from], 16, %4; }" ::"r"(place), "r"(max(index, 0)),
                  "r"(static_cast<std::uint32_t>(pitch)), "l"(source + 16 * c), "r"(valid ? 16 : 0)
                  : "memory");
   }
@@ -295,7 +296,7 @@ template <class T, int DP> struct PassingCopy : Copy<T, DP> {
   std::uint64_t policy;
   template <class... Args> __device__ PassingCopy(const Args&... args) : Copy<T, DP>(args...) { asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy)); }
   __device__ void whole(std::uint32_t place, int c, std::uint32_t index) const {
-    asm volatile("{ .reg .u64 from; mad.wide.u32 from, %1, %2, %3; cp.async.cg.shared.global.L2::cache_hint [%0], [from], 16, %4; }" ::"r"(this->target.address + place), "r"(index),
+    asm volatile("{ .reg .u64 from; mad.wide.u32 from, %1, %2, %3; cp.async.cg.shared.global.L2::cache_hint [%0], [from], 16, %4; }" ::"r"(place), "r"(index),
                  "r"(static_cast<std::uint32_t>(this->pitch)), "l"(this->source + 16 * c), "l"(policy)
                  : "memory");
   }
@@ -330,9 +331,9 @@ __device__ inline void load_rows(int rows, int D, int present, Source source, co
 #pragma unroll 1
     for (int row = first; row < rows; row += 2 * step) {
       const std::uint32_t one = source(row), other = source(row + step);
-      (copies.whole(place, c, one), ...);
+      (copies.whole(copies.target.address + place, c, one), ...);
       place += step * Tile<T, DP>::kRowBytes;
-      (copies.whole(place, c, other), ...);
+      (copies.whole(copies.target.address + place, c, other), ...);
       place += step * Tile<T, DP>::kRowBytes;
     }
   } else {
@@ -406,6 +407,7 @@ template <int N, int I> __device__ inline void pin(std::uint32_t (&x)[N][I]) {
 template <int DP> struct Matrix {
   std::uint32_t low;
   __device__ explicit Matrix(std::uint32_t address, bool sums_rows) : low(__shfl_sync(kAllLanes, address >> 4 | (sums_rows ? kPanel >> 4 << 16 : 0), 0)) {}
+  __device__ void advance(int offset) { low += offset >> 4; }
   __device__ std::uint64_t at(int offset) const { return std::uint64_t(8 * DP * 2 >> 4 | 1 << 30) << 32 | (low + (offset >> 4)); }
 };
 

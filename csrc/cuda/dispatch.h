@@ -104,6 +104,9 @@ __host__ __device__ inline std::int64_t score_pitch(int L, int group) { return (
 // with all queries is still the work of many blocks.
 inline int segment_rows(int entries_per_expert) { return (2 * entries_per_expert + 127) / 64 * 64; }
 
+// Experts whose queries a pass of the gradient specialists takes at most.
+inline int gradient_slots(const Problem& x) { return x.queries.max_length > kPassRows * x.M ? 1 : 4; }
+
 // Keys whose routed sums one warp lists: up to four key blocks with some 64 sums, should the experts' keys be spread evenly.
 inline int list_keys(int L, int M, int K) {
   int keys = kKeyBlock;

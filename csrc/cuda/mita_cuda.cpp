@@ -516,8 +516,8 @@ void query_gradient_stage(const Context& context, const Problem& x, const Softma
 std::pair<SharedSums, std::optional<RoutedSums>> specialist_gradient_stage(const Context& context, const Problem& x, const Tensor& dout, const OptionalTensor& dlse, const Tensor& query,
                                                                        const Tensor& lse, const Units& units, const Groups& groups, bool want_routed, float scale,
                                                                        float landmark_scale, const Tensor& dquery) {
-  // One block on each multiprocessor, its start like a pass. Of an expert's passes the last one is half empty, on the average.
-  const int splits = least_busy_parts(heads(x), ceil_div(x.queries.max_length, kPassRows) + x.M / 2, 1, kMultiprocessors, 2);
+  // One block on each multiprocessor, its start like a pass. Of an expert's slots the last one is half empty, on the average.
+  const int splits = least_busy_parts(heads(x), ceil_div(x.queries.max_length, kPassRows) + x.M / (2 * gradient_slots(x)), 1, kMultiprocessors, 2);
   const SharedSums shared(x, query, splits);
   std::optional<RoutedSums> routed;
   if (want_routed) routed.emplace(x, query, groups);

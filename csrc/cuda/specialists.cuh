@@ -53,12 +53,19 @@ struct RowList {
   }
 };
 
+// The warpgroup of a thread, its warp there and its lane, for roles without registers to keep them in: made anew wherever they are wanted.
+__device__ inline unsigned this_thread() { return opaque(threadIdx.x); }  // unsigned: a division less
+__device__ inline int this_group() { return this_thread() / 128; }
+__device__ inline int this_warp() { return this_thread() % 128 / 32; }
+__device__ inline int this_lane() { return this_thread() % 32; }
+
 // Starts copying ROWS rows with one warp. source(i) is the number of row i, negative for zeros. Usually all are whole. A lane has four rows, one after the
 // other, at a time.
 template <int ROWS, class T, int DP, class Source, class... Copies> __device__ inline void load_rows_by_warp(Source source, bool whole, int D, const Copies&... copies) {
   constexpr int kChunks = Tile<T, DP>::kChunks, kRows = 32 / kChunks, kBatch = 4 * kRows;  // rows at once, and for whose numbers one waits
   static_assert(ROWS % kBatch == 0);
-  const int lane = threadIdx.x % 32, c = lane % kChunks, own = lane / kChunks;
+  const int lane = this_lane(), c = lane % kChunks, own = lane / kChunks;
+  const bool inside = c * kChunk<T> < D;
   const auto each = [&](auto&& copy) {
 #pragma unroll
     for (int first = 0; first < ROWS; first += kBatch) {
@@ -67,12 +74,18 @@ template <int ROWS, class T, int DP, class Source, class... Copies> __device__ i
       else number = make_int4(source(first + 4 * own), source(first + 4 * own + 1), source(first + 4 * own + 2), source(first + 4 * own + 3));
       const int numbers[4] = {number.x, number.y, number.z, number.w};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) copy(Tile<T, DP>{0}.chunk(4 * own + i, c) + first * Tile<T, DP>::kRowBytes, numbers[i]);  // at the same place of their panels
+      for (int i = 0; i < 4; ++i) copy(i, first * Tile<T, DP>::kRowBytes, numbers[i]);  // at the same place of their panels
     }
   };
-  const bool inside = c * kChunk<T> < D;
-  if (whole && D == DP) each([&](std::uint32_t place, int number) { (copies.whole(place, c, number), ...); });
-  else each([&](std::uint32_t place, int number) { (copies.part(place, c, number, inside && number >= 0), ...); });
+  // The place of the first row, in a panel; that of one of the three behind it. By exclusive or: of a sum that is a part of the address of a load with a policy, ptxas
+  // 13.0 makes an illegal instruction.
+  const auto place_of = [&](const auto& copy) { return copy.target.chunk(4 * own / 8 * 8, c / 8 * 8) ^ (4 * own % 8 * 128 + 16 * ((c ^ 4 * own) % 8)); };
+  const auto behind = [](std::uint32_t place, int i) { return place ^ (128 + 16) * i; };
+  const auto load = [&](auto... places) {
+    if (whole && D == DP) each([&](int i, int offset, int number) { (copies.whole(behind(places, i) + offset, c, number), ...); });
+    else each([&](int i, int offset, int number) { (copies.part(behind(places, i) + offset, c, number, inside && number >= 0), ...); });
+  };
+  load(place_of(copies)...);
 }
 
 // Columns 16k and up of the accumulators of 16 rows, rounded, into a tile; or all of them: operand A of `wgmma_transposed`. address: of chunk
@@ -124,11 +137,6 @@ __device__ inline void store_rows_by_warp(const Tile<T, DP>& rows, const float (
 __device__ inline unsigned take_next(unsigned* taken, unsigned all, int lane) {
   return __shfl_sync(kAllLanes, lane == 0 ? atomicInc(taken, all + gridDim.x - 1) : 0u, 0);
 }
-
-// The warpgroup of a thread, its warp there and its lane, for roles without registers to keep them in: made anew wherever they are wanted.
-__device__ inline int this_group() { return opaque(threadIdx.x) / 128; }
-__device__ inline int this_warp() { return opaque(threadIdx.x) % 128 / 32; }
-__device__ inline int this_lane() { return opaque(threadIdx.x) % 32; }
 
 // Registers of each thread of a warpgroup from here on, out of what the block has: those who bring rows leave some to the others.
 template <int NUMBER> __device__ inline void keep_registers() {

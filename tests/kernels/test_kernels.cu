@@ -259,6 +259,8 @@ const Case kCases[] = {
     {"packed", Dtype::bf16, 3, 4, 2, 150, 130, 20, 24, 1, 64, true, Batch::packed},
     {"packed_two_routes_fp32", Dtype::fp32, 3, 2, 1, 70, 80, 6, 10, 2, 32, true, Batch::packed},
     {"long_sequence", Dtype::bf16, 1, 1, 1, 2500, 3000, 65, 64, 1, 64},
+    {"few_queries_of_an_expert", Dtype::fp16, 1, 4, 2, 1025, 700, 60, 64, 1, 64},
+    {"many_queries_of_an_expert", Dtype::fp16, 2, 2, 1, 700, 90, 3, 40, 1, 40, true, Batch::padded},
     {"many_tokens", Dtype::bf16, 2, 8, 2, 4500, 100, 20, 8, 1, 64},
     {"many_tokens_fp16", Dtype::fp16, 1, 16, 16, 4710, 64, 71, 8, 1, 40, true, Batch::full, false, {1, 71, 1, 4600, 3}},
     // whole warpgroups in every stage
