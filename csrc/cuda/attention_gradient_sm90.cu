@@ -235,7 +235,7 @@ template <class T, int SLOTS> __global__ void __launch_bounds__(kThreads, 1) gra
           if (!present) key[i] = other;
           store_shared(numbers().address + 4 * slot, key[i]);
         }
-        store_shared(window.of(shared.present) + keys % kPresent * 4, found);
+        if (first_tensor() == 0) store_shared(window.of(shared.present) + keys % kPresent * 4, found);
         __syncwarp();
         if constexpr (kRings == 2) {  // in the L2 when there is room
           const auto& from = shared.head.rows[4 + first_tensor()];
@@ -276,7 +276,7 @@ template <class T, int SLOTS> __global__ void __launch_bounds__(kThreads, 1) gra
       wait_for_units(0);
       set().wait_there();
       fence_loads();
-      const auto own_slot = [&]() -> auto& { return listed().slots[SLOTS == 1 ? 0 : warp()]; };
+      const auto own_slot = [&]() -> auto& { return listed().slots[warp() * SLOTS / 4]; };
       const auto units = [&]() -> auto& { return shared.stages[load_shared_int(window.of(own_slot().stage))]; };
       const auto& rows = shared.sets[set().at()];
       const auto to = [&]() -> auto& { return shared.weights[thread / 128]; };
