@@ -391,8 +391,6 @@ template <class T, int SLOTS> __global__ void __launch_bounds__(kThreads, 1) gra
       add(Own{}, of_keys, units().k.in(window));
       forget();
       give_back(0);
-      keys = load_shared_int(window.of(listed().until));
-      store_shared(counts() + 4, keys);
 #pragma unroll
       for (int first = 0; first < kDP; first += kOutColumns<SLOTS>) {
         float columns[kOutColumns<SLOTS> / 8][4];
@@ -404,6 +402,7 @@ template <class T, int SLOTS> __global__ void __launch_bounds__(kThreads, 1) gra
                            [&](int row) { return number(offsetof(List, query), row); });
       }
       forget();
+      keys = load_shared_int(window.of(listed().until));
       list().done().arrive();
     }
   } else {
