@@ -20,7 +20,7 @@ constexpr int kDP = 64, kUnits = 64;
 constexpr int kLists = 8, kPresent = 16, kWeighers = 2;  // a weigher has every second list
 template <int SLOTS> constexpr int kSets = SLOTS == 1 ? 4 : 3;
 template <int SLOTS> constexpr int kStages = SLOTS == 1 ? 3 : 5;
-template <int SLOTS> constexpr int kUnitWarps = SLOTS == 1 ? 1 : 2;
+template <int SLOTS> constexpr int kUnitWarps = SLOTS == 1 ? 1 : 2;  // that bring keys and values: one for both, or one for each; the others bring queries
 template <int SLOTS> constexpr int kOutColumns = SLOTS == 1 ? kDP : kDP / 2;  // of dq, that go out at a time
 constexpr int kThreads = 128 * (kWeighers + 2), kTurns = 128;  // kTurns: segments of a block
 enum Kind { kShared, kRouted, kKinds };  // of units
@@ -157,7 +157,8 @@ template <class T, int SLOTS> __global__ void __launch_bounds__(kThreads, 1) gra
       };
       const auto work = [&]() -> auto& { return shared.works[keys]; };
       const auto query_at = [&](int i) { return i < work().entries ? shared.head.entries[work().first + i] : -1; };
-      int left = work().entries, query[2] = {query_at(this_lane()), query_at(32 + this_lane())};  // those of a pass are asked for before the last ones are waited for
+      // The next queries are asked for before there is room for them.
+      int left = work().entries, query[2] = {query_at(this_lane()), query_at(32 + this_lane())};
 #pragma unroll 1
       while (left > 0) {
         const int rows = min(kPassRows, round_up(left, kSlotRows));
@@ -175,6 +176,7 @@ template <class T, int SLOTS> __global__ void __launch_bounds__(kThreads, 1) gra
         }
         if (left <= 0) left = shared.works[++keys].entries;
         const int next = work().entries - left;
+#pragma unroll
         for (int i = 0; i < 2; ++i) query[i] = query_at(next + 32 * i + this_lane());
       }
       if (filled > 0) {  // slots without queries, of the last segment
@@ -267,7 +269,7 @@ template <class T, int SLOTS> __global__ void __launch_bounds__(kThreads, 1) gra
       const auto lane = [&] { return static_cast<int>(thread % 32); };
       const auto warp = [&] { return static_cast<int>(thread % 128 / 32); };
       const auto segment_of = [&](int slot) { return static_cast<unsigned>(load_shared_int(window.of(listed().slots[slot].segment))); };
-      if (const unsigned first = segment_of(0); keys < first) {  // the other one's segments
+      if (const unsigned first = segment_of(0); keys < first) {  // segments of the other weigher alone
         for (int tensor = 0; tensor < kRings; ++tensor) stage(tensor, first - 1).wait_there();
         for (; keys < first; ++keys)
           for (int tensor = 0; tensor < kRings; ++tensor) stage(tensor, keys).done().arrive();
