@@ -45,7 +45,7 @@ template <class T, int SLOTS> struct Shared {
     std::int32_t until;         // the first segment that whoever weighs this list, and so every second one, meets again
   } lists[kLists];
   alignas(16) std::int32_t numbers[kUnitWarps<SLOTS>][kUnits], next[kUnitWarps<SLOTS>][kUnits];  // of keys on their way, and of those of the next segment
-  std::int32_t present[kPresent];               // keys of the last segments
+  std::int32_t present[kPresent];  // keys of the last segments
   Work works[kTurns + 1];  // no entries: there was no more
   std::uint32_t counts[4 * kWeighers][2];  // of a weigher's warp: what it has counted
   struct HeadRows {
@@ -84,7 +84,8 @@ template <class T, int SLOTS> __global__ void __launch_bounds__(kThreads, 1) gra
   const auto stage = [&](int tensor, unsigned segment) {  // a ring for keys and one for values, or one for both
     return Ring<kStages<SLOTS>>{window.of(shared.of_stages[tensor % kRings]), segment};
   };
-  if (threadIdx.x == 128) {  // loads arrive by themselves, lane by lane
+  // By two warps at once. Loads arrive by themselves, lane by lane.
+  if (threadIdx.x == 128) {
     list().init(32 + 1, 32 * kRowWarps + 128 + 128), set().init(32 * kRowWarps, 4), landmarks().init(32 * kRings, 1), weights().init(128, 4);
     for (int tensor = 0; tensor < kRings; ++tensor) stage(tensor, 0).init(32 + 1, 128 * kWeighers);
     fence_barriers();
@@ -133,19 +134,20 @@ template <class T, int SLOTS> __global__ void __launch_bounds__(kThreads, 1) gra
     const auto bring = [&](const auto& tile, int tensor, const auto& numbers) {
       const auto& from = shared.head.rows[tensor];
       load_rows_by_warp<kUnits, T, kDP>(numbers, __all_sync(kAllLanes, numbers(this_lane()) >= 0 && numbers(32 + this_lane()) >= 0), x.D,
-                                        Copy<T, kDP>(tile.in(window), {from.row0, 0, 0, from.pitch}, 0, 0, 0));
+                                        Copy<T, kDP>(tile.in(window), from.row0, from.pitch));
     };
     if (this_warp() == 0) {
       int filled = 0;  // rows of the list at hand
-      const auto list_row = [&](int place, int query) {  // of this list or the next one
-        auto& to = shared.lists[(list() + place / kPassRows).at()];
+      const auto list_of = [&](int place) -> auto& { return shared.lists[(list() + place / kPassRows).at()]; };  // this one or the next
+      const auto list_row = [&](int place, int query) {
+        auto& to = list_of(place);
         place %= kPassRows;
         to.query[place] = query;
         load_number(window.of(to.lse) + 4 * place, shared.head.lse, query);
         load_number(window.of(to.dlse) + 4 * place, shared.head.dlse, p.dlse ? query : -1);
       };
       const auto list_slot = [&](int place, unsigned segment, int ended) {
-        auto& to = shared.lists[(list() + place / kPassRows).at()];
+        auto& to = list_of(place);
         place = place % kPassRows / kSlotRows;
         to.slots[place] = {static_cast<int>(segment), static_cast<int>(stage(0, segment).at())}, to.ended[place] = ended;
       };
@@ -205,9 +207,11 @@ template <class T, int SLOTS> __global__ void __launch_bounds__(kThreads, 1) gra
       }
     } else {
       const auto first_tensor = [&] { return this_warp() - 1 - kRowWarps; };  // of 0 and 1
-      const auto bring_unit = [&](const auto& to, int first, int tensor, const auto& numbers) { bring(tensor ? to.v : to.k, first + tensor, numbers); };
+      const auto bring_units = [&](const auto& to, int first, const auto& numbers) {
 #pragma unroll 1
-      for (int tensor = first_tensor(); tensor < 2; tensor += kRings) bring_unit(shared.landmarks, 2, tensor, [M = x.M](int m) { return m < opaque(M) ? m : -1; });  // opaque: registers
+        for (int tensor = first_tensor(); tensor < 2; tensor += kRings) bring(tensor ? to.v : to.k, first + tensor, numbers);
+      };
+      bring_units(shared.landmarks, 2, [M = x.M](int m) { return m < opaque(M) ? m : -1; });  // opaque: registers
       landmarks().there().arrive_loaded();
       const auto numbers = [&] { return RowList{window.of(shared.numbers) + first_tensor() * static_cast<unsigned>(sizeof(shared.numbers[0]))}; };
       const auto entries = [&] { return load_shared_int(window.of(shared.works[0].entries) + keys * sizeof(Work)); };
@@ -216,7 +220,7 @@ template <class T, int SLOTS> __global__ void __launch_bounds__(kThreads, 1) gra
         const std::int32_t* const its = shared.head.indices + load_shared_int(window.of(shared.works[0].expert) + keys * sizeof(Work)) * x.K;
         const bool more = entries() > 0;
 #pragma unroll
-        for (int slot = this_lane(); slot < kUnits; slot += 32) load_number(next(slot), reinterpret_cast<const float*>(its), more && slot < x.K ? slot : -1);
+        for (int slot = this_lane(); slot < kUnits; slot += 32) load_number(next(slot), its, more && slot < x.K ? slot : -1);
         commit_loads();
       };
 #pragma unroll 1
@@ -248,8 +252,7 @@ template <class T, int SLOTS> __global__ void __launch_bounds__(kThreads, 1) gra
         ask();
         const auto its = [&] { return stage(first_tensor(), keys - 1); };
         its().wait_free();
-#pragma unroll 1
-        for (int tensor = first_tensor(); tensor < 2; tensor += kRings) bring_unit(shared.stages[its().at()], 4, tensor, numbers());
+        bring_units(shared.stages[its().at()], 4, numbers());
         its().there().arrive_loaded();
         __syncwarp();
         if (this_lane() == 0) its().there().arrive();

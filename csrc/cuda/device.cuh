@@ -255,7 +255,8 @@ __device__ inline void wait_all_but(int pending) {
 
 // Starts copying the number at `index`; zero where that is negative. Evidence: with a null pointer instead, of which nothing is read, two kernels met
 // illegal addresses, in some versions of them.
-__device__ inline void load_number(std::uint32_t target, const float* numbers, int index) {
+template <class E> __device__ inline void load_number(std::uint32_t target, const E* numbers, int index) {
+  static_assert(sizeof(E) == 4);
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(numbers + max(index, 0)), "r"(index < 0 ? 0 : 4) : "memory");
 }
 // `count` numbers, number i from index(i), with all threads of the block.
