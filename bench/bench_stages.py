@@ -33,19 +33,17 @@ def stage_calls(case: Case, inputs) -> dict[str, Callable]:
     landmark_scale = scale * case.D**-0.5
     dout = torch.randn_like(query)
 
-    landmarks = ops.pool(query, *pooling)
-    indices, compressed, landmark_lse = ops.landmark_topk(landmarks, key, value, case.K, scale)
-    experts = ops.route(query, landmarks, 1)
-    selected = query, key, value, landmarks, compressed, indices, experts
     scales = True, scale, landmark_scale
-    out, lse = ops.expert_attention(*selected, *scales)
-    saved = query, key, value, landmarks, indices, experts, compressed, landmark_lse, out, lse
+    forward = query, key, value, None, *pooling, case.K, 1, *scales
+    out, lse, landmarks, indices, experts, groups, compressed, landmark_lse = ops.attention(*forward)
+    selected = query, key, value, landmarks, compressed, indices, experts
+    saved = query, key, value, landmarks, indices, experts, groups, compressed, landmark_lse, out, lse
     return {
         "pool": lambda: ops.pool(query, *pooling),
         "landmark_topk": lambda: ops.landmark_topk(landmarks, key, value, case.K, scale),
         "route": lambda: ops.route(query, landmarks, 1),
         "expert_attention": lambda: ops.expert_attention(*selected, *scales),
-        "forward": lambda: ops.attention(query, key, value, None, *pooling, case.K, 1, *scales),
+        "forward": lambda: ops.attention(*forward),
         "expert_attention_backward": lambda: ops.expert_attention_backward(dout, None, *selected, out, lse, *scales),
         "landmark_topk_backward": lambda: ops.landmark_topk_backward(
             compressed, None, landmarks, key, value, compressed, landmark_lse, scale

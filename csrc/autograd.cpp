@@ -188,7 +188,7 @@ struct ExpertAttention : Function<ExpertAttention> {
 };
 
 struct Attention : Function<Attention> {
-  using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+  using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
   static variable_list forward(AutogradContext* ctx, const Tensor& query, const Tensor& key, const Tensor& value,
                                const OptionalTensor& given, SymIntArrayRef num_landmarks, SymIntArrayRef grid,
@@ -198,7 +198,7 @@ struct Attention : Function<Attention> {
     const auto result = call<Result>("mita_ext::attention", query, key, value, given, num_landmarks, grid,
                                      num_prefix_tokens, topk, routes, shared_expert, scale, landmark_scale, seqlens_q,
                                      seqlens_k, max_seqlen_q, max_seqlen_k);
-    const auto& [out, lse, pooled, indices, experts, compressed, landmark_lse] = result;
+    const auto& [out, lse, pooled, indices, experts, groups, compressed, landmark_lse] = result;
     ctx->saved_data["pooled"] = !given.has_value();
     ctx->saved_data["num_landmarks"] = num_landmarks;
     ctx->saved_data["grid"] = grid;
@@ -208,10 +208,10 @@ struct Attention : Function<Attention> {
     ctx->saved_data["landmark_scale"] = landmark_scale;
     ctx->saved_data["max_seqlen_q"] = max_seqlen_q;
     ctx->saved_data["max_seqlen_k"] = max_seqlen_k;
-    ctx->mark_non_differentiable({pooled, indices, experts, compressed, landmark_lse});
+    ctx->mark_non_differentiable({pooled, indices, experts, groups, compressed, landmark_lse});
     ctx->set_materialize_grads(false);
-    ctx->save_for_backward({query, key, value, given ? *given : pooled, indices, experts, compressed, landmark_lse, out,
-                            lse, seqlens_q.value_or(Tensor()), seqlens_k.value_or(Tensor())});
+    ctx->save_for_backward({query, key, value, given ? *given : pooled, indices, experts, groups, compressed, landmark_lse,
+                            out, lse, seqlens_q.value_or(Tensor()), seqlens_k.value_or(Tensor())});
     return list_of(result);
   }
 
@@ -225,11 +225,11 @@ struct Attention : Function<Attention> {
     const bool want_keys = ctx->needs_input_grad(1) || ctx->needs_input_grad(2);
     const bool want_landmarks = ctx->needs_input_grad(pooled ? 0 : 3);
     variable_list results = list_of(call<std::tuple<Tensor, Tensor, Tensor, Tensor>>(
-        "mita_ext::attention_backward", incoming(grads[0], saved[8]), incoming_lse(grads[1]), saved[0], saved[1], saved[2],
-        saved[3], saved[4], saved[5], saved[6], saved[7], saved[8], saved[9], pooled, SymIntArrayRef(num_landmarks),
-        SymIntArrayRef(grid), option["num_prefix_tokens"].toSymInt(), option["shared_expert"].toBool(),
-        option["scale"].toDouble(), option["landmark_scale"].toDouble(), want_keys, want_landmarks, if_defined(saved[10]),
-        if_defined(saved[11]), option["max_seqlen_q"].toOptional<SymInt>(), option["max_seqlen_k"].toOptional<SymInt>()));
+        "mita_ext::attention_backward", incoming(grads[0], saved[9]), incoming_lse(grads[1]), saved[0], saved[1], saved[2],
+        saved[3], saved[4], saved[5], saved[6], saved[7], saved[8], saved[9], saved[10], pooled,
+        SymIntArrayRef(num_landmarks), SymIntArrayRef(grid), option["num_prefix_tokens"].toSymInt(),
+        option["shared_expert"].toBool(), option["scale"].toDouble(), option["landmark_scale"].toDouble(), want_keys,
+        want_landmarks, if_defined(saved[11]), if_defined(saved[12]), option["max_seqlen_q"].toOptional<SymInt>(), option["max_seqlen_k"].toOptional<SymInt>()));
     if (pooled) results.pop_back();  // landmarks were no argument
     return wanted(&forward, ctx, results);
   }

@@ -326,7 +326,7 @@ inline Shape check_attention(const at::Tensor& query, const at::Tensor& key, con
 inline Shape check_attention_backward(const at::Tensor& dout, const std::optional<at::Tensor>& dlse,
                                       const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                       const at::Tensor& landmarks, const at::Tensor& indices,
-                                      const at::Tensor& experts, const at::Tensor& compressed,
+                                      const at::Tensor& experts, const at::Tensor& groups, const at::Tensor& compressed,
                                       const at::Tensor& landmark_lse, const at::Tensor& out, const at::Tensor& lse,
                                       bool pooled, at::IntArrayRef num_landmarks, at::IntArrayRef grid,
                                       int64_t num_prefix_tokens, bool shared_expert, const Lengths& lengths) {
@@ -340,6 +340,7 @@ inline Shape check_attention_backward(const at::Tensor& dout, const std::optiona
   detail::check_out(fn, dout, dlse, out, lse, query, p);
   detail::check_contiguous(fn, "landmark_lse", landmark_lse, "query", query, accumulate_type(query.scalar_type()),
                        {p.B, p.H, p.M}, "[B, H, M]");
+  detail::check_contiguous(fn, "groups", groups, "query", query, at::kInt, {groups.numel()}, "[numbers]");
   if (pooled) {
     Shape pooling = p;
     detail::check_pooling(fn, num_landmarks, grid, num_prefix_tokens, lengths.seqlens_q.has_value(), pooling);

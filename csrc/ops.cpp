@@ -43,18 +43,19 @@ TORCH_LIBRARY(mita_ext, m) {
       " float landmark_scale)"
       " -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dlandmarks, Tensor dcompressed)");
 
-  // All stages at once. The output `landmarks` holds the pooled landmarks, or is empty [0] when they were given.
+  // All stages at once. The output `landmarks` holds the pooled landmarks, or is empty [0] when they were given. groups: the queries of
+  // each expert, as attention_backward takes them, or empty [0]: then it makes them again.
   m.def(
       "attention(Tensor query, Tensor key, Tensor value, Tensor? landmarks, SymInt[2] num_landmarks, SymInt[2] grid,"
       " SymInt num_prefix_tokens, SymInt topk, SymInt routes, bool shared_expert, float scale, float landmark_scale,"
       " Tensor? seqlens_q=None, Tensor? seqlens_k=None, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None)"
-      " -> (Tensor out, Tensor lse, Tensor landmarks, Tensor indices, Tensor experts, Tensor compressed,"
+      " -> (Tensor out, Tensor lse, Tensor landmarks, Tensor indices, Tensor experts, Tensor groups, Tensor compressed,"
       " Tensor landmark_lse)");
   // pooled: the gradient of the landmarks goes on into dquery, and dlandmarks is empty [0]. Without want_keys dkey and
   // dvalue are empty, without want_landmarks dlandmarks is, and nothing goes on into dquery: they are not computed.
   m.def(
       "attention_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor landmarks,"
-      " Tensor indices, Tensor experts, Tensor compressed, Tensor landmark_lse, Tensor out, Tensor lse, bool pooled,"
+      " Tensor indices, Tensor experts, Tensor groups, Tensor compressed, Tensor landmark_lse, Tensor out, Tensor lse, bool pooled,"
       " SymInt[2] num_landmarks, SymInt[2] grid, SymInt num_prefix_tokens, bool shared_expert, float scale,"
       " float landmark_scale, bool want_keys, bool want_landmarks, Tensor? seqlens_q=None, Tensor? seqlens_k=None,"
       " SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None) -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dlandmarks)");

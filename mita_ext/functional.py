@@ -175,7 +175,7 @@ def _attend(fn, query, key, value, landmarks, lengths, pooling, topk, routes, sh
         if _integer(fn, "num_prefix_tokens", num_prefix_tokens) != 0:
             raise ValueError(f"{fn}: num_prefix_tokens needs grid, got {num_prefix_tokens}")
         pooling = ([1, 1], [1, 1], 0)
-    out, lse, pooled, indices, experts, compressed, _ = ops.attention(
+    out, lse, pooled, indices, experts, _, compressed, _ = ops.attention(
         query, key, value, landmarks, *pooling, topk, routes, shared_expert, scale, landmark_scale, *lengths
     )
     if not return_aux:

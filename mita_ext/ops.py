@@ -79,6 +79,15 @@ def _(dout, dlse, query, key, value, landmarks, compressed, *rest):
 attention = _ops.attention.default
 
 
+def _groups_like(query, B, H, N, M, routes):
+    """Lists of segments, their starts and the entries, of each head (Groups in csrc/cuda/params.h): kept of more than 256 queries."""
+    entries = N * routes
+    segment_rows = (2 * (entries // M) + 127) // 64 * 64
+    of_a_head = 4 * (entries // segment_rows + torch.sym_min(entries, M)) + M + 1 + entries
+    kept = torch.sym_min(torch.sym_max(N - 256, 0), 1) * torch.sym_min(routes, 1)  # not by a branch: N may be a symbol
+    return query.new_empty((B * H * of_a_head * kept if query.is_cuda else 0,), dtype=torch.int32)
+
+
 @torch.library.register_fake("mita_ext::attention")
 def _(
     query, key, value, landmarks, num_landmarks, grid, num_prefix_tokens, topk, routes, shared_expert, scale, landmark_scale,
@@ -96,6 +105,7 @@ def _(
         query.new_empty((B, H, M, D) if landmarks is None else (0,)),
         query.new_empty((B, H, M, torch.sym_min(topk, L)), dtype=torch.int32),
         query.new_empty((B, H, N, routes), dtype=torch.int32),
+        _groups_like(query, B, H, N, M, routes),
         query.new_empty((B, H, M, D)),
         _lse_like(query, (B, H, M)),
     )
@@ -106,8 +116,8 @@ attention_backward = _ops.attention_backward.default
 
 @torch.library.register_fake("mita_ext::attention_backward")
 def _(
-    dout, dlse, query, key, value, landmarks, indices, experts, compressed, landmark_lse, out, lse, pooled, num_landmarks, grid,
-    num_prefix_tokens, shared_expert, scale, landmark_scale, want_keys, want_landmarks, *lengths,
+    dout, dlse, query, key, value, landmarks, indices, experts, groups, compressed, landmark_lse, out, lse, pooled, num_landmarks,
+    grid, num_prefix_tokens, shared_expert, scale, landmark_scale, want_keys, want_landmarks, *lengths,
 ):  # fmt: skip
     def if_(wanted, x):
         return x.new_empty(x.shape if wanted else (0,))

@@ -414,10 +414,35 @@ def test_what_is_not_finite_reaches_the_keys_of_its_expert_alone(value):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("K", [64, 128])  # queries and units in one pass, and not
-def test_many_heads_take_several_launches(K):
+@pytest.mark.parametrize("D, routes, Nq", [(64, 1, 300), (64, 1, 9000), (64, 2, 300), (128, 1, 3000), (64, 1, None)])
+def test_groups_kept_and_made_again_give_the_same(D, routes, Nq):
+    case = case_of("basic", B=2, H=4, Hkv=2, N=Nq or 700, L=400, D=D, M=20, K=17, routes=routes)
+    q, k, v, z = make_inputs(case, "cuda", torch.bfloat16)
+    lengths = () if Nq else [torch.tensor(n, dtype=torch.int32, device="cuda") for n in ((700, 31), (400, 90))]
+    options = True, D**-0.5, 1 / D
+    out, lse, _, indices, experts, groups, *rest = torch.ops.mita_ext.attention(
+        q, k, v, z, [1, 1], [1, 1], 0, case.K, routes, *options, *lengths
+    )
+    assert groups.numel() > experts.numel()
+    dout = torch.randn_like(out)
+
+    def gradients(groups):
+        return torch.ops.mita_ext.attention_backward(
+            dout, None, q, k, v, z, indices, experts, groups, *rest, out, lse, False, [1, 1], [1, 1], 0, *options, True, True, *lengths
+        )
+
+    shifted = groups.new_zeros(groups.numel() + 1)[1:].copy_(groups)  # where no list may begin
+    for other in (groups.new_empty(0), shifted):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(groups), gradients(other), strict=True))
+    with pytest.raises(ValueError, match="groups must be those of the forward pass, or empty"):
+        gradients(groups[1:].contiguous())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("N, M, K", [(4096, 64, 64), (9000, 60, 64), (4096, 64, 128)])  # queries and units in one pass, twice, and not
+def test_many_heads_take_several_launches(N, M, K):
     """The routed sums of 160 heads of this size are more than are held at once."""
-    case = case_of("clustered_pooled", B=5, H=32, Hkv=16, N=4096, L=4096, D=64, M=64, K=K)
+    case = case_of("clustered_pooled", B=5, H=32, Hkv=16, N=N, L=4096, D=64, M=M, K=K)
     tensors = make_inputs(case, "cuda", torch.bfloat16, requires_grad=True)[:3]
     dout, _ = grad_outputs(case, "cuda", torch.bfloat16)
     together = torch.autograd.grad(mita_ext.attention(*tensors, **case.options(None)), tensors, dout)

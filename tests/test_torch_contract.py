@@ -32,6 +32,7 @@ def op_arguments(device, dtype):
     q, k, v, z = make_inputs(case_of("basic", **SHAPES), device, dtype)
     pooling = ((2, 3), (3, 6), 1)
     scales = (0.3, 0.2)
+    long = make_inputs(case_of("basic", **SHAPES | {"N": 300}), device, dtype)[0]  # its groups are kept on a GPU
     T, C, landmark_lse = OPS.landmark_topk(z, k, v, 5, 0.3)
     r = OPS.route(q, z, 2)
     out, lse = OPS.expert_attention(q, k, v, z, C, T, r, True, *scales)
@@ -40,6 +41,9 @@ def op_arguments(device, dtype):
     nq, nk = (torch.tensor(n, dtype=torch.int32, device=device) for n in ((20, 7), (0, 30)))
     in_a_row = ((1, 6), (1, 20), 0)
     sums = [torch.tensor(n, dtype=torch.int32, device=device) for n in ((0, 20, 27), (0, 3, 33))]
+    g = r.new_empty(0)
+    of_long = (long, k, v, None, (1, 6), (1, 300), 0, 5, 1, True, *scales)
+    long_out, long_lse, long_z, *long_selected = OPS.attention(*of_long)
     packed, of_packed = ([x.transpose(1, 2).flatten(0, 1)[:33] for x in tensors] for tensors in ((q, k, v), (dout, out)))
     return {
         "pool": [(q, *pooling), (q, *in_a_row, nq)],
@@ -56,6 +60,7 @@ def op_arguments(device, dtype):
         ],
         "attention": [
             (q, k, v, z, (1, 6), (1, 20), 0, 5, 1, True, *scales),
+            of_long,
             (q, k, v, None, *pooling, 64, 2, True, *scales),
             (q, k, v, None, *pooling, 5, 0, True, *scales),
             (q, k, v, None, *pooling, 5, 1, False, *scales),
@@ -65,7 +70,7 @@ def op_arguments(device, dtype):
         ],
         "attention_backward": [
             *(
-                (dout, d, q, k, v, z, T, r, C, landmark_lse, out, lse, pooled, *pooling, True, *scales, *wanted)
+                (dout, d, q, k, v, z, T, r, g, C, landmark_lse, out, lse, pooled, *pooling, True, *scales, *wanted)
                 for d, pooled, *wanted in (
                     (dlse, True, True, True),
                     (None, False, True, True),
@@ -74,8 +79,9 @@ def op_arguments(device, dtype):
                     (dlse, False, False, False),
                 )
             ),
-            (dout, dlse, q, k, v, z, T, r, C, landmark_lse, out, lse, True, *in_a_row, True, *scales, True, True, nq, nk),
-            (of_packed[0], dlse, *packed, z, T, r, C, landmark_lse, of_packed[1], lse, True, *in_a_row, True, *scales)
+            (long_out, None, long, k, v, long_z, *long_selected, long_out, long_lse, True, *of_long[4:7], True, *scales, True, True),
+            (dout, dlse, q, k, v, z, T, r, g, C, landmark_lse, out, lse, True, *in_a_row, True, *scales, True, True, nq, nk),
+            (of_packed[0], dlse, *packed, z, T, r, g, C, landmark_lse, of_packed[1], lse, True, *in_a_row, True, *scales)
             + (True, True, *sums, 20, 30),
         ],
     }

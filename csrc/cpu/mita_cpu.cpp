@@ -1157,7 +1157,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_attention_backward(
 
 // ---- Everything at once ----------------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& landmarks,
     IntArrayRef num_landmarks, IntArrayRef grid, int64_t num_prefix_tokens, int64_t topk, int64_t routes,
     bool shared_expert, double scale, double landmark_scale, const OptionalTensor& seqlens_q,
@@ -1171,18 +1171,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(
   const Tensor experts = route_stage(x, query, Z);
   const auto [out, lse] = attention_stage(x, query, key, value, Z, compressed, indices, experts, shared_expert, scale,
                                           landmark_scale);
-  return {out, lse, landmarks ? at::empty({0}, query.options()) : Z, indices, experts, compressed, landmark_lse};
+  const Tensor groups = at::empty({0}, experts.options());  // made where they are wanted
+  return {out, lse, landmarks ? at::empty({0}, query.options()) : Z, indices, experts, groups, compressed, landmark_lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& key, const Tensor& value,
-    const Tensor& landmarks, const Tensor& indices, const Tensor& experts, const Tensor& compressed,
+    const Tensor& landmarks, const Tensor& indices, const Tensor& experts, const Tensor& groups, const Tensor& compressed,
     const Tensor& landmark_lse, const Tensor& out, const Tensor& lse, bool pooled, IntArrayRef num_landmarks,
     IntArrayRef grid, int64_t num_prefix_tokens, bool shared_expert, double scale, double landmark_scale,
     bool want_keys, bool want_landmarks, const OptionalTensor& seqlens_q, const OptionalTensor& seqlens_k,
     OptionalInt max_seqlen_q, OptionalInt max_seqlen_k) {
   const Lengths lengths{seqlens_q, seqlens_k, max_seqlen_q, max_seqlen_k};
-  const Shape p = mita::check_attention_backward(dout, dlse, query, key, value, landmarks, indices, experts,
+  const Shape p = mita::check_attention_backward(dout, dlse, query, key, value, landmarks, indices, experts, groups,
                                                  compressed, landmark_lse, out, lse, pooled, num_landmarks, grid,
                                                  num_prefix_tokens, shared_expert, lengths);
   const char* fn = mita::attention_name(query, true);

@@ -138,20 +138,6 @@ template <class Product = std::int64_t> __device__ inline Range overlapping(int 
 
 __device__ inline bool is_pooled(const Windows& w, int n) { return n >= w.prefix && n - w.prefix < w.gh * w.gw; }
 
-// Calls f(m, 1 / |window m|) for every pooling window m that holds token n, in ascending order: the gradient of pooling.
-template <class Product, class F> __device__ inline void for_each_window(const Windows& w, int n, F&& f) {
-  if (!is_pooled(w, n)) return;
-  const int cell = n - w.prefix;
-  const Range rows = overlapping<Product>(cell / w.gw, w.gh, w.mh), columns = overlapping<Product>(cell % w.gw, w.gw, w.mw);
-  for (int i = rows.first; i < rows.last; ++i) {
-    const Range height = overlapping<Product>(i, w.mh, w.gh);
-    for (int j = columns.first; j < columns.last; ++j) {
-      const Range width = overlapping<Product>(j, w.mw, w.gw);
-      f(i * w.mw + j, 1.0f / static_cast<float>((height.last - height.first) * (width.last - width.first)));
-    }
-  }
-}
-
 // The pooling windows of a sequence: 1-D windows follow its own length.
 __device__ inline Windows windows_of(Windows w, const Sequences& queries, int length) {
   if (vary(queries)) w.gw = w.gh == 1 ? length : w.gw;

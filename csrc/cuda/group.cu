@@ -4,6 +4,7 @@
 //   scan:    one block per (batch, head): exclusive sums, expert-major; tiles and segments of every expert
 //   scatter: one block per chunk, sorted in shared memory, each warp placing its share in order; experts' runs of entries are then written whole
 //   group:   all of that in one kernel, for heads of one chunk
+//   tiles:   where the rest is known, other tiles of it
 #include <cub/block/block_scan.cuh>
 
 #include "device.cuh"
@@ -83,17 +84,20 @@ struct Lists {
     }
   }
 
+  __device__ void write_pieces(Work* lists, int rows, int (&starts)[kMaxLandmarks + 1], const Problem& x, int bh) {
+    sum(starts, x.M, [&](int m) { return ceil_div(first[m + 1] - first[m], rows); });
+    write_work(lists + std::int64_t(bh) * max_tiles(x, rows), max_tiles(x, rows), rows, x.M, starts);
+  }
   // From the number of each expert's entries to the lists of work. All threads must call it.
-  template <class Size> __device__ void write(const GroupParams& p, int bh, Size size) {
-    const int M = p.problem.M;
-    sum(first, M, size);
-    sum(tiles, M, [&](int m) { return ceil_div(first[m + 1] - first[m], p.tile_rows); });
-    sum(segments, M, [&](int m) { return ceil_div(first[m + 1] - first[m], p.segment_rows); });
+  template <class Size> __device__ void write_tiles(const GroupParams& p, int bh, Size size) {
+    sum(first, p.problem.M, size);
     if (bh == 0 && threadIdx.x == 0) *p.taken = 0;
-    for (int m = threadIdx.x; m <= M; m += kThreads) p.segment_starts[std::int64_t(bh) * (M + 1) + m] = segments[m];
-    const auto list_of = [&](Work* list, int rows) { return list + std::int64_t(bh) * max_tiles(p.problem, rows); };
-    write_work(list_of(p.tiles, p.tile_rows), max_tiles(p.problem, p.tile_rows), p.tile_rows, M, tiles);
-    write_work(list_of(p.segments, p.segment_rows), max_tiles(p.problem, p.segment_rows), p.segment_rows, M, segments);
+    write_pieces(p.tiles, p.tile_rows, tiles, p.problem, bh);
+  }
+  template <class Size> __device__ void write(const GroupParams& p, int bh, Size size) {
+    write_tiles(p, bh, size);
+    write_pieces(p.segments, p.segment_rows, segments, p.problem, bh);
+    for (int m = threadIdx.x; m <= p.problem.M; m += kThreads) p.segment_starts[std::int64_t(bh) * (p.problem.M + 1) + m] = segments[m];
   }
 };
 
@@ -208,6 +212,17 @@ __global__ void __launch_bounds__(kThreads) group_kernel(const GroupParams p) {
   shares.place(chunk, [&](int m) { return lists.first[m]; }, [&](int to, int i, int) { entries[to] = chunk.first + i; });
 }
 
+__global__ void __launch_bounds__(kThreads) tiles_kernel(const GroupParams p) {
+  __shared__ Lists lists;
+  const int bh = blockIdx.x;
+  const std::int32_t* starts = p.segment_starts + std::int64_t(bh) * (p.problem.M + 1);
+  const Work* segments = p.segments + std::int64_t(bh) * max_tiles(p.problem, p.segment_rows);
+  lists.write_tiles(p, bh, [&](int m) {
+    const int first = starts[m], last = starts[m + 1] - 1;
+    return first > last ? 0 : segments[last].first + segments[last].entries - segments[first].first;
+  });
+}
+
 }  // namespace
 
 cudaError_t launch_group(const GroupParams& p, cudaStream_t stream) {
@@ -215,10 +230,12 @@ cudaError_t launch_group(const GroupParams& p, cudaStream_t stream) {
   if (x.M < 1 || x.M > kMaxLandmarks) return cudaErrorInvalidValue;
   const unsigned heads = static_cast<unsigned>(x.B) * x.H;
   const std::size_t bytes = kWarps * x.M * sizeof(int);
+  if (!p.experts) return launch(tiles_kernel, heads, kThreads, 0, stream, p);
   if (p.chunks == 1) {
     return launch(group_kernel, heads, kThreads, bytes, stream, p);
   }
-  if (cudaError_t status = launch(count_kernel, heads * p.chunks, kThreads, 0, stream, p)) return status;
+  if (!p.counted)
+    if (cudaError_t status = launch(count_kernel, heads * p.chunks, kThreads, 0, stream, p)) return status;
   if (cudaError_t status = launch(scan_kernel, heads, kThreads, 0, stream, p)) return status;
   return launch(scatter_kernel, heads * p.chunks, kThreads, bytes + kGroupChunk * sizeof(int), stream, p);
 }

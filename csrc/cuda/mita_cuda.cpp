@@ -186,12 +186,14 @@ Tensor pool_stage(const Context& context, const Problem& x, const Windows& w, co
   return landmarks;
 }
 
-// Landmarks and experts, where one pass over the queries makes both.
-std::tuple<Tensor, Tensor> pool_route_stage(const Context& context, const Problem& x, const Windows& w, const Tensor& query) {
-  Tensor landmarks = at::empty({x.B, x.H, x.M, x.D}, query.options()), experts = ints(query, {x.B, x.H, x.queries.max_length, 1});
+int64_t group_chunks(const Problem& x) { return (int64_t(x.queries.max_length) * x.s + kGroupChunk - 1) / kGroupChunk; }
+
+// Landmarks, experts and how many queries of every chunk these have, where one pass over the queries makes all.
+std::tuple<Tensor, Tensor, Tensor> pool_route_stage(const Context& context, const Problem& x, const Windows& w, const Tensor& query) {
+  Tensor landmarks = at::empty({x.B, x.H, x.M, x.D}, query.options()), experts = ints(query, {x.B, x.H, x.queries.max_length, 1}), counts = ints(query, {heads(x), x.M, group_chunks(x)});
   const Tensor memory = at::empty({int64_t(pool_route_bytes(x))}, query.options().dtype(at::kByte));
-  context.run("mita_ext::pool_route", launch_pool_route, {x, w, rows(query), memory.data_ptr(), landmarks.data_ptr(), experts.data_ptr<int>()});
-  return {landmarks, experts};
+  context.run("mita_ext::pool_route", launch_pool_route, {x, w, rows(query), memory.data_ptr(), landmarks.data_ptr(), experts.data_ptr<int>(), counts.data_ptr<int>()});
+  return {landmarks, experts, counts};
 }
 
 // What landmarks give, and the memory for it.
@@ -232,34 +234,43 @@ Tensor route_stage(const Context& context, const Problem& x, const Tensor& query
   return experts;
 }
 
-// Groups and the memory that they point to.
+// Groups and the memory that they point to: what a backward pass wants of them too, and the rest.
 struct Grouped {
   Groups groups{};
-  Tensor memory;
+  Tensor kept, rest;
 };
+// Of few queries nothing is kept. mita_ext/ops.py says how much it is, too.
+bool keeps_groups(const Problem& x) { return x.s > 0 && x.queries.max_length > kShortKeys; }
+constexpr int64_t kWork = sizeof(Work) / sizeof(int);
+int64_t kept_ints(const Problem& x) {
+  return heads(x) * (kWork * max_tiles(x, segment_rows(entries_per_expert(x))) + x.M + 1 + int64_t(x.queries.max_length) * x.s);
+}
 
-Grouped group_stage(const Context& context, const Problem& x, const Tensor& experts, int tile_rows) {
+// counts: of pool_route_stage, if there are any. kept: of the same experts, if it is known; then there is nothing to do unless tiles are wanted.
+Grouped group_stage(const Context& context, const Problem& x, const Tensor& experts, int tile_rows, const Tensor& counts = {}, const Tensor& kept = {}, bool want_tiles = true) {
   Grouped result;
   result.groups.tile_rows = tile_rows;
   result.groups.segment_rows = segment_rows(entries_per_expert(x));
   if (experts.numel() == 0) return result;
-  const int64_t entries = int64_t(x.queries.max_length) * x.s, chunks = (entries + kGroupChunk - 1) / kGroupChunk;
-  const int64_t tiles = heads(x) * max_tiles(x, tile_rows), segments = heads(x) * max_tiles(x, result.groups.segment_rows);
-  constexpr int64_t kWork = sizeof(Work) / sizeof(int);
-  result.memory = ints(experts, {kWork * (tiles + segments) + heads(x) * (x.M + 1 + entries + x.M * chunks) + 1});
+  const int64_t tiles = heads(x) * max_tiles(x, tile_rows), segments = heads(x) * max_tiles(x, result.groups.segment_rows), chunks = group_chunks(x);
+  const bool known = kept.defined() && kept.numel() > 0 && reinterpret_cast<std::uintptr_t>(kept.const_data_ptr()) % alignof(Work) == 0, counted = counts.defined();
+  result.kept = known ? kept : ints(experts, {kept_ints(x)});
+  if (!known && vary(x.queries)) C10_CUDA_CHECK(cudaMemsetAsync(result.kept.data_ptr(), 0, result.kept.nbytes(), context.stream));
+  result.rest = ints(experts, {kWork * tiles + (known || counted ? 0 : heads(x) * x.M * chunks) + 1});
   GroupParams p{};
   p.problem = x;
-  p.experts = experts.const_data_ptr<int>();
+  p.experts = known ? nullptr : experts.const_data_ptr<int>();
   p.chunks = static_cast<int>(chunks);
-  p.tiles = reinterpret_cast<Work*>(result.memory.data_ptr<int>());
-  p.segments = p.tiles + tiles;
+  p.segments = reinterpret_cast<Work*>(result.kept.data_ptr<int>());
   p.segment_starts = reinterpret_cast<int*>(p.segments + segments);
   p.entries = p.segment_starts + heads(x) * (x.M + 1);
-  p.counts = p.entries + heads(x) * entries;
-  p.taken = reinterpret_cast<unsigned*>(p.counts + heads(x) * x.M * chunks);
+  p.tiles = reinterpret_cast<Work*>(result.rest.data_ptr<int>());
+  p.taken = reinterpret_cast<unsigned*>(p.tiles + tiles);
+  p.counts = counted ? counts.data_ptr<int>() : reinterpret_cast<int*>(p.taken + 1);
   p.tile_rows = result.groups.tile_rows;
   p.segment_rows = result.groups.segment_rows;
-  context.run("mita_ext::group", launch_group, p);
+  p.counted = counted;
+  if (!known || want_tiles) context.run("mita_ext::group", launch_group, p);
   result.groups.entries = p.entries, result.groups.tiles = p.tiles, result.groups.taken = p.taken, result.groups.segments = p.segments, result.groups.segment_starts = p.segment_starts;
   return result;
 }
@@ -299,8 +310,8 @@ Units units(bool shared, const Tensor& landmarks, const Tensor& compressed, cons
   return {shared, rows(landmarks), rows(compressed), rows(key), rows(value), indices.const_data_ptr<int>()};
 }
 
-Grouped attention_groups(const Context& context, const Problem& x, const Tensor& experts) {
-  return group_stage(context, x, experts, attention_tile_rows(x, entries_per_expert(x)));
+Grouped attention_groups(const Context& context, const Problem& x, const Tensor& experts, const Tensor& counts = {}) {
+  return group_stage(context, x, experts, attention_tile_rows(x, entries_per_expert(x)), counts);
 }
 
 std::tuple<Tensor, Tensor> attention_stage(const Context& context, const Problem& x, const Units& units, const Tensor& query, const Grouped& grouped, float scale,
@@ -758,7 +769,7 @@ void attention_gradient_stages(const Context& context, const Problem& x, const S
 }
 
 // The backward of both attention ops. With `pooling` the landmarks' gradient goes on to the queries.
-AttentionGradient attention_gradient(const Problem& x, const Saved& saved, const Windows* pooling, const Wanted& wanted, bool shared_expert, float scale, float landmark_scale) {
+AttentionGradient attention_gradient(const Problem& x, const Saved& saved, const Tensor& kept_groups, const Windows* pooling, const Wanted& wanted, bool shared_expert, float scale, float landmark_scale) {
   const Context context(saved.query);
   const auto like = [](const Tensor& t, bool wanted, bool zeros) { return !wanted ? nothing(t) : zeros ? at::zeros(t.sizes(), t.options()) : at::empty(t.sizes(), t.options()); };
   const bool empty = saved.lse.numel() == 0, in_one = !empty && saved.landmark_lse && fits_short_gradient(x, shared_expert, scale, landmark_scale);
@@ -772,7 +783,7 @@ AttentionGradient attention_gradient(const Problem& x, const Saved& saved, const
     return result;
   }
   const bool one_pass = of_units && rounds_routed_sums(x) && fits_specialist_gradient(x, shared_expert, scale, landmark_scale);
-  Grouped grouped = group_stage(context, x, saved.experts, row_gradient_tile_rows(x, entries_per_expert(x)));
+  Grouped grouped = group_stage(context, x, saved.experts, row_gradient_tile_rows(x, entries_per_expert(x)), {}, kept_groups, !one_pass);
   std::optional<KeyLists> lists;
   if (wanted.keys && x.s > 0) lists.emplace(context, x, saved.indices, grouped.groups);
   const auto stages = [&](const Problem& x, const Saved& saved, const Groups& groups, const AttentionGradient& result) {
@@ -791,11 +802,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_attention_backward(con
   const Problem x = problem_of("mita_ext.expert_attention backward",
                                check_expert_attention_backward(dout, dlse, query, key, value, landmarks, compressed, indices, experts, out, lse, shared_expert), query);
   const Saved saved{aligned(dout), aligned(query), aligned(key), aligned(value), aligned(landmarks), aligned(compressed), indices, experts, aligned(out), lse, dlse, {}};
-  AttentionGradient g = attention_gradient(x, saved, nullptr, {true, true}, shared_expert, static_cast<float>(scale), static_cast<float>(landmark_scale));
+  AttentionGradient g = attention_gradient(x, saved, {}, nullptr, {true, true}, shared_expert, static_cast<float>(scale), static_cast<float>(landmark_scale));
   return {g.dquery, g.dkey, g.dvalue, g.dlandmarks, g.dcompressed};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& landmarks,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& landmarks,
                                                                              IntArrayRef num_landmarks, IntArrayRef grid, int64_t num_prefix_tokens, int64_t topk,
                                                                              int64_t routes, bool shared_expert, double scale, double landmark_scale,
                                                                              const OptionalTensor& seqlens_q, const OptionalTensor& seqlens_k, OptionalInt max_seqlen_q,
@@ -807,7 +818,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(con
   if (x.B == 0) {
     const Tensor like = at::empty({0, x.H, x.M, x.D}, query.options());
     return {per_token(x.queries, query), lse_of(x, query), landmarks ? at::empty({0}, query.options()) : like,
-            ints(query, {0, x.H, x.M, x.K}), ints(query, {0, x.H, x.queries.max_length, x.s}), at::empty_like(like), floats(query, {0, x.H, x.M})};
+            ints(query, {0, x.H, x.M, x.K}), ints(query, {0, x.H, x.queries.max_length, x.s}), ints(query, {0}), at::empty_like(like), floats(query, {0, x.H, x.M})};
   }
   const Tensor q = aligned(query), k = aligned(key), v = aligned(value);
   const Windows w = windows(num_landmarks, grid, num_prefix_tokens);
@@ -815,18 +826,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(con
   if (fits_short_attention(x)) {
     Attended a = short_attention_stage(context, x, landmarks ? nullptr : &w, landmarks ? aligned(*landmarks) : landmarks, q, k, v, shared_expert, static_cast<float>(scale),
                                        static_cast<float>(landmark_scale));
-    return {a.out, a.lse, landmarks ? none() : a.landmarks, a.indices, a.experts, a.compressed, a.landmark_lse};
+    return {a.out, a.lse, landmarks ? none() : a.landmarks, a.indices, a.experts, ints(query, {0}), a.compressed, a.landmark_lse};
   }
   const bool both = !landmarks && fits_pool_route(x, w);
-  Tensor pooled = none(), experts;
-  if (both) std::tie(pooled, experts) = pool_route_stage(context, x, w, q);
+  Tensor pooled = none(), experts, counts;
+  if (both) std::tie(pooled, experts, counts) = pool_route_stage(context, x, w, q);
   else if (!landmarks) pooled = pool_stage(context, x, w, q);
   const Tensor z = landmarks ? aligned(*landmarks) : pooled;
   LandmarkStage landmark(x, z, k, v, static_cast<float>(scale));
   // Experts and groups beside the scores, and compressed values beside the choice of keys.
   Branch beside(context, Beside::urgent);
   if (!both) experts = route_stage(beside.context, x, q, z);
-  const Grouped grouped = attention_groups(beside.context, x, experts);
+  const Grouped grouped = attention_groups(beside.context, x, experts, counts);
   landmark.score(context);
   beside.catch_up();
   landmark.combine(beside.context);
@@ -835,23 +846,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(con
   landmark.free_scratch();
   auto [out, lse] = attention_stage(context, x, units(shared_expert, z, landmark.compressed, k, v, landmark.indices), q, grouped, static_cast<float>(scale),
                                     static_cast<float>(landmark_scale));
-  return {out, lse, pooled, landmark.indices, experts, landmark.compressed, landmark.lse};
+  return {out, lse, pooled, landmark.indices, experts, keeps_groups(x) ? grouped.kept : ints(query, {0}), landmark.compressed, landmark.lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& key, const Tensor& value,
-                                                              const Tensor& landmarks, const Tensor& indices, const Tensor& experts, const Tensor& compressed,
+                                                              const Tensor& landmarks, const Tensor& indices, const Tensor& experts, const Tensor& groups, const Tensor& compressed,
                                                               const Tensor& landmark_lse, const Tensor& out, const Tensor& lse, bool pooled, IntArrayRef num_landmarks,
                                                               IntArrayRef grid, int64_t num_prefix_tokens, bool shared_expert, double scale, double landmark_scale,
                                                               bool want_keys, bool want_landmarks, const OptionalTensor& seqlens_q, const OptionalTensor& seqlens_k, OptionalInt max_seqlen_q,
                                                               OptionalInt max_seqlen_k) {
   const Lengths lengths{seqlens_q, seqlens_k, max_seqlen_q, max_seqlen_k};
-  const Problem x = problem_of(check_attention_backward(dout, dlse, query, key, value, landmarks, indices, experts, compressed, landmark_lse, out, lse, pooled,
+  const Problem x = problem_of(check_attention_backward(dout, dlse, query, key, value, landmarks, indices, experts, groups, compressed, landmark_lse, out, lse, pooled,
                                                         num_landmarks, grid, num_prefix_tokens, shared_expert, lengths),
                                query, key, lengths, true);
+  TORCH_CHECK_VALUE(groups.numel() == 0 || (keeps_groups(x) && groups.numel() == kept_ints(x)), attention_name(query, true), ": groups must be those of the forward pass, or empty");
   const Windows w = windows(num_landmarks, grid, num_prefix_tokens);
   const Saved saved{aligned(dout), aligned(query), aligned(key), aligned(value), aligned(landmarks), aligned(compressed), indices, experts, aligned(out), lse, dlse, landmark_lse};
   AttentionGradient g =
-      attention_gradient(x, saved, pooled ? &w : nullptr, {want_keys, want_landmarks}, shared_expert, static_cast<float>(scale), static_cast<float>(landmark_scale));
+      attention_gradient(x, saved, groups, pooled ? &w : nullptr, {want_keys, want_landmarks}, shared_expert, static_cast<float>(scale), static_cast<float>(landmark_scale));
   return {g.dquery, g.dkey, g.dvalue, pooled || !want_landmarks ? nothing(landmarks) : g.dlandmarks};
 }
 

@@ -66,6 +66,9 @@ struct LandmarkParams {
   float* lse;                  // [B, H, M]
 };
 
+// Entries of a head that one block puts in order.
+constexpr int kGroupChunk = 2048;
+
 struct PoolRouteParams {
   Problem problem;
   Windows windows;
@@ -73,6 +76,7 @@ struct PoolRouteParams {
   void* memory;                // pool_route_bytes: fp32 [BH, pieces of N + M, D], row piece + m is what that piece gives to window m; then landmarks again
   void* landmarks;             // [B, H, M, D], contiguous
   std::int32_t* experts;       // [B, H, N, 1]
+  std::int32_t* counts;        // [BH, M, ceil(N / kGroupChunk)]: of the queries of each chunk, those of each expert
 };
 
 struct RouteParams {
@@ -112,17 +116,17 @@ struct Groups {
 
 struct GroupParams {
   Problem problem;
-  const std::int32_t* experts; // [B, H, N, s], clamped to [0, M)
+  const std::int32_t* experts; // [B, H, N, s], clamped to [0, M). Null: only tiles are wanted, the rest is there
   int chunks;                  // ceil(N*s / kGroupChunk)
-  std::int32_t* counts;        // [BH, M, chunks]
+  std::int32_t* counts;        // [BH, M, chunks], of the entries of each chunk, then of those before them
   std::int32_t* entries;       // the writable side of Groups
   Work* tiles;
   unsigned* taken;
   Work* segments;
   std::int32_t* segment_starts;
   int tile_rows, segment_rows;
+  bool counted;                // is the number of entries there?
 };
-constexpr int kGroupChunk = 2048;
 
 // What a query attends to: the shared units (landmarks, compressed values) and the gathered keys and values of its experts.
 struct Units {

@@ -57,44 +57,63 @@ template <class T, class Product> __global__ void __launch_bounds__(32 * kPoolSh
 }
 
 constexpr int kThreads = 128, kRowThreads = 4, kBlockRows = kThreads / kRowThreads;  // of a block of pool_backward, of one row of dq
+template <class C> constexpr int kRowHeads = C::DP <= 64 ? 2 : 1;                    // whose rows n one thread takes: windows are those of n
 
 template <class C, class Product> __global__ void __launch_bounds__(kThreads) pool_backward_kernel(const PoolBackwardParams p) {
   using T = typename C::T;
   const Problem& x = p.problem;
-  const int chunks = x.D / kChunk<T>, N = x.queries.max_length, blocks = ceil_div(N, kBlockRows);  // of one head
-  const int n = blockIdx.x % blocks * kBlockRows + threadIdx.x / kRowThreads, bh = blockIdx.x / blocks, b = bh / x.H;
+  const int chunks = x.D / kChunk<T>, N = x.queries.max_length, blocks = ceil_div(N, kBlockRows), heads = ceil_div(x.H, kRowHeads<C>);  // heads: some at a time
+  const int n = blockIdx.x % blocks * kBlockRows + threadIdx.x / kRowThreads, b = blockIdx.x / blocks / heads, h = blockIdx.x / blocks % heads * kRowHeads<C>;
   const Span queries = span(x.queries, b);
   const Windows w = windows_of(p.windows, x.queries, queries.length);
   if (n >= (x.queries.starts ? queries.length : N) || (p.add && !is_pooled(w, n))) return;
-  const T* dlandmarks = head_rows<T>(p.dlandmarks, b, bh % x.H, 0);
-  T* dq = head_rows<T>(p.dq, b, bh % x.H, queries.start + n);
+  const T* dlandmarks = head_rows<T>(p.dlandmarks, b, h, 0);
+  T* dq = head_rows<T>(p.dq, b, h, queries.start + n);
 
-  constexpr int kMost = C::DP / kChunk<T> / kRowThreads;  // chunks of one thread, all in flight at once
-  const int first = threadIdx.x % kRowThreads;
+  constexpr int kOfHead = C::DP / kChunk<T> / kRowThreads, kMost = kRowHeads<C> * kOfHead;  // chunks of one thread, all in flight at once
+  const int own = threadIdx.x % kRowThreads;
   float sum[kMost][kChunk<T>] = {};
-  const auto each_chunk = [&](auto&& f) {
+  const auto each_chunk = [&](auto* row, std::int64_t head, auto&& f) {
 #pragma unroll
     for (int i = 0; i < kMost; ++i)
-      if (const int c = first + i * kRowThreads; c < chunks) f(sum[i], c * kChunk<T>);
+      if (const int c = own + i % kOfHead * kRowThreads; c < chunks && h + i / kOfHead < x.H) f(sum[i], row + i / kOfHead * head + c * kChunk<T>);
   };
   if (p.add)
-    each_chunk([&](float(&sum)[kChunk<T>], int d) {
-      const Vector<T> before = load_vector(dq + d);
+    each_chunk(dq, p.dq.head, [&](float(&sum)[kChunk<T>], const T* at) {
+      const Vector<T> before = load_vector(at);
 #pragma unroll
       for (int e = 0; e < kChunk<T>; ++e) sum[e] = to_float(before.element[e]);
     });
-  for_each_window<Product>(w, n, [&](int m, float weight) {
-    each_chunk([&](float(&sum)[kChunk<T>], int d) {
-      const Vector<T> v = load_vector(dlandmarks + m * p.dlandmarks.row + d);
+  if (is_pooled(w, n)) {
+    // The threads of a row divide for each other: one bound of the lines, or columns, that overlap line i and column j each.
+    const unsigned together = ((1u << kRowThreads) - 1) << (threadIdx.x % 32 / kRowThreads * kRowThreads);
+    const bool columns = own >= 2, end = own % 2;
+    const auto overlapping_both = [&](int i, int j, int h, int w, int other_h, int other_w) {
+      const int size = columns ? w : h;
+      const int mine = floor_div(Product((columns ? j : i) + end) * (columns ? other_w : other_h) + (end ? size - 1 : 0), size);
+      const auto bound = [&](int which) { return __shfl_sync(together, mine, which, kRowThreads); };
+      return std::pair<Range, Range>{{bound(0), bound(1)}, {bound(2), bound(3)}};
+    };
+    const int cell = n - w.prefix, line = cell / w.gw;
+    const auto [lines, places] = overlapping_both(line, cell - line * w.gw, w.gh, w.gw, w.mh, w.mw);
+#pragma unroll 1  // registers
+    for (int i = lines.first; i < lines.last; ++i)
+#pragma unroll 1
+      for (int j = places.first; j < places.last; ++j) {
+        const auto [height, width] = overlapping_both(i, j, w.mh, w.mw, w.gh, w.gw);
+        const float weight = 1.0f / static_cast<float>((height.last - height.first) * (width.last - width.first));
+        each_chunk(dlandmarks + (i * w.mw + j) * p.dlandmarks.row, p.dlandmarks.head, [&](float(&sum)[kChunk<T>], const T* at) {
+          const Vector<T> v = load_vector(at);
 #pragma unroll
-      for (int e = 0; e < kChunk<T>; ++e) sum[e] += weight * to_float(v.element[e]);
-    });
-  });
-  each_chunk([&](float(&sum)[kChunk<T>], int d) {
+          for (int e = 0; e < kChunk<T>; ++e) sum[e] += weight * to_float(v.element[e]);
+        });
+      }
+  }
+  each_chunk(dq, p.dq.head, [&](const float(&sum)[kChunk<T>], T* at) {
     Vector<T> result;
 #pragma unroll
     for (int e = 0; e < kChunk<T>; ++e) result.element[e] = from_float<T>(sum[e]);
-    *reinterpret_cast<uint4*>(dq + d) = result.bits;
+    *reinterpret_cast<uint4*>(at) = result.bits;
   });
 }
 
@@ -121,8 +140,8 @@ cudaError_t launch_pool(const PoolParams& p, cudaStream_t stream) {
 cudaError_t launch_pool_backward(const PoolBackwardParams& p, cudaStream_t stream) {
   return dispatch(p.problem.dtype, p.problem.D, [&](auto config) {
     const Problem& x = p.problem;
-    const unsigned blocks = static_cast<unsigned>(x.B) * x.H * ceil_div(x.queries.max_length, kBlockRows);
     using C = decltype(config);
+    const unsigned blocks = static_cast<unsigned>(x.B) * ceil_div(x.H, kRowHeads<C>) * ceil_div(x.queries.max_length, kBlockRows);
     return launch(are_narrow(x, p.windows) ? pool_backward_kernel<C, int> : pool_backward_kernel<C, std::int64_t>, blocks, kThreads, 0, stream, p);
   });
 }

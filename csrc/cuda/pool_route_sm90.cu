@@ -25,6 +25,7 @@ constexpr int kMostLandmarks = 128, kLandmarkTiles = kMostLandmarks / kTileRows;
 template <class T> struct Shared {
   TileStorage<T, kDP, kTileRows> queries[kTiles], landmarks[2][kLandmarkTiles];
   Range windows[kMostLandmarks];
+  std::int32_t counts[3][kMostLandmarks];  // of the queries of an expert, for the pieces that have landmarks and those before
   std::uint64_t of_queries[kTiles][2], of_landmarks[2][2];
 };
 static_assert(sizeof(Shared<__half>) <= 227 * 1024);
@@ -68,19 +69,22 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) pool_route_ker
   Ring<kTiles> tile{window.of(shared.of_queries), 0};
   Ring<2> landmarks{window.of(shared.of_landmarks), 0};
   if (threadIdx.x == 0) {
-    tile.init(128, 128 + 4), landmarks.init(64, 4 * kRouters);
+    tile.init(128, 128 + 4), landmarks.init(64, 32 * kRouters);
     fence_barriers();
   }
   const Problem& x = p.problem;
   for (int m = threadIdx.x; m < x.M; m += kThreads) {
     const PooledTokens its = PooledTokens::of<int>(p.windows, m);
     shared.windows[m] = {its.first, its.first + its.area};
+    for (auto& counts : shared.counts) counts[m] = 0;
   }
   const int N = x.queries.max_length, pieces = pool_pieces(x), all = x.B * x.H * pieces;
   if (const int n = blockIdx.x % pieces * kPoolPiece + threadIdx.x; threadIdx.x < kPoolPiece && n < N)  // the first piece, into the L2 meanwhile
     asm volatile("prefetch.global.L2 [%0];" ::"l"(head_rows<T>(p.q, blockIdx.x / pieces / x.H, blockIdx.x / pieces % x.H, n)));
   for (std::size_t i = blockIdx.x * kThreads + threadIdx.x; i < pool_route_bytes(x) / sizeof(uint4); i += gridDim.x * kThreads)
     static_cast<uint4*>(p.memory)[i] = {~0u, ~0u, ~0u, ~0u};
+  const int chunks = ceil_div(N, kGroupChunk);
+  for (int i = blockIdx.x * kThreads + threadIdx.x; i < x.B * x.H * x.M * chunks; i += gridDim.x * kThreads) p.counts[i] = 0;
   cooperative_groups::this_grid().sync();
 
   const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
@@ -108,9 +112,11 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) pool_route_ker
         const BestLandmark highest =
             route_tile<C, kTileRows>({shared.queries[own.at()].in(window)}, [&](int m) { return shared.landmarks[landmarks.at()][m].in(window); }, x.M);
         if (lane == 0) own.done().arrive();
-        highest.store(p.experts + std::int64_t(bh) * N, first + i * kTileRows + 16 * warp + lane / 4, N, N);
+        const int row = first + i * kTileRows + 16 * warp + lane / 4;
+        highest.store(p.experts + std::int64_t(bh) * N, row, N, N);
+        highest.count(shared.counts[landmarks.count % 3], row, N);
       }
-      if (lane == 0) landmarks.done().arrive();
+      if (lane % 4 == 0) landmarks.done().arrive();  // those that have counted
     });
   } else if (group < kRouters + kPoolers) {
     take_registers<80>();
@@ -211,6 +217,16 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) pool_route_ker
       }
     });
   } else {
+    // Of the piece whose landmarks had this place before.
+    const auto leave_counts = [&](const Ring<2>& place) {
+      if (place.count < 2) return;
+      const int item = blockIdx.x + (place.count - 2) * gridDim.x, chunk = item % pieces * kPoolPiece / kGroupChunk;
+      for (int m = threadIdx.x % 64; m < x.M; m += 64) {
+        int& count = shared.counts[(place.count - 2) % 3][m];
+        atomicAdd(p.counts + (std::int64_t(item / pieces) * x.M + m) * chunks + chunk, count);
+        count = 0;
+      }
+    };
     each_piece([&](int bh, int piece, int first, int last, int tiles) {
       constexpr int kRows = 64 / kChunks, kAtOnce = kTileRows / kRows;
       const int own = (threadIdx.x % 128 - 64) / kChunks, c = threadIdx.x % kChunks;
@@ -230,7 +246,9 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) pool_route_ker
       }
       fence_loads();
       landmarks.there().arrive();
+      leave_counts(landmarks);
     });
+    for (int i = 0; i < 2; ++i) (landmarks + i).wait_free(), leave_counts(landmarks + i);
   }
   wait_loads<0>();
 #else

@@ -270,6 +270,12 @@ struct BestLandmark {
     for (int h = 0; h < 2; ++h)
       if (const int own = n + 8 * h; threadIdx.x % 4 == 0 && own < N) experts[own] = own < length ? of_row(h) : -1;
   }
+  // The same rows, into the number of each expert's.
+  __device__ void count(std::int32_t* counts, int n, int N) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      if (threadIdx.x % 4 == 0 && n + 8 * h < N) atomicAdd(counts + of_row(h), 1);
+  }
 };
 
 // Of a warpgroup's tile of queries; tile(i) are the landmarks from i * LANDMARKS on, of M.

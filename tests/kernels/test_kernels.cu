@@ -413,7 +413,7 @@ struct Grouping {
         most_segments(max_tiles(x, kSegmentRows)), counts(std::size_t(x.B) * x.H * x.M * chunks), entries(std::size_t(x.B) * x.H * x.queries.max_length * x.s),
         segment_starts(x.B * x.H * (x.M + 1)), tiles(std::size_t(x.B) * x.H * most_tiles), segments(std::size_t(x.B) * x.H * most_segments), taken(1) {}
   GroupParams params(const Problem& x, const std::int32_t* experts) const {
-    return {x, experts, chunks, counts.data, entries.data, tiles.data, taken.data, segments.data, segment_starts.data, tile_rows, kSegmentRows};
+    return {x, experts, chunks, counts.data, entries.data, tiles.data, taken.data, segments.data, segment_starts.data, tile_rows, kSegmentRows, false};
   }
   Groups view() const { return {entries.data, tiles.data, taken.data, segments.data, segment_starts.data, tile_rows, kSegmentRows, nullptr, nullptr}; }
 };
@@ -603,10 +603,16 @@ void run(const Case& c) {
   if (!c.integers && fits_pool_route(problem, windows)) {
     const Output landmarks(dtype, B, H, M, D);
     Buffer<std::int32_t> its_experts(routed.size());
+    const int chunks = parts_of(N, kGroupChunk);
+    Buffer<std::int32_t> counts(std::size_t(BH) * M * chunks);
     Buffer<float> memory(pool_route_bytes(problem) / sizeof(float));
-    RUN(launch_pool_route({problem, windows, q.rows, memory.data, landmarks.memory.data, its_experts.data}, 0));
+    RUN(launch_pool_route({problem, windows, q.rows, memory.data, landmarks.memory.data, its_experts.data, counts.data}, 0));
     expect(landmarks.memory.get() == pooled.memory.get(), "one pass: landmarks, bit for bit");
     expect(its_experts.get() == routed, "one pass: experts");
+    std::vector<std::int32_t> right(counts.count);
+    for (int bh = 0; bh < BH; ++bh)
+      for (int n = 0; n < N; ++n) ++right[(std::size_t(bh) * M + routed[std::size_t(bh) * N + n]) * chunks + n / kGroupChunk];
+    expect(counts.get() == right, "one pass: queries of every expert in every chunk");
   }
 
   // grouping of the queries by expert: one list of tiles for the forward, one for the backward
@@ -638,6 +644,11 @@ void run(const Case& c) {
       for (; segment < g->most_segments; ++segment) right &= is_work(segments[std::size_t(bh) * g->most_segments + segment], 0, 0, 0, 0);
     });
     expect(right, "queries grouped by expert, in order, tiles of " + std::to_string(g->tile_rows));
+    if (g == &grouping) continue;
+    CUDA(cudaMemset(g->tiles.data, 0xFF, g->tiles.count * sizeof(Work)));
+    RUN(launch_group(g->params(problem, nullptr), 0));
+    const auto again = g->tiles.get();
+    expect(std::equal(tiles.begin(), tiles.end(), again.begin(), [](const Work& a, const Work& b) { return std::memcmp(&a, &b, sizeof(Work)) == 0; }), "tiles of known groups");
   }
 
   // what queries will leave for the keys of their experts, sorted by key
