@@ -899,6 +899,19 @@ __device__ inline void store_partial_rows(const float (&acc)[C::kColumns / 8][4]
 
 // ---- launches ------------------------------------------------------------------------------------------------------
 
+// A kernel that is launched to start before the one ahead of it in the stream has ended: it waits for all that this wrote. And that one says that its
+// multiprocessors have room.
+__device__ inline void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ inline void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // Starts a kernel with so much dynamic shared memory, as far as the device has it. 48 KB with its static one a kernel may have anyway; 16 KB are more than
 // enough for that.
 template <class... Params, class... Args>

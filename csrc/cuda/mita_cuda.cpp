@@ -246,17 +246,16 @@ int64_t kept_ints(const Problem& x) {
   return heads(x) * (kWork * max_tiles(x, segment_rows(entries_per_expert(x))) + x.M + 1 + int64_t(x.queries.max_length) * x.s);
 }
 
-// counts: of pool_route_stage, if there are any. kept: of the same experts, if it is known; then there is nothing to do unless tiles are wanted.
+// counts: of pool_route_stage, if there are any. kept: of the same experts, if it is known; then all that may be wanted are tiles.
 Grouped group_stage(const Context& context, const Problem& x, const Tensor& experts, int tile_rows, const Tensor& counts = {}, const Tensor& kept = {}, bool want_tiles = true) {
   Grouped result;
   result.groups.tile_rows = tile_rows;
   result.groups.segment_rows = segment_rows(entries_per_expert(x));
   if (experts.numel() == 0) return result;
-  const int64_t tiles = heads(x) * max_tiles(x, tile_rows), segments = heads(x) * max_tiles(x, result.groups.segment_rows), chunks = group_chunks(x);
+  const int64_t segments = heads(x) * max_tiles(x, result.groups.segment_rows), chunks = group_chunks(x);
   const bool known = kept.defined() && kept.numel() > 0 && reinterpret_cast<std::uintptr_t>(kept.const_data_ptr()) % alignof(Work) == 0, counted = counts.defined();
   result.kept = known ? kept : ints(experts, {kept_ints(x)});
   if (!known && vary(x.queries)) C10_CUDA_CHECK(cudaMemsetAsync(result.kept.data_ptr(), 0, result.kept.nbytes(), context.stream));
-  result.rest = ints(experts, {kWork * tiles + (known || counted ? 0 : heads(x) * x.M * chunks) + 1});
   GroupParams p{};
   p.problem = x;
   p.experts = known ? nullptr : experts.const_data_ptr<int>();
@@ -264,13 +263,17 @@ Grouped group_stage(const Context& context, const Problem& x, const Tensor& expe
   p.segments = reinterpret_cast<Work*>(result.kept.data_ptr<int>());
   p.segment_starts = reinterpret_cast<int*>(p.segments + segments);
   p.entries = p.segment_starts + heads(x) * (x.M + 1);
-  p.tiles = reinterpret_cast<Work*>(result.rest.data_ptr<int>());
-  p.taken = reinterpret_cast<unsigned*>(p.tiles + tiles);
-  p.counts = counted ? counts.data_ptr<int>() : reinterpret_cast<int*>(p.taken + 1);
   p.tile_rows = result.groups.tile_rows;
   p.segment_rows = result.groups.segment_rows;
-  p.counted = counted;
-  if (!known || want_tiles) context.run("mita_ext::group", launch_group, p);
+  if (!known || want_tiles) {
+    const int64_t tiles = heads(x) * max_tiles(x, tile_rows);
+    result.rest = ints(experts, {kWork * tiles + 1 + (known || counted ? 0 : heads(x) * x.M * chunks)});
+    p.tiles = reinterpret_cast<Work*>(result.rest.data_ptr<int>());
+    p.taken = reinterpret_cast<unsigned*>(p.tiles + tiles);
+    p.counts = counted ? counts.data_ptr<int>() : reinterpret_cast<int*>(p.taken + 1);
+    p.counted = counted;
+    context.run("mita_ext::group", launch_group, p);
+  }
   result.groups.entries = p.entries, result.groups.tiles = p.tiles, result.groups.taken = p.taken, result.groups.segments = p.segments, result.groups.segment_starts = p.segment_starts;
   return result;
 }
@@ -385,7 +388,7 @@ Softmax softmax_stage(const Context& context, const Problem& x, const Sequences&
 // Partial sums of the gradients of shared units.
 struct SharedSums {
   Tensor dk, dv;
-  SharedSums(const Problem& x, const Tensor& like, int splits) : dk(floats(like, {heads(x), splits, x.M, x.D})), dv(at::empty_like(dk)) {}
+  SharedSums(const Problem& x, const Tensor& like, int splits) : dk(floats(like, {x.B, x.H, splits, x.M, x.D})), dv(at::empty_like(dk)) {}
 };
 // And of experts' keys and values. Of few queries in fp32: each may be all that its expert has, and then plain PyTorch rounds nothing.
 bool rounds_routed_sums(const Problem& x) { return x.dtype != Dtype::fp32 && int64_t(x.queries.max_length) * x.s > kPassRows; }
@@ -405,13 +408,13 @@ class RoutedSums {
   RoutedRows dv() const { return rows(1); }
 };
 
-// The totals of shared ones, of values rounded; of keys rounded too, or in fp32 where `landmarks` goes on: the softmax of which the values are the outputs.
+// The totals of shared ones: of values, and either of keys too or delta of `landmarks`, the softmax of which the values are the outputs.
 void reduce_stage(const Context& context, const Problem& x, const SharedSums& sums, const Tensor& dk, const Tensor& dv, const Tensor& values, const Softmax* landmarks) {
-  ReduceParams p{x.dtype, int(sums.dk.size(0)), int(sums.dk.size(1)), int(sums.dk.size(2)), x.D, {}, {}, x.H, rows(values), nullptr};
+  ReduceParams p{x.dtype, int(heads(x)), int(sums.dk.size(2)), x.M, x.D, {}, {}, x.H, rows(values), nullptr};
   p.dk.partial = sums.dk.const_data_ptr<float>(), p.dv.partial = sums.dv.const_data_ptr<float>();
-  if (landmarks) p.dk.total = dk.data_ptr<float>(), p.delta = landmarks->delta.data_ptr<float>();
-  else p.dk.rounded = dk.data_ptr();
-  p.dv.rounded = dv.data_ptr();
+  if (landmarks) p.delta = landmarks->delta.data_ptr<float>();
+  else p.dk.total = dk.data_ptr();
+  p.dv.total = dv.data_ptr();
   context.run("mita_ext::reduce", launch_reduce, p);
 }
 
@@ -465,7 +468,7 @@ RowGradientParams row_gradient_params(const Problem& x, RowRole role, const Soft
   return p;
 }
 
-// The landmarks' own gradient, as queries of the keys, and what it is added to.
+// The landmarks' own gradient, as queries of the keys, and the parts of that as keys of the queries, to which it is added.
 struct OwnGradient {
   OptionalTensor base;
   Tensor dlandmarks;
@@ -477,7 +480,7 @@ RowGradientParams own_gradient_params(const Problem& x, const Softmax& landmarks
   memory = floats(own.dlandmarks, {rows * (2 * x.D + 3)});
   p.splits = splits;
   p.partial = memory.data_ptr<float>(), p.partial_sums = p.partial + 2 * rows * x.D;
-  p.base = data(own.base);
+  if (own.base) p.base = data(own.base), p.base_parts = static_cast<int>(own.base->size(2));
   return p;
 }
 
@@ -649,7 +652,7 @@ Tensor pool_backward(const Tensor& dlandmarks, int64_t N, IntArrayRef num_landma
   const Tensor from = aligned(dlandmarks);
   Tensor dquery = at::empty({x.B, x.H, N, x.D}, dlandmarks.options());
   if (dquery.numel() > 0)
-    context.run("mita_ext::pool_backward", launch_pool_backward, {x, windows(num_landmarks, grid, num_prefix_tokens), rows(from), false, rows(dquery)});
+    context.run("mita_ext::pool_backward", launch_pool_backward, {x, windows(num_landmarks, grid, num_prefix_tokens), rows(from), false, false, rows(dquery)});
   return dquery;
 }
 
@@ -724,20 +727,18 @@ void attention_gradient_stages(const Context& context, const Problem& x, const S
   if (shared && !one_pass && wanted.keys && x.s > 0) beside.emplace(context, Beside::other);
   if (shared) {
     const Context& of_landmarks = beside ? beside->context : context;
-    Tensor as_keys = result.dlandmarks;
     if (saved.landmark_lse) {
-      as_keys = floats(saved.landmarks, saved.landmarks.sizes());
       landmark_softmax = Softmax(x, saved.landmarks, result.dcompressed, *saved.landmark_lse, {}, floats(saved.landmarks, {x.B, x.H, x.M}));
     }
-    reduce_stage(of_landmarks, x, *shared, as_keys, result.dcompressed, saved.compressed, landmark_softmax ? &*landmark_softmax : nullptr);
+    reduce_stage(of_landmarks, x, *shared, result.dlandmarks, result.dcompressed, saved.compressed, landmark_softmax ? &*landmark_softmax : nullptr);
     if (landmark_softmax) {
-      own = {as_keys, result.dlandmarks};
+      own = {shared->dk, result.dlandmarks};
       if (!with_keys) memory = landmark_gradient_stage(of_landmarks, x, *landmark_softmax, *own, saved.key, saved.value, scale);
     }
   }
   std::optional<Branch> pooled;  // what queries receive from that, beside the gradients of keys
   const bool pools = pooling && shared && wanted.landmarks;
-  const auto pool = [&](const Context& context) { context.run("mita_ext::pool_backward", launch_pool_backward, {x, *pooling, rows(result.dlandmarks), true, rows(result.dquery)}); };
+  const auto pool = [&](const Context& context) { context.run("mita_ext::pool_backward", launch_pool_backward, {x, *pooling, rows(result.dlandmarks), true, with_keys, rows(result.dquery)}); };
   const auto join = [&] {
     if (lists) lists->join();
     if (beside) {

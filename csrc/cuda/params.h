@@ -48,6 +48,7 @@ struct PoolBackwardParams {
   Windows windows;
   Rows dlandmarks;             // [B, H, M, D]
   bool add;                    // to what dq holds
+  bool early;                  // may it begin while launch_row_finish, last in the stream, still makes dlandmarks?
   Rows dq;                     // [B, H, N, D]
 };
 
@@ -248,7 +249,8 @@ struct RowGradientParams {
   int splits;                  // landmark: parts of the key range
   float* partial;              // landmark: [BH, splits, M, 2, D]; attention with s > 1: [BH, N*s, 2, D]
   float* partial_sums;         // the same rows: [..., 3]
-  const float* base;           // landmark: [BH, M, D] to add, or null
+  const float* base;           // landmark: [BH, base_parts, M, D] to add
+  int base_parts;              // or 0
   Rows dq;                     // [B, H, rows, D]
 };
 
@@ -275,14 +277,13 @@ struct AttentionGradientParams {
   Rows dq;                     // [B, H, N, D]
 };
 
-// Sums of partial gradients of keys and values in a fixed order, in fp32 or rounded; and delta[row] = sum_d dv * values, as rounded, as DeltaParams has it.
+// Sums of partial gradients of keys and values in a fixed order, rounded; and delta[row] = sum_d dv * values, as rounded, as DeltaParams has it.
 struct ReduceParams {
   Dtype dtype;
   int BH, parts, rows, D;
   struct {
     const float* partial;      // [BH, parts, rows, D]
-    float* total;              // [BH, rows, D], or null
-    void* rounded;             // [BH, rows, D] in dtype, or null
+    void* total;               // [BH, rows, D] in dtype, or null: not wanted, of keys
   } dk, dv;
   int H;
   Rows values;                 // [B, H, rows, D]

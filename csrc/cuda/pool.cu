@@ -66,7 +66,7 @@ template <class C, class Product> __global__ void __launch_bounds__(kThreads) po
   const int n = blockIdx.x % blocks * kBlockRows + threadIdx.x / kRowThreads, b = blockIdx.x / blocks / heads, h = blockIdx.x / blocks % heads * kRowHeads<C>;
   const Span queries = span(x.queries, b);
   const Windows w = windows_of(p.windows, x.queries, queries.length);
-  if (n >= (x.queries.starts ? queries.length : N) || (p.add && !is_pooled(w, n))) return;
+  const bool pooled = is_pooled(w, n), written = n < (x.queries.starts ? queries.length : N) && (pooled || !p.add);
   const T* dlandmarks = head_rows<T>(p.dlandmarks, b, h, 0);
   T* dq = head_rows<T>(p.dq, b, h, queries.start + n);
 
@@ -78,13 +78,15 @@ template <class C, class Product> __global__ void __launch_bounds__(kThreads) po
     for (int i = 0; i < kMost; ++i)
       if (const int c = own + i % kOfHead * kRowThreads; c < chunks && h + i / kOfHead < x.H) f(sum[i], row + i / kOfHead * head + c * kChunk<T>);
   };
-  if (p.add)
+  if (p.add && written)
     each_chunk(dq, p.dq.head, [&](float(&sum)[kChunk<T>], const T* at) {
       const Vector<T> before = load_vector(at);
 #pragma unroll
       for (int e = 0; e < kChunk<T>; ++e) sum[e] = to_float(before.element[e]);
     });
-  if (is_pooled(w, n)) {
+  wait_for_kernel_before();
+  if (!written) return;
+  if (pooled) {
     // The threads of a row divide for each other: one bound of the lines, or columns, that overlap line i and column j each.
     const unsigned together = ((1u << kRowThreads) - 1) << (threadIdx.x % 32 / kRowThreads * kRowThreads);
     const bool columns = own >= 2, end = own % 2;
@@ -142,7 +144,10 @@ cudaError_t launch_pool_backward(const PoolBackwardParams& p, cudaStream_t strea
     const Problem& x = p.problem;
     using C = decltype(config);
     const unsigned blocks = static_cast<unsigned>(x.B) * ceil_div(x.H, kRowHeads<C>) * ceil_div(x.queries.max_length, kBlockRows);
-    return launch(are_narrow(x, p.windows) ? pool_backward_kernel<C, int> : pool_backward_kernel<C, std::int64_t>, blocks, kThreads, 0, stream, p);
+    cudaLaunchAttribute early{cudaLaunchAttributeProgrammaticStreamSerialization};
+    early.val.programmaticStreamSerializationAllowed = 1;
+    const cudaLaunchConfig_t how{blocks, kThreads, 0, stream, &early, p.early};
+    return cudaLaunchKernelEx(&how, are_narrow(x, p.windows) ? pool_backward_kernel<C, int> : pool_backward_kernel<C, std::int64_t>, p);
   });
 }
 

@@ -34,10 +34,9 @@ template <class T> __global__ void __launch_bounds__(kThreads, 5) reduce_kernel(
   const std::int64_t row = std::int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   if (row >= std::int64_t(p.BH) * p.rows) return;
   const int bh = static_cast<int>(row / p.rows), m = static_cast<int>(row % p.rows), lane = threadIdx.x % 32;
-  const bool keys = blockIdx.y == 0;
+  const bool keys = blockIdx.y > 0;
   const float* const partial = (keys ? p.dk.partial : p.dv.partial) + (std::int64_t(bh) * p.parts * p.rows + m) * p.D;
-  float* const total = keys ? p.dk.total : p.dv.total;
-  T* const rounded = static_cast<T*>(keys ? p.dk.rounded : p.dv.rounded);
+  T* const total = static_cast<T*>(keys ? p.dk.total : p.dv.total);
   const bool delta = !keys && p.delta;
   constexpr int kFew = 8;
   const std::int64_t stride = std::int64_t(p.rows) * p.D;
@@ -55,9 +54,8 @@ template <class T> __global__ void __launch_bounds__(kThreads, 5) reduce_kernel(
       for (int i = 0; i < kFew; ++i)
         if (first + i < p.parts) sum.x += part[i].x, sum.y += part[i].y;
     }
-    if (total) *reinterpret_cast<float2*>(total + row * p.D + d) = sum;
     const T lo = from_float<T>(sum.x), hi = from_float<T>(sum.y);
-    if (rounded) rounded[row * p.D + d] = lo, rounded[row * p.D + d + 1] = hi;
+    total[row * p.D + d] = lo, total[row * p.D + d + 1] = hi;
     if (delta) dot += to_float(lo) * to_float(values[d]) + to_float(hi) * to_float(values[d + 1]);
   }
   if (!delta) return;
@@ -79,7 +77,7 @@ cudaError_t launch_reduce(const ReduceParams& p, cudaStream_t stream) {
   return dispatch_dtype(p.dtype, [&](auto element) {
     constexpr int kWarps = kThreads / 32;
     const std::int64_t rows = std::int64_t(p.BH) * p.rows;
-    return launch(reduce_kernel<decltype(element)>, dim3(static_cast<unsigned>((rows + kWarps - 1) / kWarps), 2), kThreads, 0, stream, p);
+    return launch(reduce_kernel<decltype(element)>, dim3(static_cast<unsigned>((rows + kWarps - 1) / kWarps), p.dk.total ? 2 : 1), kThreads, 0, stream, p);
   });
 }
 

@@ -258,7 +258,8 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
 constexpr int kFinishWarps = 4;
 
 // The rows of which blocks left partial sums, one warp each: landmarks, or queries with several slots.
-template <class T> __global__ void __launch_bounds__(32 * kFinishWarps) finish_kernel(const RowGradientParams p) {
+template <class T> __global__ void __launch_bounds__(32 * kFinishWarps, 10) finish_kernel(const RowGradientParams p) {
+  let_next_kernel_start();
   const Problem& x = p.problem;
   const bool landmark = p.role == RowRole::landmark;
   const int rows = landmark ? x.M : x.queries.max_length, parts = landmark ? p.splits : x.s, lane = threadIdx.x % 32;
@@ -281,14 +282,22 @@ template <class T> __global__ void __launch_bounds__(32 * kFinishWarps) finish_k
   if (lane == 0) correct.write(p, at, p.delta[at]);
   T* dq = head_rows<T>(p.dq, bh / x.H, bh % x.H, sequence.start + row);
   for (int d = 2 * lane; d < x.D; d += 64) {
-    const auto two = [d](const float* from) { return *reinterpret_cast<const float2*>(from + d); };
-    float2 sum = {0.0f, 0.0f}, kappa = {0.0f, 0.0f};
-#pragma unroll 8
-    for (int part = 0; part < parts; ++part) {
-      const float2 s = two(p.partial + 2 * part_row(part) * x.D), k = two(p.partial + (2 * part_row(part) + 1) * x.D);
-      sum.x += s.x, sum.y += s.y, kappa.x += k.x, kappa.y += k.y;
-    }
-    const float2 base = p.base ? two(p.base + at * x.D) : make_float2(0.0f, 0.0f);
+    const auto sum_of = [&](int parts, auto&& part) {
+      constexpr int kFew = 4;  // all of a few are on their way before the first one is added
+      float2 sum = {0.0f, 0.0f}, its[kFew];
+      for (int first = 0; first < parts; first += kFew) {
+#pragma unroll
+        for (int i = 0; i < kFew; ++i)
+          if (first + i < parts) its[i] = *reinterpret_cast<const float2*>(part(first + i) + d);
+#pragma unroll
+        for (int i = 0; i < kFew; ++i)
+          if (first + i < parts) sum.x += its[i].x, sum.y += its[i].y;
+      }
+      return sum;
+    };
+    const float2 sum = sum_of(parts, [&](int part) { return p.partial + 2 * part_row(part) * x.D; });
+    const float2 kappa = sum_of(parts, [&](int part) { return p.partial + (2 * part_row(part) + 1) * x.D; });
+    const float2 base = sum_of(p.base_parts, [&](int part) { return p.base + ((std::int64_t(bh) * p.base_parts + part) * rows + row) * x.D; });
     dq[d] = from_float<T>(base.x + correct.normalizer * (sum.x - correct.excess * kappa.x));
     dq[d + 1] = from_float<T>(base.y + correct.normalizer * (sum.y - correct.excess * kappa.y));
   }

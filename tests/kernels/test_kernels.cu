@@ -220,6 +220,14 @@ void expect_close(const std::string& what, const std::vector<double>& got, const
 
 std::vector<double> widen(const std::vector<float>& x) { return {x.begin(), x.end()}; }
 
+// [n, parts, size] -> [n, size].
+std::vector<double> sum_parts(const Buffer<float>& x, std::size_t parts, std::size_t size) {
+  std::vector<double> sums(x.count / parts);
+  const auto all = x.get();
+  for (std::size_t i = 0; i < all.size(); ++i) sums[i / (parts * size) * size + i % size] += all[i];
+  return sums;
+}
+
 // ---- the problems --------------------------------------------------------------------------------------------------
 
 struct Case {
@@ -777,20 +785,19 @@ void run(const Case& c) {
   // queries and units in one pass
   if (fits_specialist_gradient(problem, c.shared, scale, landmark_scale)) {
     const std::size_t shared_rows = std::size_t(BH) * kSplits * M * D;
-    Buffer<float> shared_dk(shared_rows), shared_dv(shared_rows), sum_k(std::size_t(BH) * M * D), sum_v(std::size_t(BH) * M * D);
+    Buffer<float> shared_dk(shared_rows), shared_dv(shared_rows);
     const RoutedSums routed_sums(BH, backward_grouping, K, D, dtype);
     const Output dq(dtype, B, H, N, D, &queries), dk(dtype, B, Hkv, L, D, &keys), dv(dtype, B, Hkv, L, D, &keys);
     RUN(launch_specialist_gradient({problem, scale, landmark_scale, q.rows, dout.rows, lse.data, dlse.data, attended, backward_grouping.view(), kSplits, shared_dk.data,
                                     shared_dv.data, routed_sums.dk.view(), routed_sums.dv.view(), dq.view()}, 0));
-    RUN(launch_reduce({dtype, BH, kSplits, M, D, {shared_dk.data, sum_k.data, nullptr}, {shared_dv.data, sum_v.data, nullptr}}, 0));
     UnitGradientParams units{};
     units.problem = problem, units.role = UnitRole::compress, units.scale = scale, units.unit_k = k.rows, units.unit_v = v.rows;
     units.groups = with_keys, units.routed_dk = routed_sums.dk.view(), units.routed_dv = routed_sums.dv.view();
     units.dk = dk.view(), units.dv = dv.view();
     RUN(launch_unit_gradient(units, 0));
     expect_close("one pass: dq", valid(dq.get(), queries), want_dq.x, gradient_tolerance);
-    expect_close("one pass: landmarks as shared keys", widen(sum_k.get()), want.shared_k.x, gradient_tolerance);
-    expect_close("one pass: compressed values", widen(sum_v.get()), want.shared_v.x, gradient_tolerance);
+    expect_close("one pass: landmarks as shared keys", sum_parts(shared_dk, kSplits, M * D), want.shared_k.x, gradient_tolerance);
+    expect_close("one pass: compressed values", sum_parts(shared_dv, kSplits, M * D), want.shared_v.x, gradient_tolerance);
     expect_close("one pass: dk of experts", valid(dk.get(), keys), want.routed_k.x, gradient_tolerance);
     expect_close("one pass: dv of experts", valid(dv.get(), keys), want.routed_v.x, gradient_tolerance);
   }
@@ -813,8 +820,8 @@ void run(const Case& c) {
 
   // gradients of the shared units, summed over the parts of the query range
   const std::size_t per_landmark = std::size_t(BH) * M * D;
-  Buffer<float> shared_dk(kSplits * per_landmark), shared_dv(kSplits * per_landmark), dlandmarks_shared(per_landmark);
-  const Output dcompressed(dtype, B, H, M, D), dlandmarks(dtype, B, H, M, D);
+  Buffer<float> shared_dk(kSplits * per_landmark), shared_dv(kSplits * per_landmark);
+  const Output dlandmarks_shared(dtype, B, H, M, D), dcompressed(dtype, B, H, M, D), dlandmarks(dtype, B, H, M, D);
   Buffer<float> landmark_delta(std::size_t(BH) * M);
   if (c.shared) {
     UnitGradientParams p{};
@@ -822,9 +829,8 @@ void run(const Case& c) {
     p.unit_k = z_rows, p.unit_v = compressed.view(), p.row_q = q.rows, p.row_dout = dout.rows, p.lse = lse.data, p.delta = delta.data;
     p.normalizer = only_fp32(normalizer), p.partial_dk = shared_dk.data, p.partial_dv = shared_dv.data;
     RUN(launch_unit_gradient(p, 0));
-    RUN(launch_reduce({dtype, BH, kSplits, M, D, {shared_dk.data, dlandmarks_shared.data, nullptr}, {shared_dv.data, nullptr, dcompressed.memory.data}, H, compressed.view(),
-                       landmark_delta.data}, 0));
-    expect_close("gradient of the landmarks as shared keys", widen(dlandmarks_shared.get()), want.shared_k.x, gradient_tolerance);
+    RUN(launch_reduce({dtype, BH, kSplits, M, D, {shared_dk.data, dlandmarks_shared.memory.data}, {shared_dv.data, dcompressed.memory.data}, H, compressed.view(), landmark_delta.data}, 0));
+    expect_close("gradient of the landmarks as shared keys", dlandmarks_shared.get().x, want.shared_k.x, gradient_tolerance);
     expect_close("gradient of the compressed values", dcompressed.get().x, want.shared_v.x, gradient_tolerance);
   }
 
@@ -835,7 +841,7 @@ void run(const Case& c) {
     RUN(launch_delta({dtype, B, H, D, all_landmarks.view(), dcompressed.view(), compressed.view(), dlandmark_lse.data, landmark_delta.data}, 0));
     const auto dlse_of_landmarks = dlandmark_lse.get();
     const Host dvalues = dcompressed.get();
-    want_dz.x = widen(dlandmarks_shared.get());
+    want_dz.x = sum_parts(shared_dk, kSplits, M * D);
     each_head([&](int b, int h, int bh, int g) {
       for (int m = 0; m < M; ++m) {
         const std::size_t row = std::size_t(bh) * M + m;
@@ -858,7 +864,7 @@ void run(const Case& c) {
     p.problem = problem, p.role = RowRole::landmark, p.scale = scale, p.units.k = k.rows, p.units.v = v.rows;
     p.q = z_rows, p.dout = dcompressed.view(), p.lse = landmark_lse.data, p.dlse = dlandmark_lse.data, p.delta = landmark_delta.data;
     p.normalizer = only_fp32(landmark_normalizer);
-    p.splits = kSplits, p.partial = partial.data, p.partial_sums = partial_sums.data, p.base = dlandmarks_shared.data, p.dq = dlandmarks.view();
+    p.splits = kSplits, p.partial = partial.data, p.partial_sums = partial_sums.data, p.base = shared_dk.data, p.base_parts = kSplits, p.dq = dlandmarks.view();
     RUN(launch_row_gradient(p, 0));
     expect_close("dlandmarks", dlandmarks.get().x, want_dz.x, gradient_tolerance);
     expect_close("delta of the landmarks, exact", widen(landmark_delta.get()), want_landmark_delta.x, statistics_tolerance);
@@ -893,7 +899,7 @@ void run(const Case& c) {
     p.keys.splits = kSplits, p.keys.dk = both_dk.view(), p.keys.dv = both_dv.view();
     p.landmarks.problem = problem, p.landmarks.role = RowRole::landmark, p.landmarks.lse = landmark_lse.data, p.landmarks.dlse = dlandmark_lse.data;
     p.landmarks.delta = landmark_delta.data, p.landmarks.splits = kSplits, p.landmarks.partial = partial.data, p.landmarks.partial_sums = partial_sums.data;
-    p.landmarks.base = dlandmarks_shared.data, p.landmarks.dq = both_dlandmarks.view();
+    p.landmarks.base = shared_dk.data, p.landmarks.base_parts = kSplits, p.landmarks.dq = both_dlandmarks.view();
     RUN(launch_key_specialists(p, 0));
     RUN(launch_row_finish(p.landmarks, 0));
     expect_close("one pass: dk", valid(both_dk.get(), keys), want.routed_k.x, gradient_tolerance);
@@ -914,7 +920,7 @@ void run(const Case& c) {
       for_each_pooled(w, [&](int m, int) { ++tokens[m]; });
       for_each_pooled(w, [&](int m, int n) { ::add(want_pooled_dq.row(b, h, n), 1.0 / tokens[m], from.row(b, h, m), D); });
     });
-    RUN(launch_pool_backward({problem, windows, dlandmarks.view(), add, target.view()}, 0));
+    RUN(launch_pool_backward({problem, windows, dlandmarks.view(), add, false, target.view()}, 0));
     expect_close(add ? "pool backward, added" : "pool backward", valid(target.get(), queries), valid(want_pooled_dq, queries), rounding);
   }
 }
