@@ -80,7 +80,7 @@ attention = _ops.attention.default
 
 
 def _groups_like(query, B, H, N, M, routes):
-    """Lists of segments, their starts and the entries, of each head (Groups in csrc/cuda/params.h): kept of more than 256 queries."""
+    """Segments, where they start and entries of each head (Groups in csrc/cuda/params.h): kept of more than 256 queries."""
     entries = N * routes
     segment_rows = (2 * (entries // M) + 127) // 64 * 64
     of_a_head = 4 * (entries // segment_rows + torch.sym_min(entries, M)) + M + 1 + entries
@@ -116,8 +116,8 @@ attention_backward = _ops.attention_backward.default
 
 @torch.library.register_fake("mita_ext::attention_backward")
 def _(
-    dout, dlse, query, key, value, landmarks, indices, experts, groups, compressed, landmark_lse, out, lse, pooled, num_landmarks,
-    grid, num_prefix_tokens, shared_expert, scale, landmark_scale, want_keys, want_landmarks, *lengths,
+    dout, dlse, query, key, value, landmarks, indices, experts, groups, compressed, landmark_lse, out, lse, pooled,
+    num_landmarks, grid, num_prefix_tokens, shared_expert, scale, landmark_scale, want_keys, want_landmarks, *lengths,
 ):  # fmt: skip
     def if_(wanted, x):
         return x.new_empty(x.shape if wanted else (0,))

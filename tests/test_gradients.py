@@ -427,9 +427,9 @@ def test_groups_kept_and_made_again_give_the_same(D, routes, Nq):
     dout = torch.randn_like(out)
 
     def gradients(groups):
-        return torch.ops.mita_ext.attention_backward(
-            dout, None, q, k, v, z, indices, experts, groups, *rest, out, lse, False, [1, 1], [1, 1], 0, *options, True, True, *lengths
-        )
+        saved = q, k, v, z, indices, experts, groups, *rest, out, lse
+        pooling = False, [1, 1], [1, 1], 0
+        return torch.ops.mita_ext.attention_backward(dout, None, *saved, *pooling, *options, True, True, *lengths)
 
     shifted = groups.new_zeros(groups.numel() + 1)[1:].copy_(groups)  # where no list may begin
     for other in (groups.new_empty(0), shifted):
@@ -439,7 +439,7 @@ def test_groups_kept_and_made_again_give_the_same(D, routes, Nq):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("N, M, K", [(4096, 64, 64), (9000, 60, 64), (4096, 64, 128)])  # queries and units in one pass, twice, and not
+@pytest.mark.parametrize("N, M, K", [(4096, 64, 64), (9000, 60, 64), (4096, 64, 128)])  # in one pass, twice, and not
 def test_many_heads_take_several_launches(N, M, K):
     """The routed sums of 160 heads of this size are more than are held at once."""
     case = case_of("clustered_pooled", B=5, H=32, Hkv=16, N=N, L=4096, D=64, M=M, K=K)

@@ -79,7 +79,8 @@ def op_arguments(device, dtype):
                     (dlse, False, False, False),
                 )
             ),
-            (long_out, None, long, k, v, long_z, *long_selected, long_out, long_lse, True, *of_long[4:7], True, *scales, True, True),
+            (long_out, None, long, k, v, long_z, *long_selected, long_out, long_lse, True, *of_long[4:7], True, *scales)
+            + (True, True),
             (dout, dlse, q, k, v, z, T, r, g, C, landmark_lse, out, lse, True, *in_a_row, True, *scales, True, True, nq, nk),
             (of_packed[0], dlse, *packed, z, T, r, g, C, landmark_lse, of_packed[1], lse, True, *in_a_row, True, *scales)
             + (True, True, *sums, 20, 30),
