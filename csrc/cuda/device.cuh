@@ -899,8 +899,8 @@ __device__ inline void store_partial_rows(const float (&acc)[C::kColumns / 8][4]
 
 // ---- launches ------------------------------------------------------------------------------------------------------
 
-// A kernel that is launched to start before the one ahead of it in the stream has ended: it waits for all that this wrote. And that one says that its
-// multiprocessors have room.
+// Programmatic dependent launch: a kernel that may start before the one ahead of it in the stream has ended waits for all that this wrote, in every block;
+// and that one says from when on it may.
 __device__ inline void wait_for_kernel_before() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -1,6 +1,6 @@
 // Queries grouped by expert: a stable counting sort of the N*s (query, slot) entries of every head, and the lists of work for the
 // blocks of the attention kernels. Integer counts only, so the result does not depend on timing.
-//   count:   one block per chunk of entries -> counts[m][chunk]
+//   count:   one block per chunk of entries -> counts[m][chunk], unless these are at hand
 //   scan:    one block per (batch, head): exclusive sums, expert-major; tiles and segments of every expert
 //   scatter: one block per chunk, sorted in shared memory, each warp placing its share in order; experts' runs of entries are then written whole
 //   group:   all of that in one kernel, for heads of one chunk

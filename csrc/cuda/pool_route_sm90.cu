@@ -6,8 +6,8 @@
 //   one piece;
 //   two warps make the other landmarks, some of each head, of what its pieces left, in their order: the same bits as those of `pool`;
 //   two bring all landmarks of a head;
-//   three warpgroups route the queries, 64 at a time, as `route` does.
-// Nobody counts or fences: memory that others wait for is filled with bits that no sum and no landmark has, and read until they are gone.
+//   three warpgroups route the queries, 64 at a time, as `route` does, and count those of each expert, for `group`.
+// Nobody counts arrivals or fences: memory that others wait for is filled with bits that no sum and no landmark has, and read until they are gone.
 // All blocks must run at once, and know that it is filled: the launch is a cooperative one.
 #include <cooperative_groups.h>
 
