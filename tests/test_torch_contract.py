@@ -294,7 +294,7 @@ def test_saved_tensors_are_inputs_and_small_results(device):
     extra = sum(x.numel() * x.element_size() for x in saved if x.untyped_storage().data_ptr() not in given)
     rows = case.B * case.H
     out, lse, experts = case.N * case.D, case.N, case.N * 2
-    groups = experts + 5 * (experts // 128 + case.M) + 1 if device == "cuda" else 0  # a number for every entry, five for a segment
+    groups = experts + 5 * (experts // 128 + case.M) + 1 if device == "cuda" else 0  # one for an entry, five for a segment
     landmarks = case.landmarks * (case.D + 1 + 5)  # compressed values, lse, five keys
     assert extra <= 4 * rows * (out + lse + experts + groups + landmarks)
 
