@@ -210,8 +210,8 @@ struct Attention : Function<Attention> {
     ctx->saved_data["max_seqlen_k"] = max_seqlen_k;
     ctx->mark_non_differentiable({pooled, indices, experts, groups, compressed, landmark_lse});
     ctx->set_materialize_grads(false);
-    ctx->save_for_backward({query, key, value, given ? *given : pooled, indices, experts, groups, compressed, landmark_lse,
-                            out, lse, seqlens_q.value_or(Tensor()), seqlens_k.value_or(Tensor())});
+    ctx->save_for_backward({query, key, value, given ? *given : pooled, indices, experts, groups, compressed,
+                            landmark_lse, out, lse, seqlens_q.value_or(Tensor()), seqlens_k.value_or(Tensor())});
     return list_of(result);
   }
 
@@ -229,7 +229,8 @@ struct Attention : Function<Attention> {
         saved[3], saved[4], saved[5], saved[6], saved[7], saved[8], saved[9], saved[10], pooled,
         SymIntArrayRef(num_landmarks), SymIntArrayRef(grid), option["num_prefix_tokens"].toSymInt(),
         option["shared_expert"].toBool(), option["scale"].toDouble(), option["landmark_scale"].toDouble(), want_keys,
-        want_landmarks, if_defined(saved[11]), if_defined(saved[12]), option["max_seqlen_q"].toOptional<SymInt>(), option["max_seqlen_k"].toOptional<SymInt>()));
+        want_landmarks, if_defined(saved[11]), if_defined(saved[12]), option["max_seqlen_q"].toOptional<SymInt>(),
+        option["max_seqlen_k"].toOptional<SymInt>()));
     if (pooled) results.pop_back();  // landmarks were no argument
     return wanted(&forward, ctx, results);
   }

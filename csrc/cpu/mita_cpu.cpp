@@ -1177,10 +1177,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> atten
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& key, const Tensor& value,
-    const Tensor& landmarks, const Tensor& indices, const Tensor& experts, const Tensor& groups, const Tensor& compressed,
-    const Tensor& landmark_lse, const Tensor& out, const Tensor& lse, bool pooled, IntArrayRef num_landmarks,
-    IntArrayRef grid, int64_t num_prefix_tokens, bool shared_expert, double scale, double landmark_scale,
-    bool want_keys, bool want_landmarks, const OptionalTensor& seqlens_q, const OptionalTensor& seqlens_k,
+    const Tensor& landmarks, const Tensor& indices, const Tensor& experts, const Tensor& groups,
+    const Tensor& compressed, const Tensor& landmark_lse, const Tensor& out, const Tensor& lse, bool pooled,
+    IntArrayRef num_landmarks, IntArrayRef grid, int64_t num_prefix_tokens, bool shared_expert, double scale,
+    double landmark_scale, bool want_keys, bool want_landmarks, const OptionalTensor& seqlens_q, const OptionalTensor& seqlens_k,
     OptionalInt max_seqlen_q, OptionalInt max_seqlen_k) {
   const Lengths lengths{seqlens_q, seqlens_k, max_seqlen_q, max_seqlen_k};
   const Shape p = mita::check_attention_backward(dout, dlse, query, key, value, landmarks, indices, experts, groups,

@@ -132,8 +132,11 @@ __device__ inline int floor_div(std::int64_t a, int size) {
   const std::int64_t rest = a - quotient * size;
   return static_cast<int>(quotient + (rest >= size) - (rest < 0));
 }
+template <class Product> __device__ inline int bound_of_overlapping(int i, int size, int other, bool end) {
+  return floor_div(Product(i + end) * other + (end ? size - 1 : 0), size);
+}
 template <class Product = std::int64_t> __device__ inline Range overlapping(int i, int size, int other) {
-  return {floor_div(Product(i) * other, size), floor_div(Product(i + 1) * other + (size - 1), size)};
+  return {bound_of_overlapping<Product>(i, size, other, false), bound_of_overlapping<Product>(i, size, other, true)};
 }
 
 __device__ inline bool is_pooled(const Windows& w, int n) { return n >= w.prefix && n - w.prefix < w.gh * w.gw; }

@@ -88,11 +88,11 @@ template <class C, class Product> __global__ void __launch_bounds__(kThreads) po
   if (!written) return;
   if (pooled) {
     // The threads of a row divide for each other: one bound of the lines, or columns, that overlap line i and column j each.
+    static_assert(kRowThreads == 4);
     const unsigned together = ((1u << kRowThreads) - 1) << (threadIdx.x % 32 / kRowThreads * kRowThreads);
     const bool columns = own >= 2, end = own % 2;
     const auto overlapping_both = [&](int i, int j, int h, int w, int other_h, int other_w) {
-      const int size = columns ? w : h;
-      const int mine = floor_div(Product((columns ? j : i) + end) * (columns ? other_w : other_h) + (end ? size - 1 : 0), size);
+      const int mine = bound_of_overlapping<Product>(columns ? j : i, columns ? w : h, columns ? other_w : other_h, end);
       const auto bound = [&](int which) { return __shfl_sync(together, mine, which, kRowThreads); };
       return std::pair<Range, Range>{{bound(0), bound(1)}, {bound(2), bound(3)}};
     };
