@@ -75,6 +75,7 @@ template <class T, int SLOTS> __global__ void __launch_bounds__(kThreads, 1) gra
   extern __shared__ __align__(kPanel) unsigned char memory[];
   Window window(memory);
   auto& shared = *reinterpret_cast<Memory*>(memory);
+  let_next_kernel_start();
   // Every role counts the lists of queries, and with them sets and weights, and the segments, whose keys are brought.
   unsigned queries = 0, keys = 0;
   const auto list = [&] { return Ring<kLists>{window.of(shared.of_lists), queries}; };

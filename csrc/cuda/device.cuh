@@ -155,6 +155,21 @@ template <class T> union Vector {
 
 template <class T> __device__ inline Vector<T> load_vector(const T* p) { return {*reinterpret_cast<const uint4*>(p)}; }
 
+// part(0) + part(1) + ..., two numbers each: FEW are on their way before the first one is added.
+template <int FEW, class Part> __device__ inline float2 sum_in_order(int parts, Part part) {
+  float2 sum = {0.0f, 0.0f};
+  for (int first = 0; first < parts; first += FEW) {
+    float2 its[FEW];
+#pragma unroll
+    for (int i = 0; i < FEW; ++i)
+      if (first + i < parts) its[i] = *reinterpret_cast<const float2*>(part(first + i));
+#pragma unroll
+    for (int i = 0; i < FEW; ++i)
+      if (first + i < parts) sum.x += its[i].x, sum.y += its[i].y;
+  }
+  return sum;
+}
+
 // ---- shared memory -------------------------------------------------------------------------------------------------
 
 // Shared memory by its 32-bit address. The address of the block's memory is taken once, in an instruction that the compiler
@@ -249,7 +264,7 @@ template <class E> __device__ inline void load_number(std::uint32_t target, cons
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(numbers + max(index, 0)), "r"(index < 0 ? 0 : 4) : "memory");
 }
 // `count` numbers, number i from index(i), with all threads of the block.
-template <class Index> __device__ inline void load_numbers(std::uint32_t target, int count, const float* numbers, Index index) {
+template <class E, class Index> __device__ inline void load_numbers(std::uint32_t target, int count, const E* numbers, Index index) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) load_number(target + 4 * i, numbers, index(i));
 }
 
@@ -916,13 +931,19 @@ __device__ inline void let_next_kernel_start() {
 }
 
 // Starts a kernel with so much dynamic shared memory, as far as the device has it. 48 KB with its static one a kernel may have anyway; 16 KB are more than
-// enough for that.
+// enough for that. `early`, where it is sm_90a code that waits as above: while the kernel ahead of it runs.
 template <class... Params, class... Args>
-inline cudaError_t launch(void (*kernel)(Params...), dim3 blocks, unsigned threads, std::size_t bytes, cudaStream_t stream, const Args&... args) {
+inline cudaError_t launch(bool early, void (*kernel)(Params...), dim3 blocks, unsigned threads, std::size_t bytes, cudaStream_t stream, const Args&... args) {
   if (bytes > 32 * 1024)
     if (cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes))) return status;
-  kernel<<<blocks, threads, bytes, stream>>>(args...);
-  return cudaGetLastError();
+  cudaLaunchAttribute attribute{cudaLaunchAttributeProgrammaticStreamSerialization};
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  const cudaLaunchConfig_t how{blocks, threads, bytes, stream, &attribute, early};
+  return cudaLaunchKernelEx(&how, kernel, args...);
+}
+template <class... Params, class... Args>
+inline cudaError_t launch(void (*kernel)(Params...), dim3 blocks, unsigned threads, std::size_t bytes, cudaStream_t stream, const Args&... args) {
+  return launch(false, kernel, blocks, threads, bytes, stream, args...);
 }
 
 }  // namespace mita

@@ -108,13 +108,6 @@ inline int segment_rows(int entries_per_expert) { return (2 * entries_per_expert
 // queries of an expert, 98 % at 32, 103 % at 48; two experts are between.
 inline int gradient_slots(const Problem& x) { return x.queries.max_length > 40 * x.M ? 1 : 4; }
 
-// Keys whose routed sums one warp lists: up to four key blocks with some 64 sums, should the experts' keys be spread evenly.
-inline int list_keys(int L, int M, int K) {
-  int keys = kKeyBlock;
-  while (keys < 4 * kKeyBlock && std::int64_t(M) * K * 2 * keys <= 64 * std::int64_t(L)) keys *= 2;
-  return keys;
-}
-
 // Kernels that sum all of a query's gradient in one place give it the scale of the keys, and what landmarks give to it the ratio of the two.
 inline bool have_ratio(float landmark_scale, float scale) { return scale != 0.0f && std::fabs(landmark_scale) <= 1e6f * std::fabs(scale); }
 
@@ -156,9 +149,8 @@ cudaError_t dispatch_dtype(Dtype dtype, F&& f) {
   return cudaErrorInvalidValue;
 }
 
-// Are there kernels of warpgroups for this, and is the sm_90a code of this build what runs here?
-static inline bool has_warpgroups(Dtype dtype, int D) {
-  if (dtype == Dtype::fp32 || D > 128) return false;
+// Is the sm_90a code of this build what runs here?
+static inline bool runs_on_hopper() {
 #ifdef __CUDA_ARCH_LIST__
   constexpr int built[] = {__CUDA_ARCH_LIST__};
   int device = 0, major = 0;
@@ -168,6 +160,8 @@ static inline bool has_warpgroups(Dtype dtype, int D) {
   return false;
 #endif
 }
+// And are there kernels of warpgroups for this?
+static inline bool has_warpgroups(Dtype dtype, int D) { return dtype != Dtype::fp32 && D <= 128 && runs_on_hopper(); }
 
 template <class F>
 cudaError_t dispatch(Dtype dtype, int D, F&& f) {

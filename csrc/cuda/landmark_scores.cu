@@ -235,6 +235,7 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
     stage.init(128, 4 * groups), landmarks.init(128, 4 * groups * parts);
     fence_barriers();
   }
+  wait_for_kernel_before();
   __syncthreads();
 
   const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
@@ -362,7 +363,7 @@ cudaError_t launch_landmark_scores(const LandmarkParams& p, cudaStream_t stream)
       using L = Specialists<C>;
       const int groups = std::min(ceil_div(x.M, 64), L::kGroups);
       const std::int64_t pieces = std::int64_t(x.B) * x.H * ceil_div(x.M, 64 * groups) * ceil_div(p.splits, L::kGroups / groups);
-      if (x.keys.max_length >= kSpecialistKeys) return launch_specialists(score_compress_specialists_kernel<C>, L::kThreads, sizeof(typename L::Shared), pieces, stream, p);
+      if (x.keys.max_length >= kSpecialistKeys) return launch_specialists(p.early, score_compress_specialists_kernel<C>, L::kThreads, sizeof(typename L::Shared), pieces, stream, p);
     }
     return by_blocks();
   });

@@ -61,7 +61,7 @@ struct Context {
 };
 
 // The streams beside an op's own one: blocks of the urgent one start before those of that stream.
-enum class Beside { urgent, any, other };
+enum class Beside { urgent, other };
 
 // One of these, for stages that do not need what the op's own stream does meanwhile. It follows that one from here on, until they join. What is in use on
 // any of them must not be freed before.
@@ -280,31 +280,26 @@ Grouped group_stage(const Context& context, const Problem& x, const Tensor& expe
 
 int segments(const Problem& x, const Groups& groups) { return max_tiles(x, groups.segment_rows); }
 
-// The same for the keys of experts, which the backward wants: listed beside whatever the stream does between `begin` and `join`.
+// The same for the keys of experts, which the backward wants.
 class KeyLists {
   KeyListParams p{};
   const Tensor memory;  // what p points to
-  Branch branch;
-  bool begun = false, joined = false;
+  bool begun = false;
 
  public:
-  KeyLists(const Context& context, const Problem& x, const Tensor& indices, Groups& groups) : memory(allocate(x, indices, groups, p)), branch(context, Beside::any) {
-    groups.key_ranges = p.ranges, groups.key_entries = p.entries;
-  }
-  void begin() {
-    if (!std::exchange(begun, true)) branch.context.run("mita_ext::key_lists", launch_key_lists, p);
-  }
-  void join() {
-    if (!std::exchange(joined, true)) branch.join();
+  KeyLists(const Problem& x, const Tensor& indices, Groups& groups) : memory(allocate(x, indices, groups, p)) { groups.key_ranges = p.ranges, groups.key_entries = p.entries; }
+  // Once, behind a kernel at whose end multiprocessors fall idle.
+  void list(const Context& context) {
+    if (!std::exchange(begun, true)) context.run("mita_ext::key_lists", launch_key_lists, p);
   }
 
  private:
   static Tensor allocate(const Problem& x, const Tensor& indices, const Groups& groups, KeyListParams& p) {
-    const int L = x.keys.max_length, keys = list_keys(L, x.M, x.K);
-    const int64_t entries = heads(x) * segments(x, groups) * x.K * 2, ranges = heads(x) * ceil_div(L, kKeyBlock) * 2;
-    const Tensor memory = ints(indices, {entries + ranges + heads(x) * x.M * (ceil_div(L, keys) + 1)});
-    int* const first = memory.data_ptr<int>();
-    p = {x, indices.const_data_ptr<int>(), groups, keys, first + entries + ranges, reinterpret_cast<KeyRange*>(first + entries), reinterpret_cast<KeyEntry*>(first)};
+    const int64_t rows = heads(x) * segments(x, groups) * x.K, ranges = heads(x) * ceil_div(x.keys.max_length, kKeyBlock);
+    const Tensor memory = ints(indices, {2 * ranges + 3 * rows});
+    KeyRange* const first = reinterpret_cast<KeyRange*>(memory.data_ptr<int>());
+    KeyEntry* const entries = reinterpret_cast<KeyEntry*>(first + ranges);
+    p = {x, indices.const_data_ptr<int>(), groups, reinterpret_cast<int*>(entries + rows), first, entries};
     return memory;
   }
 };
@@ -409,9 +404,10 @@ class RoutedSums {
 };
 
 // The totals of shared ones: of values, and either of keys too or delta of `landmarks`, the softmax of which the values are the outputs.
-void reduce_stage(const Context& context, const Problem& x, const SharedSums& sums, const Tensor& dk, const Tensor& dv, const Tensor& values, const Softmax* landmarks) {
+void reduce_stage(const Context& context, const Problem& x, const SharedSums& sums, const Tensor& dk, const Tensor& dv, const Tensor& values, const Softmax* landmarks, bool early) {
   ReduceParams p{x.dtype, int(heads(x)), int(sums.dk.size(2)), x.M, x.D, {}, {}, x.H, rows(values), nullptr};
   p.dk.partial = sums.dk.const_data_ptr<float>(), p.dv.partial = sums.dv.const_data_ptr<float>();
+  p.early = early;
   if (landmarks) p.delta = landmarks->delta.data_ptr<float>();
   else p.dk.total = dk.data_ptr();
   p.dv.total = dv.data_ptr();
@@ -474,11 +470,10 @@ struct OwnGradient {
   Tensor dlandmarks;
 };
 
-RowGradientParams own_gradient_params(const Problem& x, const Softmax& landmarks, const OwnGradient& own, int splits, float scale, Tensor& memory) {
+RowGradientParams own_gradient_params(const Problem& x, const Softmax& landmarks, const OwnGradient& own, int64_t parts, float scale, Tensor& memory) {
   RowGradientParams p = row_gradient_params(x, RowRole::landmark, landmarks, own.dlandmarks, scale);
-  const int64_t rows = heads(x) * splits * x.M;
+  const int64_t rows = parts * x.M;
   memory = floats(own.dlandmarks, {rows * (2 * x.D + 3)});
-  p.splits = splits;
   p.partial = memory.data_ptr<float>(), p.partial_sums = p.partial + 2 * rows * x.D;
   if (own.base) p.base = data(own.base), p.base_parts = static_cast<int>(own.base->size(2));
   return p;
@@ -487,25 +482,35 @@ RowGradientParams own_gradient_params(const Problem& x, const Softmax& landmarks
 // Returns memory in use until it is done.
 Tensor landmark_gradient_stage(const Context& context, const Problem& x, const Softmax& landmarks, const OwnGradient& own, const Tensor& key, const Tensor& value, float scale) {
   Tensor memory;
-  RowGradientParams p = own_gradient_params(x, landmarks, own, parts_by_landmarks(x, x.keys.max_length, fits_row_specialists(x, RowRole::landmark)), scale, memory);
+  const int splits = parts_by_landmarks(x, x.keys.max_length, fits_row_specialists(x, RowRole::landmark));
+  RowGradientParams p = own_gradient_params(x, landmarks, own, heads(x) * splits, scale, memory);
+  p.splits = splits;
   p.units.k = rows(key), p.units.v = rows(value);
   context.run("mita_ext::landmark_gradient", launch_row_gradient, p);
   return memory;
 }
 
+// Tiles of keys of each block where these share those of all heads, one block on each multiprocessor. Whole heads, or even parts of one, where that is
+// hardly more: H100, 16 and 64 heads in parts of 128 tiles instead of 125 take 2 % less.
+int key_share(const Problem& x) {
+  const int tiles = ceil_div(x.keys.max_length, kKeyBlock), share = static_cast<int>((heads(x) * tiles + kMultiprocessors - 1) / kMultiprocessors);
+  const int even = share <= tiles ? ceil_div(tiles, tiles / share) : round_up(share, tiles);
+  return 16 * even <= 17 * share ? even : share;
+}
+
 // dkey and dvalue: through the compressed values where `landmarks` says how, plus what routed queries gave to the keys of their experts, if any.
 // With `own`, which few landmarks may have, the landmarks' own gradient in the same pass; then the other two need not be wanted.
 void key_gradient_stage(const Context& context, const Problem& x, const Softmax* landmarks, const OwnGradient* own, const RoutedSums* routed, const Groups& groups, const Tensor& key,
-                        const Tensor& value, float scale, const Tensor& dkey, const Tensor& dvalue) {
+                        const Tensor& value, float scale, const Tensor& dkey, const Tensor& dvalue, bool early = false) {
   UnitGradientParams p = unit_gradient_params(x, UnitRole::compress, landmarks, key, value, scale);
   if (dkey.dim() > 1) p.dk = rows(dkey), p.dv = rows(dvalue);
   if (landmarks) p.landmark_rows = x.M;
   if (routed) p.groups = groups, p.routed_dk = routed->dk(), p.routed_dv = routed->dv();
   if (!own) return context.run("mita_ext::key_gradient", launch_unit_gradient, p);
-  p.splits = least_busy_parts(heads(x), ceil_div(x.keys.max_length, kKeyBlock), 1, kMultiprocessors, 3);  // one block on each
   Tensor memory;
-  const RowGradientParams of_landmarks = own_gradient_params(x, *landmarks, *own, p.splits, scale, memory);
-  context.run("mita_ext::key_gradient", launch_key_specialists, {p, of_landmarks});
+  RowGradientParams of_landmarks = own_gradient_params(x, *landmarks, *own, kMultiprocessors + heads(x), scale, memory);
+  of_landmarks.share = key_share(x);
+  context.run("mita_ext::key_gradient", launch_key_specialists, {p, of_landmarks, early});
   context.run("mita_ext::landmark_gradient", launch_row_finish, of_landmarks);
 }
 
@@ -710,13 +715,13 @@ void attention_gradient_stages(const Context& context, const Problem& x, const S
   std::optional<RoutedSums> routed;
   if (one_pass) {
     std::tie(shared, routed) = specialist_gradient_stage(context, x, saved.dout, saved.dlse, saved.query, saved.lse, all, groups, wanted.keys, scale, landmark_scale, result.dquery);
+    if (lists) lists->list(context);
   } else {
     if (row_gradient_makes_delta(RowRole::attention, x.s)) softmax = Softmax(x, saved.query, saved.dout, saved.lse, saved.dlse, floats(saved.lse, saved.lse.sizes()));
     else softmax = softmax_stage(context, x, x.queries, saved.query, saved.dout, saved.out, saved.lse, saved.dlse);
     query_gradient_stage(context, x, softmax, saved.out, all, groups, scale, landmark_scale, result.dquery);
     if (shared_expert && (wanted.keys || wanted.landmarks)) shared = shared_gradient_stage(context, x, softmax, saved.landmarks, saved.compressed, landmark_scale);
   }
-  if (lists) lists->begin();  // at the end of those, where multiprocessors fall idle
 
   // What landmarks receive, beside the sums of the first routed queries where those are a pass of their own.
   std::optional<Softmax> landmark_softmax;  // its lse is no output
@@ -730,7 +735,7 @@ void attention_gradient_stages(const Context& context, const Problem& x, const S
     if (saved.landmark_lse) {
       landmark_softmax = Softmax(x, saved.landmarks, result.dcompressed, *saved.landmark_lse, {}, floats(saved.landmarks, {x.B, x.H, x.M}));
     }
-    reduce_stage(of_landmarks, x, *shared, result.dlandmarks, result.dcompressed, saved.compressed, landmark_softmax ? &*landmark_softmax : nullptr);
+    reduce_stage(of_landmarks, x, *shared, result.dlandmarks, result.dcompressed, saved.compressed, landmark_softmax ? &*landmark_softmax : nullptr, one_pass);
     if (landmark_softmax) {
       own = {shared->dk, result.dlandmarks};
       if (!with_keys) memory = landmark_gradient_stage(of_landmarks, x, *landmark_softmax, *own, saved.key, saved.value, scale);
@@ -740,7 +745,6 @@ void attention_gradient_stages(const Context& context, const Problem& x, const S
   const bool pools = pooling && shared && wanted.landmarks;
   const auto pool = [&](const Context& context) { context.run("mita_ext::pool_backward", launch_pool_backward, {x, *pooling, rows(result.dlandmarks), true, with_keys, rows(result.dquery)}); };
   const auto join = [&] {
-    if (lists) lists->join();
     if (beside) {
       beside->join();
       beside.reset();
@@ -752,7 +756,7 @@ void attention_gradient_stages(const Context& context, const Problem& x, const S
   const auto key_gradient = [&](const Problem& x, const Saved& saved, const std::optional<Softmax>& landmarks, const std::optional<OwnGradient>& own, const Groups& groups,
                                 const AttentionGradient& result) {
     key_gradient_stage(context, x, landmarks ? &*landmarks : nullptr, own ? &*own : nullptr, routed ? &*routed : nullptr, groups, saved.key, saved.value, scale,
-                       result.dkey, result.dvalue);
+                       result.dkey, result.dvalue, one_pass);
   };
   if (one_pass || !wanted.keys || x.s == 0) {
     join();
@@ -760,6 +764,7 @@ void attention_gradient_stages(const Context& context, const Problem& x, const S
   } else {
     for (const Heads& its : heads_at_a_time(x)) {
       routed = routed_gradient_stage(context, its(x), its(softmax), its(groups, x), its.tokens(saved.key), its.tokens(saved.value), its(saved.indices), scale);
+      lists->list(context);
       join();
       key_gradient(its(x), its(saved), landmark_softmax ? std::optional(its(*landmark_softmax)) : std::nullopt, own ? std::optional(its(*own)) : std::nullopt, its(groups, x), its(result));
       routed.reset();
@@ -786,7 +791,7 @@ AttentionGradient attention_gradient(const Problem& x, const Saved& saved, const
   const bool one_pass = of_units && rounds_routed_sums(x) && fits_specialist_gradient(x, shared_expert, scale, landmark_scale);
   Grouped grouped = group_stage(context, x, saved.experts, row_gradient_tile_rows(x, entries_per_expert(x)), {}, kept_groups, !one_pass);
   std::optional<KeyLists> lists;
-  if (wanted.keys && x.s > 0) lists.emplace(context, x, saved.indices, grouped.groups);
+  if (wanted.keys && x.s > 0) lists.emplace(x, saved.indices, grouped.groups);
   const auto stages = [&](const Problem& x, const Saved& saved, const Groups& groups, const AttentionGradient& result) {
     attention_gradient_stages(context, x, saved, pooling, groups, lists ? &*lists : nullptr, wanted, shared_expert, one_pass, scale, landmark_scale, result);
   };
@@ -835,6 +840,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> atten
   else if (!landmarks) pooled = pool_stage(context, x, w, q);
   const Tensor z = landmarks ? aligned(*landmarks) : pooled;
   LandmarkStage landmark(x, z, k, v, static_cast<float>(scale));
+  landmark.p.early = both;  // H100: so their blocks come before those of the groups
   // Experts and groups beside the scores, and compressed values beside the choice of keys.
   Branch beside(context, Beside::urgent);
   if (!both) experts = route_stage(beside.context, x, q, z);

@@ -65,6 +65,7 @@ struct LandmarkParams {
   std::int32_t* indices;       // [B, H, M, K], ascending; -1 where a sequence has fewer keys
   void* compressed;            // [B, H, M, D], contiguous
   float* lse;                  // [B, H, M]
+  bool early;                  // may specialists start for the scores while the kernel before them runs?
 };
 
 // Entries of a head that one block puts in order.
@@ -204,8 +205,7 @@ struct KeyListParams {
   Problem problem;
   const std::int32_t* indices; // [B, H, M, K], ascending (as unsigned)
   Groups groups;               // without them
-  int keys;                    // list_keys(L, M, K): what one warp lists
-  std::int32_t* key_starts;    // [BH, ceil(L / keys) + 1, M], scratch
+  std::int32_t* rows;          // [BH, max_tiles(segment_rows) * K], scratch
   KeyRange* ranges;            // the writable side of Groups
   KeyEntry* entries;
 };
@@ -219,7 +219,7 @@ struct UnitGradientParams {
   const float* lse;            // [B, H, rows]
   const float* delta;          // [B, H, rows]
   const float* normalizer;     // [B, H, rows], fp32 only: what the probabilities of a row are multiplied by
-  int splits;                  // shared: parts of the query range; compress, as a part of KeyGradientParams: of the key range
+  int splits;                  // shared: parts of the query range
   int landmark_rows;           // compress: M, or 0 to only collect the routed gradients
   const std::int32_t* indices; // routed: [B, H, M, K]
   Groups groups;               // routed, compress
@@ -247,18 +247,20 @@ struct RowGradientParams {
   Units units;                 // landmark: only k and v
   Groups groups;               // attention
   int splits;                  // landmark: parts of the key range
-  float* partial;              // landmark: [BH, splits, M, 2, D]; attention with s > 1: [BH, N*s, 2, D]
+  int share;                   // or 0. A part for each block that had some of the keys instead, see KeyGradientParams
+  float* partial;              // landmark: [BH, splits, M, 2, D], or [blocks + BH, M, 2, D], part `block + bh`; attention with s > 1: [BH, N*s, 2, D]
   float* partial_sums;         // the same rows: [..., 3]
   const float* base;           // landmark: [BH, base_parts, M, D] to add
   int base_parts;              // or 0
   Rows dq;                     // [B, H, rows, D]
 };
 
-// The last two of the softmax of the landmarks in one pass over the keys, for few of them: `splits` of `keys` are parts of the key range, and
-// `landmarks` says where their partial sums go, and is finished by itself.
+// The last two of the softmax of the landmarks in one pass over the keys, for few of them. `landmarks` says where their partial sums go, and is finished by
+// itself. Of the tiles of kKeyBlock keys of all heads, head after head, a block takes `landmarks.share`.
 struct KeyGradientParams {
   UnitGradientParams keys;
   RowGradientParams landmarks;
+  bool early;                  // may it start while the kernel before it runs?
 };
 
 // Attention's gradients of queries and units in one pass, for few units and one expert per query; without what queries receive as parts of
@@ -288,6 +290,7 @@ struct ReduceParams {
   int H;
   Rows values;                 // [B, H, rows, D]
   float* delta;                // [BH, rows], or null
+  bool early;                  // may it start while the kernel before it runs?
 };
 
 }  // namespace mita

@@ -144,10 +144,7 @@ cudaError_t launch_pool_backward(const PoolBackwardParams& p, cudaStream_t strea
     const Problem& x = p.problem;
     using C = decltype(config);
     const unsigned blocks = static_cast<unsigned>(x.B) * ceil_div(x.H, kRowHeads<C>) * ceil_div(x.queries.max_length, kBlockRows);
-    cudaLaunchAttribute early{cudaLaunchAttributeProgrammaticStreamSerialization};
-    early.val.programmaticStreamSerializationAllowed = 1;
-    const cudaLaunchConfig_t how{blocks, kThreads, 0, stream, &early, p.early};
-    return cudaLaunchKernelEx(&how, are_narrow(x, p.windows) ? pool_backward_kernel<C, int> : pool_backward_kernel<C, std::int64_t>, p);
+    return launch(p.early, are_narrow(x, p.windows) ? pool_backward_kernel<C, int> : pool_backward_kernel<C, std::int64_t>, blocks, kThreads, 0, stream, p);
   });
 }
 

@@ -86,6 +86,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) pool_route_ker
   const int chunks = ceil_div(N, kGroupChunk);
   for (int i = blockIdx.x * kThreads + threadIdx.x; i < x.B * x.H * x.M * chunks; i += gridDim.x * kThreads) p.counts[i] = 0;
   cooperative_groups::this_grid().sync();
+  let_next_kernel_start();
 
   const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   float* const partial = static_cast<float*>(p.memory);

@@ -31,6 +31,8 @@ template <class T> __global__ void __launch_bounds__(kThreads) delta_kernel(cons
 }
 
 template <class T> __global__ void __launch_bounds__(kThreads, 5) reduce_kernel(const ReduceParams p) {
+  wait_for_kernel_before();
+  let_next_kernel_start();
   const std::int64_t row = std::int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   if (row >= std::int64_t(p.BH) * p.rows) return;
   const int bh = static_cast<int>(row / p.rows), m = static_cast<int>(row % p.rows), lane = threadIdx.x % 32;
@@ -38,22 +40,12 @@ template <class T> __global__ void __launch_bounds__(kThreads, 5) reduce_kernel(
   const float* const partial = (keys ? p.dk.partial : p.dv.partial) + (std::int64_t(bh) * p.parts * p.rows + m) * p.D;
   T* const total = static_cast<T*>(keys ? p.dk.total : p.dv.total);
   const bool delta = !keys && p.delta;
-  constexpr int kFew = 8;
   const std::int64_t stride = std::int64_t(p.rows) * p.D;
   const T* const values = delta ? head_rows<T>(p.values, bh / p.H, bh % p.H, m) : nullptr;
   float dot = 0.0f;
 #pragma unroll 1
   for (int d = 2 * lane; d < p.D; d += 64) {
-    float2 sum = {0.0f, 0.0f};
-    for (int first = 0; first < p.parts; first += kFew) {  // all of a few are on their way before the first one is added
-      float2 part[kFew];
-#pragma unroll
-      for (int i = 0; i < kFew; ++i)
-        if (first + i < p.parts) part[i] = *reinterpret_cast<const float2*>(partial + (first + i) * stride + d);
-#pragma unroll
-      for (int i = 0; i < kFew; ++i)
-        if (first + i < p.parts) sum.x += part[i].x, sum.y += part[i].y;
-    }
+    const float2 sum = sum_in_order<8>(p.parts, [&](int part) { return partial + part * stride + d; });
     const T lo = from_float<T>(sum.x), hi = from_float<T>(sum.y);
     total[row * p.D + d] = lo, total[row * p.D + d + 1] = hi;
     if (delta) dot += to_float(lo) * to_float(values[d]) + to_float(hi) * to_float(values[d + 1]);
@@ -77,7 +69,7 @@ cudaError_t launch_reduce(const ReduceParams& p, cudaStream_t stream) {
   return dispatch_dtype(p.dtype, [&](auto element) {
     constexpr int kWarps = kThreads / 32;
     const std::int64_t rows = std::int64_t(p.BH) * p.rows;
-    return launch(reduce_kernel<decltype(element)>, dim3(static_cast<unsigned>((rows + kWarps - 1) / kWarps), p.dk.total ? 2 : 1), kThreads, 0, stream, p);
+    return launch(p.early, reduce_kernel<decltype(element)>, dim3(static_cast<unsigned>((rows + kWarps - 1) / kWarps), p.dk.total ? 2 : 1), kThreads, 0, stream, p);
   });
 }
 

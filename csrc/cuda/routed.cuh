@@ -4,21 +4,24 @@
 
 namespace mita {
 
-// A number of 16 bits, to be multiplied by a factor of its row: as good as fp32 for sums that are rounded to 16 bits in the end. Stored as an
-// unsigned n + 2^15, which are the last bits of the float n + kFixed.
+// A number n of a few bits, to be multiplied by a power of two, the factor of its row: as good as fp32 for sums that are rounded to T in the end. Stored as an
+// unsigned number of two parts, each of which is exact where it takes the last bits of an element of T: so tensor cores can sum them (RoutedProducts).
 struct Fixed {
   std::uint16_t bits;
 };
-constexpr float kFixed = 8388608.0f + 32768.0f;
-template <> __device__ inline std::uint32_t pack<Fixed>(float lo, float hi) { return __byte_perm(__float_as_uint(lo + kFixed), __float_as_uint(hi + kFixed), 0x5410); }
-template <> __device__ inline float2 unpack<Fixed>(std::uint32_t two) {
-  return make_float2(__uint_as_float(__byte_perm(two, 0x4b00, 0x5410)) - kFixed, __uint_as_float(__byte_perm(two, 0x4b00, 0x5432)) - kFixed);
+template <class T> constexpr int kPartBits = std::is_same_v<T, __half> ? 8 : 7;
+template <class T> constexpr int kFixedZero = 1 << (2 * kPartBits<T> - 1);  // n + this is stored, the last bits of the float n + kFixed
+template <class T> constexpr float kFixed = 8388608.0f + kFixedZero<T>;
+template <class T> __device__ inline std::uint32_t pack_fixed(float lo, float hi) { return __byte_perm(__float_as_uint(lo + kFixed<T>), __float_as_uint(hi + kFixed<T>), 0x5410); }
+template <class T> __device__ inline float2 unpack_fixed(std::uint32_t two) {
+  return make_float2(__uint_as_float(__byte_perm(two, 0x4b00, 0x5410)) - kFixed<T>, __uint_as_float(__byte_perm(two, 0x4b00, 0x5432)) - kFixed<T>);
 }
+template <class T> constexpr int kLeastFactor = std::is_same_v<T, __half> ? -27 : -100;  // its logarithm: times 8 it is an element of T, too
 
-// What the rows of accumulators are multiplied by to be rounded to Fixed, and after that. A row with a number that is not finite becomes all NaN.
-struct FixedRows {
+// What the rows of accumulators, times `factor`, are multiplied by to be rounded to Fixed, and after that. A row with a number that is not finite becomes all NaN.
+template <class T> struct FixedRows {
   float to[2], back[2];  // of a lane's upper and lower row
-  template <int DT> __device__ explicit FixedRows(const float (&acc)[DT][4]) {
+  template <int DT> __device__ FixedRows(const float (&acc)[DT][4], float factor) {
     const auto highest = [](float x, float y) {
       asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(y));
       return x;
@@ -34,8 +37,10 @@ struct FixedRows {
       for (int d = 0; d < DT; ++d) m = highest(m, highest(fabsf(acc[d][2 * h]), fabsf(acc[d][2 * h + 1])));
 #pragma unroll
       for (int lanes = 1; lanes < 4; lanes *= 2) m = highest(m, __shfl_xor_sync(kAllLanes, m, lanes));
-      to[h] = fminf(32767.0f * about_inverse(m), power_of_2(100));
-      back[h] = about_inverse(to[h]) + (m - m);
+      m *= fabsf(factor);
+      const std::uint32_t power = __float_as_uint(fminf((kFixedZero<T> - 1) * about_inverse(m), power_of_2(-kLeastFactor<T>))) & 0x7f800000;
+      to[h] = __uint_as_float(power) * factor;
+      back[h] = __uint_as_float(0x7f000000 - power) + (m - m);
     }
   }
 };
@@ -60,7 +65,7 @@ __device__ inline void store_routed_rows(const float (&acc)[C::kColumns / 8][4],
           if constexpr (sizeof(E) == 2) {
             std::uint32_t two[4];
 #pragma unroll
-            for (int d = 0; d < 4; ++d) two[d] = pack<E>(number(2 * d), number(2 * d + 1));
+            for (int d = 0; d < 4; ++d) two[d] = pack_fixed<typename C::T>(number(2 * d), number(2 * d + 1));
             *reinterpret_cast<uint4*>(to + 32 * j) = {two[0], two[1], two[2], two[3]};
           } else {
 #pragma unroll
@@ -74,20 +79,68 @@ __device__ inline RoutedRows rounded_rows_from(const RoutedRows& rows, std::int6
   return {static_cast<Fixed*>(rows.numbers) + row * routed_pitch(D), rows.factors + row * ceil_div(D, kFactorColumns)};
 }
 
-// The same rounded, of keys and of values; and the factors of the rows times `factor`.
+// The same rounded, of keys and of values times a factor each; and the factors of the rows.
 template <class C, class Index>
 __device__ inline void store_rounded_rows(const float (&dk)[C::kColumns / 8][4], const float (&dv)[C::kColumns / 8][4], float k_factor, float v_factor, int D, int lane, const RoutedRows& to_k,
                                           const RoutedRows& to_v, Index index) {
-  const FixedRows k(dk), v(dv);
-  const auto store = [&](const float (&acc)[C::kColumns / 8][4], const FixedRows& fixed, float factor, const RoutedRows& to) {
+  const FixedRows<typename C::T> k(dk, k_factor), v(dv, v_factor);
+  const auto store = [&](const float (&acc)[C::kColumns / 8][4], const FixedRows<typename C::T>& fixed, const RoutedRows& to) {
 #pragma unroll
     for (int h = 0; h < 2; ++h)
       if (const int row = index((lane >> 2) + 8 * h); (lane & 3) == 0 && row >= 0)
-        to.factors[unsigned(row) * ceil_div(D, kFactorColumns) + column_of_warp<C>() / kFactorColumns] = fixed.back[h] * factor;
+        to.factors[unsigned(row) * ceil_div(D, kFactorColumns) + column_of_warp<C>() / kFactorColumns] = fixed.back[h];
     store_routed_rows<C>(acc, fixed.to, D, lane, static_cast<Fixed*>(to.numbers), index);
   };
-  store(dk, k, k_factor, to_k), store(dv, v, v_factor, to_v);
+  store(dk, k, to_k), store(dv, v, to_v);
 }
+
+// Adds rows of Fixed to the gradients of a warp's 16 keys by tensor cores, S R: S has the factor of every row in the line of its key, and R is the two parts of
+// the row's numbers as they are when they take the last bits of two powers of two. What that adds is taken away in the end.
+template <class T> struct RoutedProducts {
+  static constexpr bool kHalf = std::is_same_v<T, __half>;
+  static constexpr std::uint32_t kLow = kHalf ? 0x58005800 : 0x43004300, kHigh = kHalf ? 0x78007800 : 0x46804680;  // 2^7 and 2^15, last bits 2^-3 and 2^5; 2^7 and 2^14, 1 and 2^7
+  static constexpr float kAdded = kHalf ? 32768.0f + 128.0f : 16384.0f + 128.0f, kLast = kHalf ? 0.125f : 1.0f;
+  float factors[4] = {};  // sums of S
+
+  static __device__ std::uint32_t element_of(int key) { return pack<T>(key, key); }  // twice
+  static __device__ std::uint32_t same(std::uint32_t a, std::uint32_t b) {             // all ones where elements are the same
+    using Two = std::conditional_t<kHalf, __half2, __nv_bfloat162>;
+    return __heq2_mask(reinterpret_cast<const Two&>(a), reinterpret_cast<const Two&>(b));
+  }
+  // 16 rows. rows: address of chunk lane / 16 of row lane % 16 of a Tile; mask: all ones where a key is that of the lane's upper or lower row, by rows 2 (lane % 4) and
+  // 8 + 2 (lane % 4) and those behind them; factor: of the same ones.
+  __device__ void add(float (&acc)[8][4], std::uint32_t rows, const std::uint32_t (&mask)[4], const float2 (&factor)[2]) {
+    constexpr std::uint32_t kPart = ((1u << kPartBits<T>) - 1) * 0x10001u, kOne = kHalf ? 0x3c003c00 : 0x3f803f80;
+    std::uint32_t s[4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const std::uint32_t two = pack<T>(factor[i].x * (1.0f / kLast), factor[i].y * (1.0f / kLast));
+      s[2 * i] = mask[2 * i] & two, s[2 * i + 1] = mask[2 * i + 1] & two;
+    }
+    mma<T>(factors, s, kOne, kOne);
+    const auto part_of = [](std::uint32_t two, std::uint32_t bits) {
+      std::uint32_t part;
+      asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(part) : "r"(two), "r"(kPart), "r"(bits));  // one instruction
+      return part;
+    };
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+      std::uint32_t two[4], low[4], high[4];
+      ldmatrix_transposed(two, rows ^ (16 * j));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) low[i] = part_of(two[i], kLow), high[i] = part_of(two[i] >> kPartBits<T>, kHigh);
+      mma<T>(acc[j], s, low[0], low[1]), mma<T>(acc[j + 1], s, low[2], low[3]);
+      mma<T>(acc[j], s, high[0], high[1]), mma<T>(acc[j + 1], s, high[2], high[3]);
+    }
+  }
+  __device__ void finish(float (&acc)[8][4]) const {
+    constexpr float kOffset = -(kAdded + kLast * kFixedZero<T>);
+#pragma unroll
+    for (int d = 0; d < 8; ++d)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[d][i] = fmaf(factors[i / 2 * 2], kOffset, acc[d][i]);
+  }
+};
 
 // What queries of one head left for the keys of a block: the list of that, 32 entries at a time, one for each lane.
 struct RoutedList {
@@ -164,7 +217,7 @@ struct RoutedList {
               const float back = __shfl_sync(kAllLanes, factors[i % 2], e + i / 2), factor = e + i / 2 < end ? back : 0.0f;
 #pragma unroll
               for (int n = 0; n < kPairs; ++n) {
-                const float2 two = unpack<E>(reinterpret_cast<const std::uint32_t*>(&pairs[i / 2][i % 2])[n]);
+                const float2 two = unpack_fixed<typename C::T>(reinterpret_cast<const std::uint32_t*>(&pairs[i / 2][i % 2])[n]);
                 float* const to = &total[i % 2][2 * n];
                 to[0] = fmaf(two.x, factor, to[0]), to[1] = fmaf(two.y, factor, to[1]);
               }
@@ -211,7 +264,7 @@ struct RoutedList {
               for (int n = 0; n < 8 * kVectors; n += 2) {
                 const float* const vector = reinterpret_cast<const float*>(more.vectors[n / 8]);
                 float2 two;
-                if constexpr (sizeof(E) == 2) two = unpack<E>(__float_as_uint(vector[n % 8 / 2]));
+                if constexpr (sizeof(E) == 2) two = unpack_fixed<typename C::T>(__float_as_uint(vector[n % 8 / 2]));
                 else two = make_float2(vector[n % 8], vector[n % 8 + 1]);
                 float* const to = &sum[n / 2][2 * (h0 + h)];
                 to[0] = fmaf(two.x, factor, to[0]), to[1] = fmaf(two.y, factor, to[1]);

@@ -259,16 +259,23 @@ constexpr int kFinishWarps = 4;
 
 // The rows of which blocks left partial sums, one warp each: landmarks, or queries with several slots.
 template <class T> __global__ void __launch_bounds__(32 * kFinishWarps, 10) finish_kernel(const RowGradientParams p) {
+  wait_for_kernel_before();
   let_next_kernel_start();
   const Problem& x = p.problem;
   const bool landmark = p.role == RowRole::landmark;
-  const int rows = landmark ? x.M : x.queries.max_length, parts = landmark ? p.splits : x.s, lane = threadIdx.x % 32;
+  const int rows = landmark ? x.M : x.queries.max_length, lane = threadIdx.x % 32;
   const std::int64_t at = std::int64_t(blockIdx.x) * kFinishWarps + threadIdx.x / 32;
   if (at >= std::int64_t(x.B) * x.H * rows) return;
   const int row = static_cast<int>(at % rows), bh = static_cast<int>(at / rows);
   const Span sequence = landmark ? Span{0, x.M} : span(x.queries, bh / x.H);
   if (row >= sequence.length) return;
-  const auto part_row = [&](int part) { return landmark ? (std::int64_t(bh) * parts + part) * rows + row : at * parts + part; };
+  int parts = landmark ? p.splits : x.s;
+  std::int64_t first_part = std::int64_t(bh) * parts;  // of a head
+  if (p.share > 0) {
+    const int tiles = ceil_div(x.keys.max_length, kKeyBlock), first_block = bh * tiles / p.share;
+    first_part = first_block + bh, parts = ((bh + 1) * tiles - 1) / p.share - first_block + 1;
+  }
+  const auto part_row = [&](int part) { return landmark ? (first_part + part) * rows + row : at * parts + part; };
 
   float sums[3] = {0.0f, 0.0f, 0.0f};
   for (int part = lane; part < parts; part += 32)
@@ -282,22 +289,9 @@ template <class T> __global__ void __launch_bounds__(32 * kFinishWarps, 10) fini
   if (lane == 0) correct.write(p, at, p.delta[at]);
   T* dq = head_rows<T>(p.dq, bh / x.H, bh % x.H, sequence.start + row);
   for (int d = 2 * lane; d < x.D; d += 64) {
-    const auto sum_of = [&](int parts, auto&& part) {
-      constexpr int kFew = 4;  // all of a few are on their way before the first one is added
-      float2 sum = {0.0f, 0.0f}, its[kFew];
-      for (int first = 0; first < parts; first += kFew) {
-#pragma unroll
-        for (int i = 0; i < kFew; ++i)
-          if (first + i < parts) its[i] = *reinterpret_cast<const float2*>(part(first + i) + d);
-#pragma unroll
-        for (int i = 0; i < kFew; ++i)
-          if (first + i < parts) sum.x += its[i].x, sum.y += its[i].y;
-      }
-      return sum;
-    };
-    const float2 sum = sum_of(parts, [&](int part) { return p.partial + 2 * part_row(part) * x.D; });
-    const float2 kappa = sum_of(parts, [&](int part) { return p.partial + (2 * part_row(part) + 1) * x.D; });
-    const float2 base = sum_of(p.base_parts, [&](int part) { return p.base + ((std::int64_t(bh) * p.base_parts + part) * rows + row) * x.D; });
+    const float2 sum = sum_in_order<4>(parts, [&](int part) { return p.partial + 2 * part_row(part) * x.D + d; });
+    const float2 kappa = sum_in_order<4>(parts, [&](int part) { return p.partial + (2 * part_row(part) + 1) * x.D + d; });
+    const float2 base = sum_in_order<4>(p.base_parts, [&](int part) { return p.base + ((std::int64_t(bh) * p.base_parts + part) * rows + row) * x.D + d; });
     dq[d] = from_float<T>(base.x + correct.normalizer * (sum.x - correct.excess * kappa.x));
     dq[d + 1] = from_float<T>(base.y + correct.normalizer * (sum.y - correct.excess * kappa.y));
   }
@@ -339,7 +333,7 @@ cudaError_t launch_row_finish(const RowGradientParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
   return dispatch_dtype(x.dtype, [&](auto element) {
     const std::int64_t rows = std::int64_t(x.B) * x.H * (p.role == RowRole::landmark ? x.M : x.queries.max_length);
-    return launch(finish_kernel<decltype(element)>, static_cast<unsigned>((rows + kFinishWarps - 1) / kFinishWarps), 32 * kFinishWarps, 0, stream, p);
+    return launch(p.share > 0, finish_kernel<decltype(element)>, static_cast<unsigned>((rows + kFinishWarps - 1) / kFinishWarps), 32 * kFinishWarps, 0, stream, p);
   });
 }
 

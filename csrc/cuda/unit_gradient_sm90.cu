@@ -46,6 +46,7 @@ static_assert(sizeof(Shared<__half>) <= 227 * 1024);
 
 template <class T> __global__ void __launch_bounds__(kThreads, 1) unit_specialists_kernel(const UnitGradientParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  let_next_kernel_start();
   using C = Config<T, kDP, true>;
   constexpr int kTiles = kPassRows / 8;
   extern __shared__ __align__(kPanel) unsigned char memory[];

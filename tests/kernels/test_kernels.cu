@@ -428,13 +428,12 @@ struct Grouping {
 
 struct KeyLists {
   int most, blocks;  // of a head
-  int keys;
-  Buffer<std::int32_t> starts;
+  Buffer<std::int32_t> rows;
   Buffer<KeyRange> ranges;
   Buffer<KeyEntry> entries;
   KeyLists(const Problem& x, int most_segments)
-      : most(most_segments * x.K), blocks(parts_of(x.keys.max_length, kKeyBlock)), keys(list_keys(x.keys.max_length, x.M, x.K)),
-        starts(std::size_t(x.B) * x.H * x.M * (parts_of(x.keys.max_length, keys) + 1)), ranges(std::size_t(x.B) * x.H * blocks),
+      : most(most_segments * x.K), blocks(parts_of(x.keys.max_length, kKeyBlock)), rows(std::size_t(x.B) * x.H * most),
+        ranges(std::size_t(x.B) * x.H * blocks),
         entries(std::size_t(x.B) * x.H * most) {}
 };
 
@@ -664,7 +663,7 @@ void run(const Case& c) {
   Groups with_keys = backward_grouping.view();
   if (s) {
     with_keys.key_ranges = lists.ranges.data, with_keys.key_entries = lists.entries.data;
-    RUN(launch_key_lists({problem, indices.data, backward_grouping.view(), lists.keys, lists.starts.data, lists.ranges.data, lists.entries.data}, 0));
+    RUN(launch_key_lists({problem, indices.data, backward_grouping.view(), lists.rows.data, lists.ranges.data, lists.entries.data}, 0));
     const auto segment_starts = backward_grouping.segment_starts.get();
     const auto ranges = lists.ranges.get();
     const auto entries = lists.entries.get();
@@ -893,12 +892,13 @@ void run(const Case& c) {
   // both gradients of that softmax in one pass over the keys
   if (c.shared && fits_key_specialists(problem)) {
     const Output both_dk(dtype, B, Hkv, L, D, &keys), both_dv(dtype, B, Hkv, L, D, &keys), both_dlandmarks(dtype, B, H, M, D);
-    Buffer<float> partial(2 * kSplits * per_landmark), partial_sums(3 * std::size_t(kSplits) * BH * M);
+    const int blocks = 7, parts = blocks + BH;
+    Buffer<float> partial(2 * std::size_t(parts) * M * D), partial_sums(3 * std::size_t(parts) * M);
     RUN(launch_delta({dtype, B, H, D, all_landmarks.view(), dcompressed.view(), compressed.view(), dlandmark_lse.data, landmark_delta.data}, 0));
     KeyGradientParams p{units, {}};
-    p.keys.splits = kSplits, p.keys.dk = both_dk.view(), p.keys.dv = both_dv.view();
+    p.keys.dk = both_dk.view(), p.keys.dv = both_dv.view();
     p.landmarks.problem = problem, p.landmarks.role = RowRole::landmark, p.landmarks.lse = landmark_lse.data, p.landmarks.dlse = dlandmark_lse.data;
-    p.landmarks.delta = landmark_delta.data, p.landmarks.splits = kSplits, p.landmarks.partial = partial.data, p.landmarks.partial_sums = partial_sums.data;
+    p.landmarks.delta = landmark_delta.data, p.landmarks.share = parts_of(BH * parts_of(L, kKeyBlock), blocks), p.landmarks.partial = partial.data, p.landmarks.partial_sums = partial_sums.data;
     p.landmarks.base = shared_dk.data, p.landmarks.base_parts = kSplits, p.landmarks.dq = both_dlandmarks.view();
     RUN(launch_key_specialists(p, 0));
     RUN(launch_row_finish(p.landmarks, 0));
