@@ -32,7 +32,7 @@ struct alignas(8) Expert {
 };
 static_assert(kMaxTopk < 1 << 16);
 
-// Starts where multiprocessors fall idle at the end of the kernel before it. Short of instructions rather than of passes: every one runs once.
+// Runs where multiprocessors fall idle at the end of the kernel before it: few instructions, as each runs once, and one round trip to memory if it can be.
 __global__ void __launch_bounds__(kThreads, 2) key_lists_kernel(const KeyListParams p) {
   using Scan = cub::BlockScan<int, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
   __shared__ typename Scan::TempStorage storage;

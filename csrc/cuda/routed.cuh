@@ -4,8 +4,8 @@
 
 namespace mita {
 
-// A number n of a few bits, to be multiplied by a power of two, the factor of its row: as good as fp32 for sums that are rounded to T in the end. Stored as an
-// unsigned number of two parts, each of which is exact where it takes the last bits of an element of T: so tensor cores can sum them (RoutedProducts).
+// A number n of 16 bits, 14 for bf16, to be multiplied by a power of two, the factor of its row: as good as fp32 for sums that are rounded to T in the end. It is
+// stored as an unsigned number of two parts, each of which is exact where it takes the last bits of an element of T: so tensor cores can sum them (RoutedProducts).
 struct Fixed {
   std::uint16_t bits;
 };
@@ -16,7 +16,7 @@ template <class T> __device__ inline std::uint32_t pack_fixed(float lo, float hi
 template <class T> __device__ inline float2 unpack_fixed(std::uint32_t two) {
   return make_float2(__uint_as_float(__byte_perm(two, 0x4b00, 0x5410)) - kFixed<T>, __uint_as_float(__byte_perm(two, 0x4b00, 0x5432)) - kFixed<T>);
 }
-template <class T> constexpr int kLeastFactor = std::is_same_v<T, __half> ? -27 : -100;  // its logarithm: times 8 it is an element of T, too
+template <class T> constexpr int kLeastFactor = std::is_same_v<T, __half> ? -27 : -100;  // its logarithm: eight times that is an element of T, too
 
 // What the rows of accumulators, times `factor`, are multiplied by to be rounded to Fixed, and after that. A row with a number that is not finite becomes all NaN.
 template <class T> struct FixedRows {
@@ -94,8 +94,8 @@ __device__ inline void store_rounded_rows(const float (&dk)[C::kColumns / 8][4],
   store(dk, k, to_k), store(dv, v, to_v);
 }
 
-// Adds rows of Fixed to the gradients of a warp's 16 keys by tensor cores, S R: S has the factor of every row in the line of its key, and R is the two parts of
-// the row's numbers as they are when they take the last bits of two powers of two. What that adds is taken away in the end.
+// Adds rows of Fixed, of up to 64 columns, to the gradients of a warp's 16 keys by tensor cores, S R: S has the factor of every row in the line of its key, and R
+// is the two parts of the rows' numbers as they are when they take the last bits of two powers of two. What that adds is taken away in the end.
 template <class T> struct RoutedProducts {
   static constexpr bool kHalf = std::is_same_v<T, __half>;
   static constexpr std::uint32_t kLow = kHalf ? 0x58005800 : 0x43004300, kHigh = kHalf ? 0x78007800 : 0x46804680;  // 2^7 and 2^15, last bits 2^-3 and 2^5; 2^7 and 2^14, 1 and 2^7
