@@ -547,6 +547,18 @@ def test_out_of_memory_leaves_nothing_broken(function):
 # ---- CUDA graphs, host synchronisation
 
 
+def capture(step):
+    """A graph of one step, and what it writes; after a step on a side stream."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        return graph, step()
+
+
 @pytest.mark.gpu
 @FUNCTIONS
 @pytest.mark.parametrize("sizes", [{"L": 300}, {"Hkv": 4}], ids=["stages", "short"])
@@ -561,14 +573,7 @@ def test_graph_replays_with_changed_inputs(function, sizes):
         out = function(*leaves)
         return out, *torch.autograd.grad(out, leaves, dout)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     for seed in (0, 1, 2):
         fresh = make_inputs(case, "cuda", torch.bfloat16, seed=seed)
         with torch.no_grad():
@@ -576,6 +581,27 @@ def test_graph_replays_with_changed_inputs(function, sizes):
                 x.copy_(y)
         graph.replay()
         assert_all_equal([x.detach() for x in captured], run(function, fresh, dout))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("N", [600, 4608])
+def test_graph_of_kernels_that_start_early(N):
+    """On Hopper: what follows the pass over the queries, and the scores behind pooling and routing."""
+    torch.manual_seed(0)
+    *leaves, dout = (torch.randn(4, 16, N, 64, device="cuda", dtype=torch.bfloat16, requires_grad=i < 3) for i in range(4))
+
+    def step():
+        out = mita_ext.attention(*leaves, num_landmarks=64, topk=32)
+        return out.detach(), *torch.autograd.grad(out, leaves, dout)
+
+    graph, captured = capture(step)
+    for _ in range(3):
+        with torch.no_grad():
+            for x in leaves:
+                x.normal_()
+        expected = step()
+        graph.replay()
+        assert_all_equal(captured, expected)
 
 
 @pytest.mark.gpu
