@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import os
 import time
 from functools import partial
 
@@ -388,7 +389,8 @@ def train_on_two_ranks(rank, rendezvous):
         got = Layer.gradients(layer, BATCH.chunk(2)[rank])
         got = [x.full_tensor() if isinstance(x, DTensor) else x for x in got]
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-14)
-    distributed.destroy_process_group()
+    distributed.barrier()
+    os._exit(0)  # both are through. At the end of torch's threads a process aborts now and then ("terminate called ...")
 
 
 def test_data_parallel_and_fully_sharded(tmp_path, monkeypatch):
