@@ -275,6 +275,18 @@ def case_of(name: str, **changes) -> Case:
     return replace(BY_NAME[name], **changes)
 
 
+def capture(step):
+    """A graph of one step, and what it writes; after a step on a side stream."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        return graph, step()
+
+
 def given_selection(case: Case, aux, query, key, value, landmarks):
     """The definition on the selection (and the landmarks' rounding) that `aux` reports: out, lse."""
     Z = reference.pool_landmarks(query, case.M, grid=case.grid, num_prefix_tokens=case.prefix) if case.pooled else landmarks

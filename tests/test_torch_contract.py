@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import BY_NAME, case_of, make_inputs
+from cases import BY_NAME, capture, case_of, make_inputs
 from torch import distributed
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -547,18 +547,6 @@ def test_out_of_memory_leaves_nothing_broken(function):
 
 
 # ---- CUDA graphs, host synchronisation
-
-
-def capture(step):
-    """A graph of one step, and what it writes; after a step on a side stream."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        return graph, step()
 
 
 @pytest.mark.gpu

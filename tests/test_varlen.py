@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import F64, VARLEN, assert_rivals, case_of, given_selection, make_inputs
+from cases import F64, VARLEN, assert_rivals, capture, case_of, given_selection, make_inputs
 from test_gradients import smallest_gap
 from torch.nn.functional import pad
 
@@ -360,14 +360,7 @@ def test_graph_replays_with_changed_lengths(form, N, L, dtype):
         return [int_tensor(n, "cuda") for n in lengths]
 
     lengths = numbers((1, 1, 1, 1))
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step(form, leaves, lengths, dout, (N, L))
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(form, leaves, lengths, dout, (N, L))
+    graph, captured = capture(lambda: step(form, leaves, lengths, dout, (N, L)))
     for share in ((1, 0.5, 0, 0.9), (0, 0, 0, 0), (0.1, 0.2, 0.3, 1), (1, 1, 1, 1)):
         fresh = numbers(share)
         for x, y in zip(lengths, fresh, strict=True):

@@ -939,9 +939,7 @@ inline cudaError_t launch(bool early, void (*kernel)(Params...), dim3 blocks, un
   cudaLaunchAttribute attribute{cudaLaunchAttributeProgrammaticStreamSerialization};
   attribute.val.programmaticStreamSerializationAllowed = 1;
   const cudaLaunchConfig_t how{blocks, threads, bytes, stream, &attribute, early};
-  const cudaError_t status = cudaLaunchKernelEx(&how, kernel, args...);
-  if (status != cudaSuccess) cudaGetLastError();  // so that nobody else meets it
-  return status;
+  return cudaLaunchKernelEx(&how, kernel, args...);
 }
 template <class... Params, class... Args>
 inline cudaError_t launch(void (*kernel)(Params...), dim3 blocks, unsigned threads, std::size_t bytes, cudaStream_t stream, const Args&... args) {

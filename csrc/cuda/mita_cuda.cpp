@@ -53,6 +53,7 @@ struct Context {
   void run(const char* stage, cudaError_t (*launch)(const Params&, cudaStream_t), const Params& params) const {
     const Range range(stage);
     const cudaError_t status = launch(params, stream);
+    if (status != cudaSuccess) static_cast<void>(cudaGetLastError());  // so that nobody else meets it
     TORCH_CHECK(status == cudaSuccess, stage, ": ", cudaGetErrorString(status),
                 status == cudaErrorNoKernelImageForDevice ? "; mita_ext was built for CUDA architectures " MITA_CUDA_ARCHS
                                                             ": rebuild it with TORCH_CUDA_ARCH_LIST set to this GPU's"
