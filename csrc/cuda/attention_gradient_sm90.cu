@@ -111,15 +111,15 @@ template <class T, int SLOTS> __global__ void __launch_bounds__(kThreads, 1) gra
   {
     auto& sizes = reinterpret_cast<std::int32_t (&)[kThreads]>(shared.sets);
     const unsigned i = threadIdx.x, segments = max_tiles(x, p.groups.segment_rows), first = blockIdx.x / p.splits * segments;  // 64 bits: registers
-    if (i < segments) sizes[i] = p.groups.segments[first + i].entries;
+    Work own{};
+    if (i < segments) own = p.groups.segments[first + i], sizes[i] = own.entries;
     if (i <= kTurns) shared.works[i] = {0, 0, 0, 0};
     __syncthreads();
-    if (i < segments) {
-      const int own = sizes[i];
+    if (own.entries > 0) {
       int place = 0;  // larger ones, and earlier ones of the same size
-      for (int j = 0; j < segments; ++j) place += sizes[j] > own || (sizes[j] == own && j < i);
+      for (int j = 0; j < segments; ++j) place += sizes[j] > own.entries || (sizes[j] == own.entries && j < i);
       const int turn = place / p.splits, dealt = place % p.splits, part = blockIdx.x % p.splits;
-      if (own > 0 && part == (turn % 2 ? p.splits - 1 - dealt : dealt)) shared.works[turn] = p.groups.segments[first + i];
+      if (part == (turn % 2 ? p.splits - 1 - dealt : dealt)) shared.works[turn] = own;
     }
   }
   __syncthreads();

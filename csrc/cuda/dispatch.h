@@ -53,7 +53,7 @@ template <int BYTES, int DP> constexpr int kRowGradientRows = BYTES * DP <= 256 
 // Experts whose keys fit in the registers of one warp, as operands of its products, and the shared units with four warps' values in
 // the 99 KB that every block may have; and with few queries. H100, time against that of specialists: with 64 keys 83 % at 32 queries of an
 // expert, 115 % at 64; with 25 keys 60 % at 32, 92 % at 64, 97 to 110 % at 128.
-constexpr int kSmallExpertKeys = 64;
+constexpr int kSmallExpertKeys = 64, kSmallPassRows = 16;  // queries that a warp holds at a time
 inline bool small_experts(const Problem& x) {
   const bool half = x.K <= kSmallExpertKeys / 2;
   return x.dtype != Dtype::fp32 && x.D <= 64 && x.D % kCudaHeadDimStep == 0 && x.M <= (half ? 256 : 192) && x.s > 0 && x.K <= kSmallExpertKeys &&
@@ -71,7 +71,7 @@ inline int tile_rows(int most, int entries_per_expert, int step = kPassRows) {
 }
 // Several passes need a second set of queries in shared memory, for which fp32 and long index lists leave no room everywhere.
 inline int attention_tile_rows(const Problem& x, int entries_per_expert) {
-  if (small_experts(x)) return tile_rows(kMaxSmallTile, entries_per_expert, 16);
+  if (small_experts(x)) return tile_rows(kMaxSmallTile, entries_per_expert, kSmallPassRows);
   if (x.D > 128) return tile_rows(x.dtype == Dtype::fp32 ? kAttentionRows<4, 256> : kAttentionRows<2, 256>, entries_per_expert);
   // Of learned or pooled landmarks some have twice the average load. H100, 64 columns: such experts whole take 2 % less, no difference at 128.
   if (x.dtype != Dtype::fp32 && x.D <= 64 && x.K <= 512 && entries_per_expert >= kPassRows && 2 * entries_per_expert <= kMaxAttentionTile / 2)
@@ -86,6 +86,10 @@ constexpr int kGroupKeys = 16;
 constexpr int kShortKeys = 256;        // so many scores eight lanes select from
 constexpr int kSpecialistKeys = 4096;  // from here on, specialists score 16-bit keys
 inline int group_keys(int L, int K, int D) { return L <= kShortKeys || (L <= 4096 && L <= K * D) ? 1 : kGroupKeys; }
+// Rows of up to so many scores are chosen from by a warp or less, which then puts the landmark's compressed value together, too.
+constexpr int kWarpScores = 2048;
+inline bool combines_with_topk(const LandmarkParams& p) { return p.group == 1 && p.problem.keys.max_length <= kWarpScores; }
+
 // Rows of many groups are first cut down by a sample of them: one of every `stride`, at a hashed place, as contiguous structure
 // cannot mislead that. H100: a smaller sample leaves more candidates, a larger one takes longer to sort.
 __host__ __device__ inline int sample_stride(int groups) {

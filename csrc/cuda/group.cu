@@ -69,34 +69,39 @@ struct Lists {
     __syncthreads();
   }
 
-  // Pieces of `rows` entries, `starts` the prefix sums of each expert's pieces.
-  __device__ void write_work(Work* list, int most, int rows, int M, const int* starts) const {
-    for (int i = threadIdx.x; i < most; i += kThreads) {
-      Work work{0, 0, 0, 0};
-      if (i < starts[M]) {
+  // Pieces of `rows` entries, expert by expert; with `pass`, the number of entries in a pass, first those of most passes. `starts` are the prefix sums of each
+  // expert's pieces, of so many passes.
+  __device__ void write_pieces(Work* lists, int rows, int pass, int (&starts)[kMaxLandmarks + 1], const Problem& x, int bh) {
+    const int most = max_tiles(x, rows), most_passes = pass ? rows / pass : 1;
+    Work* list = lists + std::int64_t(bh) * most;
+    int before = 0;
+    for (int passes = most_passes; passes > 0; --passes) {
+      const auto has_last = [&](int m) {  // is the last piece of an expert, where it is not a whole one, of so many passes?
+        const int last = (first[m + 1] - first[m]) % rows;
+        return last > 0 && (pass ? ceil_div(last, pass) : most_passes) == passes;
+      };
+      const auto whole = [&](int m) { return (first[m + 1] - first[m]) / rows; };
+      sum(starts, x.M, [&](int m) { return (passes == most_passes ? whole(m) : 0) + has_last(m); });
+      for (int i = threadIdx.x; i < starts[x.M]; i += kThreads) {
         int m = 0;  // the last expert that does not start behind piece i
         for (int step = kMaxLandmarks; step; step >>= 1)
-          if (m + step < M && starts[m + step] <= i) m += step;
-        const int from = first[m] + (i - starts[m]) * rows;
-        work = {m, from, min(rows, first[m + 1] - from), i};
+          if (m + step < x.M && starts[m + step] <= i) m += step;
+        const int from = first[m] + (i - starts[m] + (passes == most_passes ? 0 : whole(m))) * rows;
+        list[before + i] = {m, from, min(rows, first[m + 1] - from), before + i};
       }
-      list[i] = work;
+      before += starts[x.M];
     }
-  }
-
-  __device__ void write_pieces(Work* lists, int rows, int (&starts)[kMaxLandmarks + 1], const Problem& x, int bh) {
-    sum(starts, x.M, [&](int m) { return ceil_div(first[m + 1] - first[m], rows); });
-    write_work(lists + std::int64_t(bh) * max_tiles(x, rows), max_tiles(x, rows), rows, x.M, starts);
+    for (int i = before + threadIdx.x; i < most; i += kThreads) list[i] = {0, 0, 0, 0};
   }
   // From the number of each expert's entries to the lists of work. All threads must call it.
   template <class Size> __device__ void write_tiles(const GroupParams& p, int bh, Size size) {
     sum(first, p.problem.M, size);
     if (bh == 0 && threadIdx.x == 0) *p.taken = 0;
-    write_pieces(p.tiles, p.tile_rows, tiles, p.problem, bh);
+    write_pieces(p.tiles, p.tile_rows, p.pass_rows, tiles, p.problem, bh);
   }
   template <class Size> __device__ void write(const GroupParams& p, int bh, Size size) {
     write_tiles(p, bh, size);
-    write_pieces(p.segments, p.segment_rows, segments, p.problem, bh);
+    write_pieces(p.segments, p.segment_rows, 0, segments, p.problem, bh);
     for (int m = threadIdx.x; m <= p.problem.M; m += kThreads) p.segment_starts[std::int64_t(bh) * (p.problem.M + 1) + m] = segments[m];
   }
 };

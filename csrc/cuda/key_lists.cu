@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, 2) key_lists_kernel(const KeyListPar
   const std::int32_t* const all = p.indices + std::int64_t(bh) * x.M * x.K;
   const std::int32_t* const indices = holds ? held : all;
   let_next_kernel_start();
-  if (holds) load_numbers(static_cast<std::uint32_t>(__cvta_generic_to_shared(held)), x.M * x.K, all, [](int i) { return i; });
+  if (holds) load_numbers(Window(reinterpret_cast<const unsigned char*>(held)).address, x.M * x.K, all, [](int i) { return i; });
   for (int key = threadIdx.x; key <= kListKeys; key += kThreads) starts[key] = 0;
   if (threadIdx.x == 0) before = 0;
   for (int m = threadIdx.x; m <= x.M; m += kThreads)

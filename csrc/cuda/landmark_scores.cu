@@ -9,9 +9,10 @@
 // The keys of a tile are permuted, so that the columns of one lane are consecutive keys; where all scores are stored, four by four of four lanes.
 // On sm_90a, where 16-bit sequences are long, specialists do the same: four warps bring keys and values, a share of the rows each, whole
 // warpgroups own 64 landmarks, or share them, each with a part of the key range of its own.
-// combine: one warp per landmark merges the parts in their order, rounds the value once and writes the lse.
+// combine: one warp per landmark, unless that is done beside the choice of its keys (combines_with_topk).
 #include "launch.h"
 #include "specialists.cuh"
+#include "stages.cuh"
 
 namespace mita {
 namespace {
@@ -318,32 +319,8 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
 
 constexpr int kCombineWarps = 4;
 
-template <class T, int DP> __global__ void __launch_bounds__(32 * kCombineWarps) combine_kernel(const LandmarkParams p) {
-  const Problem& x = p.problem;
-  const std::int64_t row = std::int64_t(blockIdx.x) * kCombineWarps + threadIdx.x / 32;
-  if (row >= std::int64_t(x.B) * x.H * x.M) return;
-  const int lane = threadIdx.x % 32;
-  const std::int64_t bh = row / x.M, m = row % x.M;
-  const auto part = [&](int split) { return (bh * p.splits + split) * x.M + m; };
-
-  float maximum = -kInfinity;
-#pragma unroll 8
-  for (int i = 0; i < p.splits; ++i) maximum = fmaxf(maximum, p.partial_state[2 * part(i)]);
-  const float base = maximum == -kInfinity ? 0.0f : maximum;
-  float sum = 0.0f, value[DP / 32] = {};
-#pragma unroll(DP <= 128 ? 8 : 2)  // 4 times 256 columns spill on sm_80
-  for (int i = 0; i < p.splits; ++i) {
-    const float weight = exponential<T>(p.partial_state[2 * part(i)] - base);
-    sum += weight * p.partial_state[2 * part(i) + 1];
-#pragma unroll
-    for (int j = 0; j < DP / 32; ++j)
-      if (lane + 32 * j < x.D) value[j] += weight * p.partial_values[part(i) * x.D + lane + 32 * j];
-  }
-  const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
-#pragma unroll
-  for (int j = 0; j < DP / 32; ++j)
-    if (lane + 32 * j < x.D) static_cast<T*>(p.compressed)[row * x.D + lane + 32 * j] = from_float<T>(value[j] * factor);
-  if (lane == 0) p.lse[row] = log_sum<T>(maximum, sum);
+template <class T> __global__ void __launch_bounds__(32 * kCombineWarps) combine_kernel(const LandmarkParams p) {
+  combine_parts<T>(p, std::int64_t(blockIdx.x) * kCombineWarps + threadIdx.x / 32);
 }
 
 }  // namespace
@@ -370,11 +347,9 @@ cudaError_t launch_landmark_scores(const LandmarkParams& p, cudaStream_t stream)
 }
 
 cudaError_t launch_landmark_combine(const LandmarkParams& p, cudaStream_t stream) {
-  const Problem& x = p.problem;
-  return dispatch(x.dtype, x.D, [&](auto config) {
-    using C = decltype(config);
-    const std::int64_t rows = std::int64_t(x.B) * x.H * x.M;
-    return launch(combine_kernel<typename C::T, C::DP>, static_cast<unsigned>((rows + kCombineWarps - 1) / kCombineWarps), 32 * kCombineWarps, 0, stream, p);
+  const std::int64_t rows = std::int64_t(p.problem.B) * p.problem.H * p.problem.M;
+  return dispatch_dtype(p.problem.dtype, [&](auto element) {
+    return launch(combine_kernel<decltype(element)>, static_cast<unsigned>((rows + kCombineWarps - 1) / kCombineWarps), 32 * kCombineWarps, 0, stream, p);
   });
 }
 

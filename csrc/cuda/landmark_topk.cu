@@ -3,7 +3,8 @@
 // A candidate is one 64-bit number, ordered(score) above the complement of its key index: all candidates differ, so every
 // comparison is decided, and nothing depends on the timing of threads. Indices come out ascending; -1 fills the rest.
 //
-// short rows: of up to kShortKeys scores eight lanes per landmark, of up to kWarpScores one warp, the scores in its registers.
+// short rows: of up to kShortKeys scores eight lanes per landmark, of up to kWarpScores one warp, the scores in its registers. More blocks of the same launch
+//   put the landmarks' compressed values together (stages.cuh).
 // long rows: of each group of consecutive keys only the largest score is known, and what bounds the others (kGroupKeys). The K best keys lie
 //   in the K best groups, in the total order of maxima and group indices: K groups in front of a key's would hold K keys in front of it.
 //   One block per landmark
@@ -36,7 +37,7 @@ __device__ float least_score(u64 candidate) {
 __device__ u32 index_of(u64 candidate) { return kAllBits - static_cast<u32>(candidate); }
 
 constexpr int kThreads = 128;  // few: most of the time is latency, and many rows hide it
-constexpr int kWarpScores = 2048, kWarpTopk = 64, kPartGroups = 1024;
+constexpr int kWarpTopk = 64, kPartGroups = 1024;
 
 // The second number of a group, next to the least of the K best maxima.
 __device__ bool is_open(u32 others, u32 least) { return (others | (kGroupKeys - 1)) >= max(least, u32(kGroupKeys)) - kGroupKeys; }  // -0 there is +0 here
@@ -97,18 +98,168 @@ template <class C, int THREADS, class KeyOf, class Put> __device__ void score_ke
 
 // ---- rows in registers ---------------------------------------------------------------------------------------------
 
-template <int LANES, int MOST> __global__ void __launch_bounds__(kThreads) topk_rows_kernel(const LandmarkParams p) {
+// What select_of_few leaves for all lanes of a warp: first the few, then a bit for every key of the row.
+constexpr int kFew = 128;
+union Few {
+  std::uint16_t keys[kFew];
+  u32 chosen[kWarpScores / 32];
+};
+
+// What select_row does, by a warp and with less work where k is up to half of kFew or so. A first threshold only has to let k scores pass, and no more than
+// kFew. On which side of it a score is takes a difference and a shift, which leave a bit of it. From those few, of which each lane has every 32nd, the k best
+// are chosen. one(key) is a score. False, and nothing done, where no such threshold is found soon.
+template <int MOST, class One, class Four, class Emit> __device__ bool select_of_few(int length, int k, Few& few, One one, Four four, Emit emit) {
+  constexpr int kGroup = 4 * 32, kGroups = MOST / kGroup, kWords = ceil_div(MOST, 32 * 32), kSlots = kFew / 32, kTries = 12, kSteps = 24;
+  static_assert(MOST > kFew && MOST <= kWarpScores && MOST % kGroup == 0);
+  const int lane = threadIdx.x % 32;
+  const float aim = k + 4.0f * sqrtf(static_cast<float>(k)) + 8.0f;
+  if (length <= kFew || k == 0 || aim > 0.85f * kFew) return false;
+  const auto total = [](float x) {
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) x += __shfl_xor_sync(kAllLanes, x, d);
+    return x;
+  };
+  const auto before_lane = [&](int own) {
+    int through = own;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const int other = __shfl_up_sync(kAllLanes, through, d);
+      if (lane >= d) through += other;
+    }
+    return through - own;
+  };
+
+  float score[kGroups][4];
+#pragma unroll
+  for (int j = 0; j < kGroups; ++j) {
+    const int first = j * kGroup + 4 * lane;
+    const float4 x = first < length ? four(first) : float4{};
+    score[j][0] = x.x, score[j][1] = x.y, score[j][2] = x.z, score[j][3] = x.w;
+  }
+  // The threshold is guessed as that of a logistic distribution of the same mean and deviation, which every second group gives.
+  float sum = 0.0f, squares = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kGroups; j += 2)
+    if ((j + 1) * kGroup <= length)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum += score[j][e], squares = fmaf(score[j][e], score[j][e], squares);
+  const float inverse = 1.0f / (kGroup * ceil_div(length / kGroup, 2)), share = aim / static_cast<float>(length);
+  const float mean = total(sum) * inverse, deviation = sqrtf(total(squares) * inverse - mean * mean);
+  float guess = mean + deviation * 0.59f * __logf((1.001f - share) / (share + 0.001f)), step = 0.25f * deviation, low = -kInfinity, high = kInfinity;
+
+  const int rest = max(length - 4 * lane, 0), own_keys = rest / kGroup * 4 + min(rest % kGroup, 4);
+  u32 above[kWords];  // a bit for each of the lane's scores, the first one highest: is it above the guess? NaN never is
+  int n;
+  for (int i = 0;; ++i) {
+    if (i == kTries) return false;
+    int own = 0;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      const int bits = min(32, 4 * kGroups - 32 * w), present = min(max(own_keys - 32 * w, 0), bits);
+      u32 set = 0;
+#pragma unroll
+      for (int b = 0; b < bits; ++b) set = __funnelshift_l(__float_as_uint(guess - score[8 * w + b / 4][b % 4]), set, 1);
+      above[w] = set >> (bits - present) << (32 - present) % 32;
+      own += __popc(above[w]);
+    }
+    n = __reduce_add_sync(kAllLanes, own);
+    if (n >= k && n <= kFew) break;
+    (n < k ? high : low) = guess;
+    guess = low > -kInfinity && high < kInfinity ? 0.5f * low + 0.5f * high : n < k ? guess - step : guess + step;
+    step *= 2.0f;
+  }
+
+  int of_lane = 0;
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) of_lane += __popc(above[w]);
+  int at = before_lane(of_lane);
+#pragma unroll
+  for (int w = 0; w < kWords; ++w)
+    for (u32 left = above[w]; left;) {
+      const int i = __clz(left);
+      left ^= 0x80000000u >> i;
+      few.keys[at++] = static_cast<std::uint16_t>((8 * w + i / 4) * kGroup + 4 * lane + i % 4);
+    }
+  __syncwarp();
+  int place[kSlots];
+  u32 key[kSlots], best = 0;  // 0: there is none
+#pragma unroll
+  for (int s = 0; s < kSlots; ++s) place[s] = lane + 32 * s < n ? few.keys[lane + 32 * s] : -1;
+#pragma unroll
+  for (int s = 0; s < kSlots; ++s) key[s] = place[s] < 0 ? 0 : ordered(one(place[s])), best = max(best, key[s]);
+  const auto count = [&](auto&& is) {
+    int own = 0;
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) own += is(s);
+    return __reduce_add_sync(kAllLanes, own);
+  };
+
+  // k or more reach `least`, fewer reach `most`: looked for where the line between these two numbers has k, by turns with halves.
+  u32 least = ordered(guess), most = __reduce_max_sync(kAllLanes, best) + 1;
+  int reach_least = n, reach_most = 0;
+#pragma unroll 1
+  for (int i = 0; reach_least != k && most - least > 1; ++i) {
+    u32 middle = least + (most - least) / 2;
+    if (i < kSteps) {
+      const float part = i % 2 ? 0.5f : __fdividef(reach_least - k + 0.5f, static_cast<float>(reach_least - reach_most));
+      middle = ordered(fmaf(part, score_of(most) - score_of(least), score_of(least)));
+    }
+    middle = max(least + 1, min(middle, most - 1));
+    const int reached = count([&](int s) { return key[s] >= middle; });
+    if (reached >= k) least = middle, reach_least = reached;
+    else most = middle, reach_most = reached;
+  }
+  int bound = MOST;  // of the places of those that are `least`, where only some of them are chosen
+  const auto is_chosen = [&](int s) { return key[s] > least || (key[s] == least && place[s] < bound); };
+  if (reach_least != k)
+    for (int lower = 0, upper = MOST, reached = reach_least; reached != k;) {
+      bound = (lower + upper) / 2;
+      reached = count(is_chosen);
+      (reached < k ? lower : upper) = bound;
+    }
+
+  __syncwarp();
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) few.chosen[lane + 32 * w] = 0;
+  __syncwarp();
+#pragma unroll
+  for (int s = 0; s < kSlots; ++s)
+    if (is_chosen(s)) atomicOr(few.chosen + place[s] / 32, 1u << place[s] % 32);
+  __syncwarp();
+  of_lane = 0;
+  u32 chosen[kWords];
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) chosen[w] = few.chosen[kWords * lane + w], of_lane += __popc(chosen[w]);
+  at = before_lane(of_lane);
+#pragma unroll
+  for (int w = 0; w < kWords; ++w)
+    for (u32 left = chosen[w]; left; left &= left - 1) emit(at++, 32 * (kWords * lane + w) + __ffs(left) - 1);
+  __syncwarp();
+  return true;
+}
+
+template <int LANES> __host__ __device__ inline std::int64_t blocks_of_rows(std::int64_t rows) { return (rows * LANES + kThreads - 1) / kThreads; }
+
+// Registers for as many warps as a few spills pay for. H100, B and B2: 20.5 and 29.5 us of 20.4 and 33.2.
+template <class T, int LANES, int MOST> __global__ void __launch_bounds__(kThreads, MOST <= 1152 ? 8 : MOST <= 1664 ? 6 : 5) topk_rows_kernel(const LandmarkParams p) {
   const Problem& x = p.problem;
-  const std::int64_t row = (std::int64_t(blockIdx.x) * kThreads + threadIdx.x) / LANES;
-  const bool exists = row < std::int64_t(x.B) * x.H * x.M;
+  const std::int64_t rows = std::int64_t(x.B) * x.H * x.M, blocks = blocks_of_rows<LANES>(rows), row = (blockIdx.x * std::int64_t(kThreads) + threadIdx.x) / LANES;
+  if (blockIdx.x >= blocks) return combine_parts<T>(p, (blockIdx.x - blocks) * (kThreads / 32) + threadIdx.x / 32);
+  const bool exists = row < rows;
   const int length = exists ? span(x.keys, static_cast<int>(row / x.M / x.H)).length : 0, k = min(x.K, length);
   const std::int64_t pitch = score_pitch(x.keys.max_length, 1);
   const float* scores = p.scores + row * pitch;
   std::int32_t* indices = p.indices + row * x.K;
   if (exists)
     for (int i = k + threadIdx.x % LANES; i < x.K; i += LANES) indices[i] = -1;
-  select_row<LANES, MOST>(length, k, [&](int key) { return *reinterpret_cast<const float4*>(scores + key); },
-                          [&](int i, int key) { indices[i] = key; });
+  const auto four = [&](int key) { return *reinterpret_cast<const float4*>(scores + key); };
+  const auto emit = [&](int i, int key) { indices[i] = key; };
+  if constexpr (LANES == 32) {
+    __shared__ Few few[kThreads / 32];
+    if (!select_of_few<MOST>(length, k, few[threadIdx.x / 32], [&](int key) { return scores[key]; }, four, emit)) select_row<LANES, MOST>(length, k, four, emit);
+  } else {
+    select_row<LANES, MOST>(length, k, four, emit);
+  }
   if (exists) discard<LANES>(scores, pitch * sizeof(float));
 }
 
@@ -442,7 +593,9 @@ cudaError_t launch_landmark_topk(const LandmarkParams& p, cudaStream_t stream) {
   const int row_scores = ceil_div(x.keys.max_length, p.group);
   const auto rows_of = [&](auto lanes) {
     return [&, lanes](auto most) {
-      return launch(topk_rows_kernel<lanes, most>, static_cast<unsigned>((std::int64_t(rows) * lanes + kThreads - 1) / kThreads), kThreads, 0, stream, p);
+      return dispatch_dtype(x.dtype, [&](auto element) {
+        return launch(topk_rows_kernel<decltype(element), lanes, most>, static_cast<unsigned>(blocks_of_rows<lanes>(rows) + blocks_of_rows<32>(rows)), kThreads, 0, stream, p);
+      });
     };
   };
   if (p.group == 1 && row_scores <= kShortKeys) return dispatch_size<128, kShortKeys>(row_scores, rows_of(std::integral_constant<int, 8>{}));

@@ -224,6 +224,7 @@ struct LandmarkStage {
     p.lse = lse.data_ptr<float>();
   }
   void score(const Context& context) const { context.run("mita_ext::landmark_scores", launch_landmark_scores, p); }
+  bool combines_with_choice() const { return combines_with_topk(p); }
   void combine(const Context& context) const { context.run("mita_ext::landmark_combine", launch_landmark_combine, p); }
   void choose(const Context& context) const { context.run("mita_ext::landmark_topk", launch_landmark_topk, p); }
   void free_scratch() { scores = values = state = Tensor(); }
@@ -248,7 +249,7 @@ int64_t kept_ints(const Problem& x) {
 }
 
 // counts: of pool_route_stage, if there are any. kept: of the same experts, if it is known; then all that may be wanted are tiles.
-Grouped group_stage(const Context& context, const Problem& x, const Tensor& experts, int tile_rows, const Tensor& counts = {}, const Tensor& kept = {}, bool want_tiles = true) {
+Grouped group_stage(const Context& context, const Problem& x, const Tensor& experts, int tile_rows, int pass_rows = 0, const Tensor& counts = {}, const Tensor& kept = {}, bool want_tiles = true) {
   Grouped result;
   result.groups.tile_rows = tile_rows;
   result.groups.segment_rows = segment_rows(entries_per_expert(x));
@@ -266,6 +267,7 @@ Grouped group_stage(const Context& context, const Problem& x, const Tensor& expe
   p.entries = p.segment_starts + heads(x) * (x.M + 1);
   p.tile_rows = result.groups.tile_rows;
   p.segment_rows = result.groups.segment_rows;
+  p.pass_rows = pass_rows;
   if (!known || want_tiles) {
     const int64_t tiles = heads(x) * max_tiles(x, tile_rows);
     result.rest = ints(experts, {kWork * tiles + 1 + (known || counted ? 0 : heads(x) * x.M * chunks)});
@@ -310,7 +312,9 @@ Units units(bool shared, const Tensor& landmarks, const Tensor& compressed, cons
 }
 
 Grouped attention_groups(const Context& context, const Problem& x, const Tensor& experts, const Tensor& counts = {}) {
-  return group_stage(context, x, experts, attention_tile_rows(x, entries_per_expert(x)), counts);
+  const int rows = attention_tile_rows(x, entries_per_expert(x));
+  // Where a warp takes one tile of some passes after the other, large ones first: H100, three passes, B: 63 -> 58 us of attention; two, B2: 84 -> 87.
+  return group_stage(context, x, experts, rows, small_experts(x) && rows > 2 * kSmallPassRows ? kSmallPassRows : 0, counts);
 }
 
 std::tuple<Tensor, Tensor> attention_stage(const Context& context, const Problem& x, const Units& units, const Tensor& query, const Grouped& grouped, float scale,
@@ -671,7 +675,7 @@ std::tuple<Tensor, Tensor, Tensor> landmark_topk(const Tensor& landmarks, const 
   const Tensor z = aligned(landmarks), k = aligned(key), v = aligned(value);
   const LandmarkStage stage(x, z, k, v, static_cast<float>(scale));
   stage.score(context);
-  stage.combine(context);
+  if (!stage.combines_with_choice()) stage.combine(context);
   stage.choose(context);
   return {stage.indices, stage.compressed, stage.lse};
 }
@@ -790,7 +794,7 @@ AttentionGradient attention_gradient(const Problem& x, const Saved& saved, const
     return result;
   }
   const bool one_pass = of_units && rounds_routed_sums(x) && fits_specialist_gradient(x, shared_expert, scale, landmark_scale);
-  Grouped grouped = group_stage(context, x, saved.experts, row_gradient_tile_rows(x, entries_per_expert(x)), {}, kept_groups, !one_pass);
+  Grouped grouped = group_stage(context, x, saved.experts, row_gradient_tile_rows(x, entries_per_expert(x)), 0, {}, kept_groups, !one_pass);
   std::optional<KeyLists> lists;
   if (wanted.keys && x.s > 0) lists.emplace(x, saved.indices, grouped.groups);
   const auto stages = [&](const Problem& x, const Saved& saved, const Groups& groups, const AttentionGradient& result) {
@@ -847,8 +851,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> atten
   if (!both) experts = route_stage(beside.context, x, q, z);
   const Grouped grouped = attention_groups(beside.context, x, experts, counts);
   landmark.score(context);
-  beside.catch_up();
-  landmark.combine(beside.context);
+  if (!landmark.combines_with_choice()) {
+    beside.catch_up();
+    landmark.combine(beside.context);
+  }
   landmark.choose(context);
   beside.join();
   landmark.free_scratch();

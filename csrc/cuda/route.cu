@@ -109,7 +109,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, 2) 
 // ---- by specialists ------------------------------------------------------------------------------------------------
 
 constexpr int kGroups = 4, kThreads = 128 * (kGroups + 1);
-constexpr int kPieceRows = 16 * kPassRows, kTileLandmarks = 64, kStages = 8;  // stages for all landmarks
+constexpr int kTileLandmarks = 64, kStages = 8;  // stages for all landmarks
 
 template <class C> struct Specialists : C {
   static constexpr int kSets = C::DP == 64 ? 10 : 6;
@@ -120,7 +120,7 @@ template <class C> struct Specialists : C {
   };
 };
 
-template <class C> __global__ void __launch_bounds__(kThreads, 1) route_specialists_kernel(const RouteParams p) {
+template <class C> __global__ void __launch_bounds__(kThreads, 1) route_specialists_kernel(const RouteParams p, const int parts) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using L = Specialists<C>;
   using T = typename C::T;
@@ -138,7 +138,7 @@ template <class C> __global__ void __launch_bounds__(kThreads, 1) route_speciali
 
   const Problem& x = p.problem;
   const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-  const int N = x.queries.max_length, parts = ceil_div(N, kPieceRows), pieces = x.B * x.H * parts, tiles = ceil_div(x.M, kTileLandmarks);
+  const int N = x.queries.max_length, piece_rows = ceil_div(ceil_div(N, kPassRows), parts) * kPassRows, pieces = x.B * x.H * parts, tiles = ceil_div(x.M, kTileLandmarks);
   // A warp's share of 64 rows from `first` on, of those before `end`.
   const auto bring = [&](const auto& place, const Tile<T, DP>& target, const Rows& rows, int b, int h, std::int64_t start, int first, int end) {
     constexpr int kShare = 16;
@@ -149,7 +149,7 @@ template <class C> __global__ void __launch_bounds__(kThreads, 1) route_speciali
     place.there().arrive_loaded();
   };
   for (int left = pieces - blockIdx.x; left > 0; left -= gridDim.x) {  // the last ones first: pooling has left them in the L2
-    const int item = left - 1, bh = item / parts, b = bh / x.H, h = bh % x.H, first = item % parts * kPieceRows, passes = ceil_div(min(N - first, kPieceRows), kPassRows);
+    const int item = left - 1, bh = item / parts, b = bh / x.H, h = bh % x.H, first = item % parts * piece_rows, passes = ceil_div(max(min(N - first, piece_rows), 0), kPassRows);
     const Span queries = span(x.queries, b);
     if (group == kGroups) {
       for (int tile = 0; tile < tiles; ++tile)
@@ -188,8 +188,9 @@ cudaError_t launch_route(const RouteParams& p, cudaStream_t stream) {
   return dispatch(x.dtype, x.D, x.s == 1 && x.M <= kStages * kTileLandmarks, [&](auto config) {
     using C = decltype(config);
     if constexpr (C::kGroups) {
-      using L = Specialists<C>;
-      return launch_specialists(route_specialists_kernel<C>, kThreads, sizeof(typename L::Shared), std::int64_t(x.B) * x.H * ceil_div(x.queries.max_length, kPieceRows), stream, p);
+      const std::int64_t heads = std::int64_t(x.B) * x.H;
+      const int parts = least_busy_parts(heads, ceil_div(x.queries.max_length, kPassRows), 1, kMultiprocessors, 2);
+      return launch_specialists(route_specialists_kernel<C>, kThreads, sizeof(typename Specialists<C>::Shared), heads * parts, stream, p, parts);
     } else {
       using L = Layout<C>;
       const int tiles = ceil_div(x.queries.max_length, 16 * L::kWarps);

@@ -170,13 +170,13 @@ inline cudaError_t count_multiprocessors(int& count) {
 }
 
 // One block on every multiprocessor, or for every piece of work where there are fewer.
-template <class Params> inline cudaError_t launch_specialists(bool early, void (*kernel)(Params), int threads, std::size_t bytes, std::int64_t pieces, cudaStream_t stream, const Params& p) {
+template <class... Params> inline cudaError_t launch_specialists(bool early, void (*kernel)(Params...), int threads, std::size_t bytes, std::int64_t pieces, cudaStream_t stream, const Params&... p) {
   int multiprocessors;
   if (cudaError_t status = count_multiprocessors(multiprocessors)) return status;
-  return launch(early, kernel, static_cast<unsigned>(std::min<std::int64_t>(multiprocessors, pieces)), threads, bytes, stream, p);
+  return launch(early, kernel, static_cast<unsigned>(std::min<std::int64_t>(multiprocessors, pieces)), threads, bytes, stream, p...);
 }
-template <class Params> inline cudaError_t launch_specialists(void (*kernel)(Params), int threads, std::size_t bytes, std::int64_t pieces, cudaStream_t stream, const Params& p) {
-  return launch_specialists(false, kernel, threads, bytes, pieces, stream, p);
+template <class... Params> inline cudaError_t launch_specialists(void (*kernel)(Params...), int threads, std::size_t bytes, std::int64_t pieces, cudaStream_t stream, const Params&... p) {
+  return launch_specialists(false, kernel, threads, bytes, pieces, stream, p...);
 }
 
 }  // namespace mita

@@ -533,8 +533,9 @@ void run(const Case& c) {
   const LandmarkParams landmark{problem, scale, z_rows, k.rows, v.rows, kSplits, group, scores.data, partial_values.data, partial_state.data,
                                 indices.data, compressed.memory.data, landmark_lse.data};
   RUN(launch_landmark_scores(landmark, 0));
-  RUN(launch_landmark_combine(landmark, 0));
   const auto got_scores = scores.get();
+  if (!combines_with_topk(landmark)) RUN(launch_landmark_combine(landmark, 0));
+  RUN(launch_landmark_topk(landmark, 0));
   std::vector<double> want_scores, seen_scores;
   Host want_compressed(B, H, M, D);
   std::vector<double> want_landmark_lse(std::size_t(BH) * M);
@@ -560,7 +561,6 @@ void run(const Case& c) {
   expect_close("landmark lse", widen(landmark_lse.get()), want_landmark_lse, 1e-5);
 
   // top-K: exactly, by the scores that are there, or where scores are exact; else up to their rounding
-  RUN(launch_landmark_topk(landmark, 0));
   const auto chosen_keys = indices.get();
   const bool exactly = c.integers || group == 1;
   bool right_keys = true;
@@ -651,6 +651,18 @@ void run(const Case& c) {
       for (; segment < g->most_segments; ++segment) right &= is_work(segments[std::size_t(bh) * g->most_segments + segment], 0, 0, 0, 0);
     });
     expect(right, "queries grouped by expert, in order, tiles of " + std::to_string(g->tile_rows));
+    GroupParams by_passes = g->params(problem, experts.data);
+    by_passes.pass_rows = 16;
+    RUN(launch_group(by_passes, 0));
+    const auto sorted = g->tiles.get();
+    for (int bh = 0; bh < BH; ++bh) {
+      const auto of_head = tiles.begin() + std::size_t(bh) * g->most_tiles, its = sorted.begin() + std::size_t(bh) * g->most_tiles;
+      std::vector<Work> want(of_head, of_head + g->most_tiles);
+      std::stable_sort(want.begin(), want.end(), [](const Work& a, const Work& b) { return (a.entries + 15) / 16 > (b.entries + 15) / 16; });
+      for (int i = 0; i < g->most_tiles; ++i) want[i].place = want[i].entries ? i : 0;
+      right &= std::memcmp(want.data(), &*its, want.size() * sizeof(Work)) == 0;
+    }
+    expect(right, "tiles of most passes first");
     if (g == &grouping) continue;
     CUDA(cudaMemset(g->tiles.data, 0xFF, g->tiles.count * sizeof(Work)));
     RUN(launch_group(g->params(problem, nullptr), 0));
@@ -945,7 +957,7 @@ void run_topk(const char* name, int L, int K, int group, const std::function<flo
   const LandmarkParams p{{Dtype::fp32, B, 1, 1, 1, K, 1, D, {L, nullptr, nullptr}, {L, nullptr, nullptr}}, 1.0f, rows(landmark, 1), rows(keys, L), rows(keys, L), splits, group,
                          scores.data, values.data, state.data, indices.data, compressed.data, lse.data};
   RUN(launch_landmark_scores(p, 0));
-  RUN(launch_landmark_combine(p, 0));
+  if (!combines_with_topk(p)) RUN(launch_landmark_combine(p, 0));
   RUN(launch_landmark_topk(p, 0));
   std::vector<std::int32_t> want;
   for (int b = 0; b < B; ++b) {
@@ -959,7 +971,7 @@ void run_topk(const char* name, int L, int K, int group, const std::function<flo
 }
 
 void run_topk_rows(int group) {
-  const int sizes[][2] = {{40, 7}, {256, 256}, {257, 31}, {1601, 49}, {2048, 2048}, {2049, 64}, {5001, 2048}, {16384, 64}, {16385, 33}, {33000, 100}, {65536, 128}, {20000, 700}, {40000, 2048}, {200001, 128}};
+  const int sizes[][2] = {{40, 7}, {256, 256}, {257, 31}, {700, 20}, {1025, 64}, {1601, 49}, {2048, 2048}, {2049, 64}, {5001, 2048}, {16384, 64}, {16385, 33}, {33000, 100}, {65536, 128}, {20000, 700}, {40000, 2048}, {200001, 128}};
   for (const auto& size : sizes) {
     const int L = size[0], K = size[1];
     if (L <= kShortKeys && group > 1) continue;
@@ -972,6 +984,7 @@ void run_topk_rows(int group) {
     run_topk("all equal", L, K, group, [](int, int) { return 1.0f; });
     run_topk("three plateaus", L, K, group, [](int m, int j) { return static_cast<float>((j + m) % 3); });
     run_topk("alike neighbours", L, K, group, [&](int m, int j) { return noise(m, j / 3); });
+    run_topk("alike far apart", L, K, group, [&](int m, int j) { return noise(m, j % (L / 16 + 1)); });
     run_topk("ascending", L, K, group, [](int, int j) { return static_cast<float>(j); });
     run_topk("descending", L, K, group, [](int, int j) { return -static_cast<float>(j); });
     run_topk("best at the end", L, K, group, [&](int m, int j) { return noise(m, j) + (j > L - K - 5 ? 10.0f : 0.0f); });
