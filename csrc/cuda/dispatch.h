@@ -86,7 +86,7 @@ constexpr int kGroupKeys = 16;
 constexpr int kShortKeys = 256;        // so many scores eight lanes select from
 constexpr int kSpecialistKeys = 4096;  // from here on, specialists score 16-bit keys
 inline int group_keys(int L, int K, int D) { return L <= kShortKeys || (L <= 4096 && L <= K * D) ? 1 : kGroupKeys; }
-// Rows of up to so many scores are chosen from by a warp or less, which then puts the landmark's compressed value together, too.
+// Rows of up to so many scores are chosen from by a warp or less; more warps of that launch put the landmarks' compressed values together.
 constexpr int kWarpScores = 2048;
 inline bool combines_with_topk(const LandmarkParams& p) { return p.group == 1 && p.problem.keys.max_length <= kWarpScores; }
 

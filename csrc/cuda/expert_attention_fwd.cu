@@ -334,7 +334,7 @@ __global__ void __launch_bounds__(32 * kSmallWarps, kSmallBlocks<KT>) small_kern
       }
 
 #pragma unroll 1
-    for (int first = 0; first < size; first += 16) {
+    for (int first = 0; first < size; first += kSmallPassRows) {
       OnlineSoftmax<T> softmax;
       float out[8][4];
       clear(out);
@@ -377,7 +377,7 @@ __global__ void __launch_bounds__(32 * kSmallWarps, kSmallBlocks<KT>) small_kern
         }
       };
       const auto next_queries = [&] {
-        if (first + 16 < size) load_queries(first + 16);
+        if (first + kSmallPassRows < size) load_queries(first + kSmallPassRows);
       };
 #pragma unroll 1
       for (int tile = 0; tile < shared_tiles; ++tile)
