@@ -114,21 +114,6 @@ template <int MOST, class One, class Four, class Emit> __device__ bool select_of
   const int lane = threadIdx.x % 32;
   const float aim = k + 4.0f * sqrtf(static_cast<float>(k)) + 8.0f;
   if (length <= kFew || k == 0 || aim > 0.85f * kFew) return false;
-  const auto total = [](float x) {
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) x += __shfl_xor_sync(kAllLanes, x, d);
-    return x;
-  };
-  const auto before_lane = [&](int own) {
-    int through = own;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      const int other = __shfl_up_sync(kAllLanes, through, d);
-      if (lane >= d) through += other;
-    }
-    return through - own;
-  };
-
   float score[kGroups][4];
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) {
@@ -144,15 +129,15 @@ template <int MOST, class One, class Four, class Emit> __device__ bool select_of
 #pragma unroll
       for (int e = 0; e < 4; ++e) sum += score[j][e], squares = fmaf(score[j][e], score[j][e], squares);
   const float inverse = 1.0f / (kGroup * ceil_div(length / kGroup, 2)), share = aim / static_cast<float>(length);
-  const float mean = total(sum) * inverse, deviation = sqrtf(total(squares) * inverse - mean * mean);
-  float guess = mean + deviation * 0.59f * __logf((1.001f - share) / (share + 0.001f)), step = 0.25f * deviation, low = -kInfinity, high = kInfinity;
+  const float mean = sum_of_lanes<32>(sum) * inverse, deviation = sqrtf(sum_of_lanes<32>(squares) * inverse - mean * mean);
+  float guess = logistic_quantile(mean, deviation, share), step = 0.25f * deviation, low = -kInfinity, high = kInfinity;
 
   const int rest = max(length - 4 * lane, 0), own_keys = rest / kGroup * 4 + min(rest % kGroup, 4);
   u32 above[kWords];  // a bit for each of the lane's scores, the first one highest: is it above the guess? NaN never is
-  int n;
+  int of_lane, n;  // that are
   for (int i = 0;; ++i) {
     if (i == kTries) return false;
-    int own = 0;
+    of_lane = 0;
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
       const int bits = min(32, 4 * kGroups - 32 * w), present = min(max(own_keys - 32 * w, 0), bits);
@@ -160,19 +145,16 @@ template <int MOST, class One, class Four, class Emit> __device__ bool select_of
 #pragma unroll
       for (int b = 0; b < bits; ++b) set = __funnelshift_l(__float_as_uint(guess - score[8 * w + b / 4][b % 4]), set, 1);
       above[w] = set >> (bits - present) << (32 - present) % 32;
-      own += __popc(above[w]);
+      of_lane += __popc(above[w]);
     }
-    n = __reduce_add_sync(kAllLanes, own);
+    n = sum_of_lanes<32>(of_lane);
     if (n >= k && n <= kFew) break;
     (n < k ? high : low) = guess;
     guess = low > -kInfinity && high < kInfinity ? 0.5f * low + 0.5f * high : n < k ? guess - step : guess + step;
     step *= 2.0f;
   }
 
-  int of_lane = 0;
-#pragma unroll
-  for (int w = 0; w < kWords; ++w) of_lane += __popc(above[w]);
-  int at = before_lane(of_lane);
+  int at = sum_through_lane<32>(of_lane) - of_lane;
 #pragma unroll
   for (int w = 0; w < kWords; ++w)
     for (u32 left = above[w]; left;) {
@@ -191,7 +173,7 @@ template <int MOST, class One, class Four, class Emit> __device__ bool select_of
     int own = 0;
 #pragma unroll
     for (int s = 0; s < kSlots; ++s) own += is(s);
-    return __reduce_add_sync(kAllLanes, own);
+    return sum_of_lanes<32>(own);
   };
 
   // k or more reach `least`, fewer reach `most`: looked for where the line between these two numbers has k, by turns with halves.
@@ -230,7 +212,7 @@ template <int MOST, class One, class Four, class Emit> __device__ bool select_of
   u32 chosen[kWords];
 #pragma unroll
   for (int w = 0; w < kWords; ++w) chosen[w] = few.chosen[kWords * lane + w], of_lane += __popc(chosen[w]);
-  at = before_lane(of_lane);
+  at = sum_through_lane<32>(of_lane) - of_lane;
 #pragma unroll
   for (int w = 0; w < kWords; ++w)
     for (u32 left = chosen[w]; left; left &= left - 1) emit(at++, 32 * (kWords * lane + w) + __ffs(left) - 1);

@@ -146,6 +146,29 @@ template <class T> __device__ inline void combine_parts(const LandmarkParams& p,
 
 __device__ inline float score_of(std::uint32_t ordered) { return __uint_as_float(ordered & 0x80000000u ? ordered ^ 0x80000000u : ~ordered); }
 
+// Over LANES lanes: the sum of all, and of those up to this one.
+template <int LANES, class X> __device__ inline X sum_of_lanes(X x) {
+  if constexpr (LANES == 32 && std::is_same_v<X, int>) {
+    return __reduce_add_sync(kAllLanes, x);
+  } else {
+#pragma unroll
+    for (int d = 1; d < LANES; d *= 2) x += __shfl_xor_sync(kAllLanes, x, d);
+    return x;
+  }
+}
+template <int LANES, class X> __device__ inline X sum_through_lane(X x) {
+  const int lane = threadIdx.x % LANES;
+#pragma unroll
+  for (int d = 1; d < LANES; d *= 2) {
+    const X other = __shfl_up_sync(kAllLanes, x, d, LANES);
+    if (lane >= d) x += other;
+  }
+  return x;
+}
+
+// What this share of a logistic distribution reaches.
+__device__ inline float logistic_quantile(float mean, float deviation, float share) { return mean + deviation * 0.59f * __logf((1.001f - share) / (share + 0.001f)); }
+
 // The k best of a row of up to MOST scores, k <= length: emit(i, key), i = 0 .. k - 1, ascending keys. LANES lanes select from one row, so a
 // warp from 32 / LANES of them; four(key) are the scores of four keys, of which the first is one. No loop over keys depends on the
 // length: its tests would be a quarter of all instructions.
@@ -156,15 +179,6 @@ template <int LANES, int MOST, class Four, class Emit> __device__ inline void se
   constexpr int kGroup = 4 * LANES, kGroups = MOST / kGroup, kWords = ceil_div(kGroups, 8), kSteps = 8, kMeans = 16;
   constexpr std::uint32_t kTop = 0xff800001u;  // above infinity
   const int lane = threadIdx.x % LANES;
-  const auto total = [](auto x) {
-    if constexpr (LANES == 32 && std::is_same_v<decltype(x), int>) {
-      return __reduce_add_sync(kAllLanes, x);
-    } else {
-#pragma unroll
-      for (int d = 1; d < LANES; d *= 2) x += __shfl_xor_sync(kAllLanes, x, d);
-      return x;
-    }
-  };
   const auto each_group = [&](auto&& f) {
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) f(j);
@@ -193,11 +207,11 @@ template <int LANES, int MOST, class Four, class Emit> __device__ inline void se
 #pragma unroll
       for (int e = 0; e < 4; ++e) asm("{ .reg .u32 x; sub.cc.u32 x, %1, %2; subc.u32 %0, %0, 0; }" : "+r"(below[e]) : "r"(key[j][e]), "r"(least));
     });
-    return MOST + total((below[0] + below[1]) + (below[2] + below[3]));
+    return MOST + sum_of_lanes<LANES>((below[0] + below[1]) + (below[2] + below[3]));
   };
-  const float share = static_cast<float>(k) / static_cast<float>(length), mean = total(sum) / static_cast<float>(length);
-  const float deviation = sqrtf(total(squares) / static_cast<float>(length) - mean * mean);
-  float guess = mean + deviation * 0.59f * __logf((1.001f - share) / (share + 0.001f));  // of the logistic distribution
+  const float share = static_cast<float>(k) / static_cast<float>(length), mean = sum_of_lanes<LANES>(sum) / static_cast<float>(length);
+  const float deviation = sqrtf(sum_of_lanes<LANES>(squares) / static_cast<float>(length) - mean * mean);
+  float guess = logistic_quantile(mean, deviation, share);
   float step = 0.6f * deviation * rsqrtf(static_cast<float>(length) * share * (1.001f - share));
 
   // At least k keys reach `low`, fewer than k reach `high`.
@@ -227,12 +241,7 @@ template <int LANES, int MOST, class Four, class Emit> __device__ inline void se
       std::uint32_t own = 0;  // in each group, 8 bits
 #pragma unroll
       for (int j = 0; j < 4; ++j) own |= __popc(bits(j)) << 8 * j;
-      std::uint32_t through = own;
-#pragma unroll
-      for (int d = 1; d < LANES; d *= 2) {
-        const std::uint32_t other = __shfl_up_sync(kAllLanes, through, d, LANES);
-        if (lane >= d) through += other;
-      }
+      std::uint32_t through = sum_through_lane<LANES>(own);
       const std::uint32_t all = __shfl_sync(kAllLanes, through, LANES - 1, LANES);
       through -= own;
 #pragma unroll
@@ -257,7 +266,7 @@ template <int LANES, int MOST, class Four, class Emit> __device__ inline void se
     });
 #pragma unroll
     for (int w = 0; w < kWords; ++w) reached += __popc(chosen[w]);
-    reached = total(reached);
+    reached = sum_of_lanes<LANES>(reached);
     each_of(equal, [&](int j, int e, int rank) {
       if (rank < k - reached) chosen[j / 8] |= 1u << (j % 8 * 4 + e);
     });
@@ -347,13 +356,7 @@ __device__ inline int order_by_expert(const std::uint16_t* experts, int N, int* 
   int before = 0;  // entries, and tiles above them
   for (int first = 0; first < M; first += 32) {
     const int m = first + lane, entries_of = m < M ? counts[m] : 0, own = entries_of | ceil_div(entries_of, 16) << 16;
-    int through = own;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      const int other = __shfl_up_sync(kAllLanes, through, d);
-      if (lane >= d) through += other;
-    }
-    const int start = before + through - own;
+    const int through = sum_through_lane<32>(own), start = before + through - own;
     if (m < M) counts[m] = start & 0xffff;  // where its next query goes
     for (int i = 0; i < own >> 16; ++i) tiles[(start >> 16) + i] = Work{m, (start & 0xffff) + 16 * i, min(16, entries_of - 16 * i), 0};
     before += __shfl_sync(kAllLanes, through, 31);

@@ -652,13 +652,13 @@ void run(const Case& c) {
     });
     expect(right, "queries grouped by expert, in order, tiles of " + std::to_string(g->tile_rows));
     GroupParams by_passes = g->params(problem, experts.data);
-    by_passes.pass_rows = 16;
+    by_passes.pass_rows = kSmallPassRows;
     RUN(launch_group(by_passes, 0));
     const auto sorted = g->tiles.get();
     for (int bh = 0; bh < BH; ++bh) {
       const auto of_head = tiles.begin() + std::size_t(bh) * g->most_tiles, its = sorted.begin() + std::size_t(bh) * g->most_tiles;
       std::vector<Work> want(of_head, of_head + g->most_tiles);
-      std::stable_sort(want.begin(), want.end(), [](const Work& a, const Work& b) { return (a.entries + 15) / 16 > (b.entries + 15) / 16; });
+      std::stable_sort(want.begin(), want.end(), [](const Work& a, const Work& b) { return parts_of(a.entries, kSmallPassRows) > parts_of(b.entries, kSmallPassRows); });
       for (int i = 0; i < g->most_tiles; ++i) want[i].place = want[i].entries ? i : 0;
       right &= std::memcmp(want.data(), &*its, want.size() * sizeof(Work)) == 0;
     }
