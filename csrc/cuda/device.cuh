@@ -241,9 +241,10 @@ template <class T, int DP, int ROWS> struct alignas(kPanel) TileStorage {
 };
 
 __device__ inline void commit_loads() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> __device__ inline void wait_own_loads() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 // What arrived is visible to wgmma too, once the block has passed a barrier.
 template <int PENDING> __device__ inline void wait_loads() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+  wait_own_loads<PENDING>();
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
@@ -361,21 +362,30 @@ __device__ inline void ldmatrix_transposed(std::uint32_t (&r)[4], std::uint32_t 
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
 
-template <class T> __device__ inline void mma(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1);
-template <> __device__ inline void mma<__nv_bfloat16>(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-template <> __device__ inline void mma<__half>(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// TF32 is rounded to before the product: tensor cores would cut the rest off.
-template <> __device__ inline void mma<Tf32>(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
+// d = A B + c by one warp, A [16 x 16] and B [16 x 8]; of 8 columns and rows where elements are TF32, which is rounded to before the product: tensor cores would cut the
+// rest off.
+template <class T> __device__ inline void mma(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1, const float (&c)[4]);
+// The same, A [16 x 8] and B [8 x 8] of 16-bit elements; d is c.
+template <class T> __device__ inline void mma(float (&d)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t b);
+#define MITA_MMA_OF(T, SHAPE, TYPES) \
+  template <> __device__ inline void mma<T>(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1, const float (&c)[4]) { \
+    asm volatile("mma.sync.aligned." SHAPE ".row.col.f32." TYPES ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};" \
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]) \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3])); \
+  }
+#define MITA_HALF_MMA_OF(T, TYPES) \
+  MITA_MMA_OF(T, "m16n8k16", TYPES) \
+  template <> __device__ inline void mma<T>(float (&d)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t b) { \
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." TYPES ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};" \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) \
+                 : "r"(a0), "r"(a1), "r"(b)); \
+  }
+MITA_HALF_MMA_OF(__nv_bfloat16, "bf16.bf16")
+MITA_HALF_MMA_OF(__half, "f16.f16")
+MITA_MMA_OF(Tf32, "m16n8k8", "tf32.tf32")
+#undef MITA_HALF_MMA_OF
+#undef MITA_MMA_OF
+template <class T> __device__ inline void mma(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) { mma<T>(c, a, b0, b1, c); }
 template <class T> __device__ inline std::uint32_t rounded(std::uint32_t x) {
   if constexpr (std::is_same_v<T, Tf32>) asm("cvt.rna.tf32.f32 %0, %0;" : "+r"(x));
   return x;
@@ -606,7 +616,6 @@ template <class T, int KT> struct Weights {
 // `wait_products`.
 template <class C, int NT, class A, class B, class T = typename C::T, int DP = C::DP>
 __device__ inline void product(float (&acc)[NT][4], const A& a_rows, const B& b_rows, int lane) {
-  if constexpr (!C::kGroups) clear(acc);
   if constexpr (C::kGroups) {
     const Matrix<DP> a(a_rows.tile.address, false), b(b_rows.address, false);
     begin_products(acc);
@@ -616,8 +625,14 @@ __device__ inline void product(float (&acc)[NT][4], const A& a_rows, const B& b_
   } else if constexpr (!std::is_same_v<T, float>) {
     const auto address = operand(b_rows, (lane & 7) + (NT > 1 ? (lane >> 4) << 3 : 0), (lane >> 3) & 1);
     constexpr int kSteps = DP * sizeof(T) / 32;
+    constexpr float kZero[4] = {};
+    if (sizeof(T) == 4) clear(acc);
 #pragma unroll(sizeof(T) == 2 ? kSteps : 4)  // TF32: loaded further ahead, it spills
     for (int k = 0; k < kSteps; ++k) {
+      const auto add = [&](int n, std::uint32_t b0, std::uint32_t b1, const std::uint32_t (&a)[4]) {
+        if (sizeof(T) == 2 && k == 0) mma<T>(acc[n], a, b0, b1, kZero);
+        else mma<T>(acc[n], a, rounded<T>(b0), rounded<T>(b1));
+      };
       std::uint32_t a[4], b[4];
       a_rows.fragment(a, k);
 #pragma unroll
@@ -625,11 +640,12 @@ __device__ inline void product(float (&acc)[NT][4], const A& a_rows, const B& b_
 #pragma unroll
       for (int n = 0; n < NT; n += 2) {
         ldmatrix(b, address(k, n / 2));
-        mma<T>(acc[n], a, rounded<T>(b[0]), rounded<T>(b[1]));
-        if (n + 1 < NT) mma<T>(acc[n + 1], a, rounded<T>(b[2]), rounded<T>(b[3]));
+        add(n, b[0], b[1], a);
+        if (n + 1 < NT) add(n + 1, b[2], b[3], a);
       }
     }
   } else {
+    clear(acc);
     const int g = lane >> 2, t = lane & 3;
     // Eight terms apart from the sum, as a tree: an eighth of the roundings meets the large numbers.
     const auto dot = [](float4 x, float4 y) { return fmaf(x.y, y.y, x.x * y.x) + fmaf(x.w, y.w, x.z * y.z); };
@@ -716,49 +732,65 @@ __device__ inline void add_weighted_rows(float (&acc)[C::kColumns / 8][4], Weigh
 
 // ---- online softmax ------------------------------------------------------------------------------------------------
 
+// Of a lane's upper or lower row. Looks over NaN, unless all are.
+template <int NT> __device__ inline float highest_of(const float (&scores)[NT][4], int h) {
+  float highest = fmaxf(scores[0][2 * h], scores[0][2 * h + 1]);
+#pragma unroll
+  for (int n = 1; n < NT; ++n) highest = fmaxf(highest, fmaxf(scores[n][2 * h], scores[n][2 * h + 1]));
+  return highest;
+}
+
 // Running maximum and sum of the two rows of a lane; a row's four lanes hold the same maximum, and their own shares of the sum
 // until `finish`. The maximum may lag behind by kSlack, which every element type has room for: what was accumulated is seldom rescaled.
 template <class T> struct OnlineSoftmax {
   static constexpr float kSlack = 8.0f;
   float maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {0.0f, 0.0f};
 
-  // scores -> probabilities of scale * score, relative to the running maximum; rescales what was accumulated before. scale > 0. highest: the
-  // largest score that the lane has of a row, or NaN.
-  template <int NT, int DT> __device__ void update(float (&scores)[NT][4], const float (&highest)[2], float scale, float (&acc)[DT][4]) {
-    float base[2], rescale[2];
-    bool grown = false;
+  // Raises the maximum to the largest logit. highest: that which the lane has of a row, or NaN.
+  struct Raised {
+    float base[2], rescale[2];  // what probabilities are relative to, and what they were by now
+    bool grown;
+  };
+  __device__ Raised raise(const float (&highest)[2]) {
+    Raised raised{};
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float m = fmaxf(highest[h], __shfl_xor_sync(kAllLanes, highest[h], 1));
       m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, 2));
-      m *= scale;
       if (!(m > maximum[h] + kSlack)) m = maximum[h];
-      base[h] = m == -kInfinity ? 0.0f : m;  // nothing but absent units so far: exp(-inf - 0) = 0, never NaN
-      rescale[h] = exponential<T>(maximum[h] - base[h]);
-      grown |= m > maximum[h] && maximum[h] != -kInfinity;  // else nothing was accumulated
+      raised.base[h] = m == -kInfinity ? 0.0f : m;  // nothing but absent units so far: exp(-inf - 0) = 0, never NaN
+      raised.rescale[h] = exponential<T>(maximum[h] - raised.base[h]);
+      raised.grown |= m > maximum[h] && maximum[h] != -kInfinity;  // else nothing was accumulated
       maximum[h] = m;
     }
-    if (__any_sync(kAllLanes, grown))
+    return raised;
+  }
+  template <int DT> __device__ void rescale(const Raised& raised, float (&acc)[DT][4]) {
+    if (__any_sync(kAllLanes, raised.grown))
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        sum[h] *= rescale[h];
+        sum[h] *= raised.rescale[h];
 #pragma unroll
-        for (int d = 0; d < DT; ++d) acc[d][2 * h] *= rescale[h], acc[d][2 * h + 1] *= rescale[h];
+        for (int d = 0; d < DT; ++d) acc[d][2 * h] *= raised.rescale[h], acc[d][2 * h + 1] *= raised.rescale[h];
       }
+  }
+  // scores -> probabilities of scale * score.
+  template <int NT> __device__ void add(const Raised& raised, float (&scores)[NT][4], float scale) {
 #pragma unroll
     for (int h = 0; h < 2; ++h)
 #pragma unroll
       for (int n = 0; n < NT; ++n)
 #pragma unroll
-        for (int i = 2 * h; i < 2 * h + 2; ++i) sum[h] += scores[n][i] = exponential<T>(fmaf(scores[n][i], scale, -base[h]));
+        for (int i = 2 * h; i < 2 * h + 2; ++i) sum[h] += scores[n][i] = exponential<T>(fmaf(scores[n][i], scale, -raised.base[h]));
+  }
+  // All of it. scale > 0; highest: the largest score.
+  template <int NT, int DT> __device__ void update(float (&scores)[NT][4], const float (&highest)[2], float scale, float (&acc)[DT][4]) {
+    const Raised raised = raise({highest[0] * scale, highest[1] * scale});
+    rescale(raised, acc);
+    add(raised, scores, scale);
   }
   template <int NT, int DT> __device__ void update(float (&scores)[NT][4], float scale, float (&acc)[DT][4]) {
-    float highest[2] = {-kInfinity, -kInfinity};
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-#pragma unroll
-      for (int n = 0; n < NT; ++n) highest[h] = fmaxf(highest[h], fmaxf(scores[n][2 * h], scores[n][2 * h + 1]));
-    update(scores, highest, scale, acc);
+    update(scores, {highest_of(scores, 0), highest_of(scores, 1)}, scale, acc);
   }
 
   __device__ void finish() {

@@ -50,9 +50,9 @@ constexpr int kPassRows = 64;
 template <int BYTES, int DP> constexpr int kAttentionRows = BYTES * DP <= 512 ? kPassRows : 32;
 template <int BYTES, int DP> constexpr int kRowGradientRows = BYTES * DP <= 256 ? kPassRows : BYTES * DP <= 512 ? 32 : 16;
 
-// Experts whose keys fit in the registers of one warp, as operands of its products, and the shared units with four warps' values in
-// the 99 KB that every block may have; and with few queries. H100, time against that of specialists: with 64 keys 83 % at 32 queries of an
-// expert, 115 % at 64; with 25 keys 60 % at 32, 92 % at 64, 97 to 110 % at 128.
+// Experts whose keys and values fit beside the shared units, for three warps or more, in the 99 KB that every block may have; and with few queries. H100, time
+// against that of specialists, of a version that took a sixth to a third longer: with 64 keys 83 % at 32 queries of an expert, 115 % at 64; with 25 keys 60 % at 32,
+// 92 % at 64, 97 to 110 % at 128.
 constexpr int kSmallExpertKeys = 64, kSmallPassRows = 16;  // queries that a warp holds at a time
 inline bool small_experts(const Problem& x) {
   const bool half = x.K <= kSmallExpertKeys / 2;
@@ -62,7 +62,7 @@ inline bool small_experts(const Problem& x) {
 
 // Queries of one block, or warp: the smallest tile that takes most experts whole (two standard deviations above the average load), as
 // the units that a block brings in cost more than the rows that it leaves empty; or an even part of them, for enough blocks.
-constexpr int kMaxAttentionTile = 1024, kMaxRowGradientTile = 512, kMaxSmallTile = 128;
+constexpr int kMaxAttentionTile = 1024, kMaxRowGradientTile = 512, kMaxSmallTile = 80;
 inline int tile_rows(int most, int entries_per_expert, int step = kPassRows) {
   int spread = 0;
   while (spread * spread < 4LL * entries_per_expert) ++spread;

@@ -6,10 +6,9 @@
 //   first the shared units, as dense rows, then the expert's keys and values, gathered by index. Where all of them fit in shared
 //   memory they stay there; else they pass by for every pass. Queries are gathered and outputs scattered as whole rows. On sm_90a
 //   the kernel of expert_attention_sm90.cu takes its place, up to 128 columns.
-// small: experts whose keys fit in the registers of one warp (up to 64 of up to 64 columns) and that have few queries. A block holds the
-//   shared units of its head in shared memory, as operands; each of its warps takes one tile of queries after the other, and walks
-//   through it 16 at a time, with the expert's keys in its registers and its values in a place of its own in shared memory. Rows go from
-//   memory straight into operands and back.
+// small: experts of few keys (up to 64 of up to 64 columns) and few queries. A block holds the shared units of its head in shared memory, as operands; each of its
+//   warps takes one tile of queries after the other, and walks through it 16 at a time, with the expert's keys and values in a place of its own, which fills
+//   again while the warp ends its last 16. Rows go from memory straight into operands and back.
 // merge: with s > 1 experts per query every (query, slot) entry leaves a partial output and lse (slot 0 has the shared units);
 //   one warp per query combines its s parts in slot order.
 #include "device.cuh"
@@ -162,12 +161,11 @@ __global__ void __launch_bounds__(Layout<C>::kThreads, Layout<C>::kBlocks) atten
 
 // ---- small experts -------------------------------------------------------------------------------------------------
 
-constexpr int kSmallWarps = 4;                                    // of a block
-template <int KT> constexpr int kSmallBlocks = KT == 8 ? 3 : 4;  // of a multiprocessor, by registers
+// KT: eights of units in a tile, of the shared ones as of an expert's. MANY: are there more shared units than one tile has?
+template <int KT, bool MANY> constexpr int kSmallWarps = KT == 4 && !MANY ? 16 : 12;  // of a multiprocessor, by registers
 
 // The two chunks of a row of up to 64 columns that a lane holds of eight rows in an operand of `mma`: lane 4g + t the chunks t and t + 4 of
-// row g. Products so meet the columns in an order of their own, the same in both operands. Chunks behind the last column read the
-// first one, and are cleared where a product would sum over them.
+// row g. Products so meet the columns in an order of their own, the same in both operands. Chunks behind the last column read the first one.
 struct Columns {
   int D, t;
   __device__ bool has(int second) const { return 8 * t + 32 * second < D; }
@@ -182,37 +180,43 @@ __device__ inline void load_fragment(Fragment& x, const unsigned char* base, int
       : "=r"(x[0][0]), "=r"(x[0][1]), "=r"(x[0][2]), "=r"(x[0][3]), "=r"(x[1][0]), "=r"(x[1][1]), "=r"(x[1][2]), "=r"(x[1][3])
       : "r"(row), "r"(static_cast<std::uint32_t>(rows.row * 2)), "l"(base + columns.bytes(0)), "l"(static_cast<std::int64_t>(columns.bytes(1) - columns.bytes(0))));
 }
-// The same into shared memory, as below.
-__device__ inline void copy_fragment(std::uint32_t address, const unsigned char* base, int row, const Rows& rows, const Columns& columns) {
-  asm volatile("{ .reg .u64 from; mad.wide.u32 from, %1, %2, %3; cp.async.cg.shared.global [%0], [from], 16; add.s64 from, from, %4; "
-               "cp.async.cg.shared.global [%0 + 512], [from], 16; }" ::"r"(address),
-               "r"(row), "r"(static_cast<std::uint32_t>(rows.row * 2)), "l"(base + columns.bytes(0)), "l"(static_cast<std::int64_t>(columns.bytes(1) - columns.bytes(0)))
-               : "memory");
-}
-template <int N> __device__ inline void clear_absent(Fragment (&x)[N], const Columns& columns) {
-  if (columns.D == 64) return;
+// The same into shared memory, as below, with zeros behind the last column. pitch: bytes from row to row.
+__device__ inline void copy_fragment(std::uint32_t address, const unsigned char* base, int row, std::uint32_t pitch, const Columns& columns) {
 #pragma unroll
-  for (int i = 0; i < 8 * N; ++i)
-    if (!columns.has(i / 4 % 2)) x[i / 8][i / 4 % 2][i % 4] = 0;
-}
-// Rows that a product sums over are wanted in pairs: every 8 x 8 part transposed. Register i then has, of two rows, column
-// 2i of a chunk (even g) or 2i + 1 (odd g): chunk g / 2, or g / 2 + 4 for i >= 4.
-__device__ inline void transpose(Fragment& x) {
-#pragma unroll
-  for (int i = 0; i < 8; ++i) asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(x[i / 4][i % 4]));
+  for (int i = 0; i < 2; ++i)
+    asm volatile("{ .reg .u64 from; mad.wide.u32 from, %1, %2, %3; cp.async.cg.shared.global [%0], [from], 16, %4; }" ::"r"(address + 512 * i), "r"(row), "r"(pitch),
+                 "l"(base + columns.bytes(i)), "r"(columns.has(i) ? 16 : 0)
+                 : "memory");
 }
 
-// Fragments in shared memory, each 1 KB: 16 bytes of a lane, and 512 bytes behind them 16 more.
+// Fragments in shared memory, each 1 KB: 16 bytes of a lane, and 512 bytes behind them 16 more. Of eight units, those of the keys lie before those of the values.
+constexpr int kEight = 2048, kValues = 1024;
 __device__ inline void load_half(std::uint32_t (&x)[4], std::uint32_t address) {
   const float4 chunk = load_shared4(address);
   x[0] = __float_as_uint(chunk.x), x[1] = __float_as_uint(chunk.y), x[2] = __float_as_uint(chunk.z), x[3] = __float_as_uint(chunk.w);
 }
-__device__ inline void store_fragment(const Fragment& x, std::uint32_t address) {
+// Rows that a product sums over are wanted in pairs: every 8 x 8 part transposed. Register i then has, of two rows, column
+// 2i of a chunk (even g) or 2i + 1 (odd g): chunk g / 2, or g / 2 + 4 for i >= 4.
+// So lie the values of two eights from then on, register i of one next to that of the other, as operands of one product, or those of a last one.
+__device__ inline void transpose_values(std::uint32_t address, bool two) {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) store_shared4(address + 512 * i, make_uint4(x[i][0], x[i][1], x[i][2], x[i][3]));
+  for (int half = 0; half < 2; ++half) {
+    const std::uint32_t at = address + kValues + 512 * half;
+    std::uint32_t x[2][4];
+    load_half(x[0], at);
+    if (two) load_half(x[1], at + kEight);
+#pragma unroll
+    for (int i = 0; i < (two ? 8 : 4); ++i) asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(x[i / 4][i % 4]));
+    if (two) {
+      store_shared4(at, make_uint4(x[0][0], x[1][0], x[0][1], x[1][1]));
+      store_shared4(at + kEight, make_uint4(x[0][2], x[1][2], x[0][3], x[1][3]));
+    } else {
+      store_shared4(at, make_uint4(x[0][0], x[0][1], x[0][2], x[0][3]));
+    }
+  }
 }
 
-// Where the tensors of one head begin, and their sizes. In shared memory, as the registers are needed for keys and values.
+// Where the tensors of one head begin, and their sizes. In shared memory: registers.
 struct Head {
   int keys, tile_count, part;
   const unsigned char *q, *k, *v;
@@ -226,53 +230,54 @@ struct Head {
 // What a warp works on next, asked for while it is busy with the tile before: first which tile, then its keys and its queries.
 struct Coming {
   Work work;
-  std::int32_t keys[kSmallExpertKeys], entries[2][kMaxSmallTile];  // the entries of this tile and the next
+  std::int32_t keys[kSmallExpertKeys], entries[kMaxSmallTile];
 };
 __device__ inline void load_number(std::uint32_t target, const std::int32_t* source) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(source) : "memory");
 }
 
-// KT: eights of keys, which one tile of units and the registers of a warp hold.
-template <class T, int KT>
-__global__ void __launch_bounds__(32 * kSmallWarps, kSmallBlocks<KT>) small_kernel(const AttentionParams p, const int parts) {
-  // For every eight shared units a fragment of keys and one of values; then for every warp the fragments of its expert's values.
+// Shared memory: for every eight shared units a fragment of keys and one of values; for every warp the same of its expert's; and for every warp what comes.
+template <int KT> int small_shared_tiles(const AttentionParams& p) { return p.units.shared ? ceil_div(p.problem.M, 8 * KT) : 0; }
+template <int KT> constexpr int kSmallBytes = kEight * KT + static_cast<int>(sizeof(Coming));  // of a warp
+
+template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSmallWarps<KT, MANY>, 1) small_kernel(const AttentionParams p, const int parts, const int shared_tiles) {
+  constexpr int kTiles = MANY ? 1 : 2;  // of a step
   extern __shared__ __align__(kPanel) unsigned char memory[];
   __shared__ Head head;
-  __shared__ Coming of_warp[kSmallWarps];
   __shared__ int taken;
   const Window window(memory);
   const Problem& x = p.problem;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
-  const int slots = x.s, shared_tiles = p.units.shared ? ceil_div(x.M, 8 * KT) : 0;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3, warps = blockDim.x / 32;
+  const int slots = x.s;
   const Columns columns{x.D, t};
+  const std::uint32_t shared_units = window.address + 16 * lane, units = shared_units + kEight * KT * (shared_tiles + warp);
+  Coming& coming = *reinterpret_cast<Coming*>(memory + kEight * KT * (shared_tiles + warps) + sizeof(Coming) * warp);
+  const std::uint32_t place = window.of(coming), keys = place + offsetof(Coming, keys), entries = place + offsetof(Coming, entries);
+  const auto pitch_of = [](const Rows& rows) { return static_cast<std::uint32_t>(rows.row * 2); };
   {
     const int bh = blockIdx.x / parts, b = bh / x.H, h = bh % x.H;
-    const Span queries = span(x.queries, b), keys = span(x.keys, b);
+    const Span queries = span(x.queries, b), all_keys = span(x.keys, b);
     const auto bytes_of = [](auto* rows) { return reinterpret_cast<unsigned char*>(rows); };
+    for (int n = warp; n < KT * shared_tiles; n += warps) {
+      const auto copy = [&](int tensor, const Rows& rows) {
+        copy_fragment(shared_units + kEight * n + tensor, bytes_of(head_rows<T>(rows, b, h, 0)), min(8 * n + g, x.M - 1), pitch_of(rows), columns);
+      };
+      copy(0, p.units.landmarks), copy(kValues, p.units.compressed);
+    }
+    commit_loads();
     if (threadIdx.x == 0) {
       const std::int64_t entry0 = std::int64_t(bh) * x.queries.max_length * slots;
       const int tiles = max_tiles(x, p.groups.tile_rows);
       taken = 0;
-      head = {keys.length, tiles, static_cast<int>(blockIdx.x % parts), bytes_of(head_rows<T>(p.q, b, h, queries.start)), bytes_of(head_rows<T>(p.units.k, b, h / (x.H / x.Hkv), keys.start)),
-              bytes_of(head_rows<T>(p.units.v, b, h / (x.H / x.Hkv), keys.start)), bytes_of(head_rows<T>(p.out, b, h, queries.start)), p.groups.tiles + std::int64_t(bh) * tiles,
+      head = {all_keys.length, tiles, static_cast<int>(blockIdx.x % parts), bytes_of(head_rows<T>(p.q, b, h, queries.start)), bytes_of(head_rows<T>(p.units.k, b, h / (x.H / x.Hkv), all_keys.start)),
+              bytes_of(head_rows<T>(p.units.v, b, h / (x.H / x.Hkv), all_keys.start)), bytes_of(head_rows<T>(p.out, b, h, queries.start)), p.groups.tiles + std::int64_t(bh) * tiles,
               p.groups.entries + entry0, p.units.indices + std::int64_t(bh) * x.M * x.K, (x.s > 1 ? p.partial_lse : p.lse) + entry0, p.partial_out + entry0 * x.D};
-    }
-    for (int i = warp; i < 2 * KT * shared_tiles; i += kSmallWarps) {
-      const Rows& units = i % 2 ? p.units.compressed : p.units.landmarks;
-      Fragment unit[1];
-      load_fragment(unit[0], bytes_of(head_rows<T>(units, b, h, 0)), min(8 * (i / 2) + g, x.M - 1), units, columns);
-      if (i % 2) transpose(unit[0]);
-      else clear_absent(unit, columns);
-      store_fragment(unit[0], window.address + 1024 * i + 16 * lane);
     }
   }
   __syncthreads();
 
-  Coming& coming = of_warp[warp];
-  const std::uint32_t values = window.address + 1024 * KT * (2 * shared_tiles + warp) + 16 * lane;
-  const std::uint32_t place = window.of(coming), keys = place + offsetof(Coming, keys), entries = place + offsetof(Coming, entries);
   const auto arrived = [&] {
-    wait_loads<0>();
+    wait_own_loads<0>();
     __syncwarp();
   };
   const auto take = [&] {
@@ -281,153 +286,208 @@ __global__ void __launch_bounds__(32 * kSmallWarps, kSmallBlocks<KT>) small_kern
       if (item < head.tile_count) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(head.tiles + item) : "memory");
       else coming.work = {0, 0, 0, 0};
     }
-    commit_loads();
   };
-  const auto look = [&](int set) {
-    arrived();
+  const auto look = [&] {  // at what has been taken; returns its queries
     const Work work = coming.work;
 #pragma unroll 1
-    for (int i = lane; i < work.entries; i += 32) load_number(entries + 4 * (kMaxSmallTile * set + i), head.entries + work.first + i);
+    for (int i = lane; i < work.entries; i += 32) load_number(entries + 4 * i, head.entries + work.first + i);
     if (work.entries > 0)
 #pragma unroll 1
       for (int i = lane; i < x.K; i += 32) load_number(keys + 4 * i, head.indices + work.expert * x.K + i);
     commit_loads();
+    return work.entries;
+  };
+  const auto count_keys = [&] {
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < ceil_div(KT, 4); ++i)
+      count += __popc(__ballot_sync(kAllLanes, lane + 32 * i < x.K && static_cast<unsigned>(load_shared_int(keys + 4 * (lane + 32 * i))) < static_cast<unsigned>(head.keys)));
+    return count;
+  };
+  const auto bring = [&](int tensor, const unsigned char* rows, const Rows& from, int count) {  // the last one again where there are no more
+    const unsigned last = head.keys - 1, pitch = opaque(pitch_of(from));
+#pragma unroll
+    for (int n = 0; n < KT; ++n)
+      copy_fragment(units + kEight * n + tensor, rows, min(static_cast<unsigned>(load_shared_int(keys + 4 * min(8 * n + g, count - 1))), last), pitch, columns);
+  };
+  Fragment q[2];
+  const auto entry = [&](int i, int count) { return load_shared_int(entries + 4 * min(i, count - 1)); };
+  const auto load_queries = [&](int first, int count) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) load_fragment(q[i], head.q, query_of(entry(first + g + 8 * i, count), slots), p.q, columns);
   };
   take();
-  look(0);
-#pragma unroll 1
-  for (int set = 0;; set ^= 1) {
-    arrived();
-    const int size = load_shared_int(place + offsetof(Work, entries));
-    if (size <= 0) return;
-    const auto entry = [&](int i) { return load_shared_int(entries + 4 * (kMaxSmallTile * set + min(i, size - 1))); };
-    Fragment q[2], k[KT];
-    const auto load_queries = [&](int first) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) load_fragment(q[i], head.q, query_of(entry(first + g + 8 * i), slots), p.q, columns);
-      clear_absent(q, columns);
-    };
-    load_queries(0);
-    int gathered = 0;
-#pragma unroll
-    for (int i = 0; i < KT / 4; ++i)
-      gathered += __popc(__ballot_sync(kAllLanes, lane + 32 * i < x.K && static_cast<unsigned>(load_shared_int(keys + 4 * (lane + 32 * i))) < static_cast<unsigned>(head.keys)));
-    if (gathered > 0)  // the last one again where there are no more
-#pragma unroll
-      for (int n = 0; n < KT; ++n) {
-        const int row = min(static_cast<unsigned>(load_shared_int(keys + 4 * min(8 * n + g, gathered - 1))), static_cast<unsigned>(head.keys - 1));
-        load_fragment(k[n], head.k, row, p.units.k, columns);
-        copy_fragment(values + 1024 * n, head.v, row, p.units.v, columns);
-      }
-    __syncwarp();  // all have read what is now replaced
-    take();
-    if (gathered > 0) clear_absent(k, columns);
-    look(set ^ 1);
-    if (gathered > 0)
-#pragma unroll
-      for (int n = 0; n < KT; ++n) {
-        Fragment v;
-        load_half(v[0], values + 1024 * n);
-        load_half(v[1], values + 1024 * n + 512);
-        transpose(v);
-        store_fragment(v, values + 1024 * n);
-      }
+  commit_loads();
+  arrived();
+  int size = look(), gathered = 0;
+  __syncthreads();
+  for (int n = 2 * warp; n < KT * shared_tiles; n += 2 * warps) transpose_values(shared_units + kEight * n, KT % 2 == 0 || n + 1 < KT);
+  __syncthreads();
+  if (size <= 0) return;
+  arrived();
+  take();
+  if (gathered = count_keys(); gathered > 0) bring(0, head.k, p.units.k, gathered);
+  commit_loads();
+  if (gathered > 0) bring(kValues, head.v, p.units.v, gathered);
+  commit_loads();
+  load_queries(0, size);
 
 #pragma unroll 1
+  while (size > 0) {
+    wait_own_loads<1>();  // all but the values
+    __syncwarp();
+    int next_size = 0, next_gathered = 0;
+#pragma unroll 1
     for (int first = 0; first < size; first += kSmallPassRows) {
+      const bool last = first + kSmallPassRows >= size;
+      const int own[2] = {entry(first + g, size), entry(first + g + 8, size)};
+      if (last) {
+        __syncwarp();  // all have read what is now replaced
+        next_size = look();
+      }
+      std::uint32_t a[4][4];  // queries as operands of one step each, zeros behind the last column. As copies of `q` they would be made again for every product
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[k][i] = q[i % 2][k / 2][2 * (k % 2) + i / 2] & (columns.has(k / 2) ? ~0u : 0);
       OnlineSoftmax<T> softmax;
       float out[8][4];
-      clear(out);
-      // Units of one tile: `load` brings half of a fragment, of keys or values; then what else is to be done once the queries are through.
-      // Four sums of a product grow by turns, as each step waits for the one before.
-      const auto attend = [&](bool shared, int count, auto load, auto then) {
-        float s[KT][4];
-        clear(s);
+      if (MANY) clear(out);
+      constexpr float kZero[4] = {};
+      // The first tile is that of the expert's units, the others are shared: all in one step, or one in each.
+#pragma unroll 1
+      for (int step = 0; step == 0 || (MANY && step <= shared_tiles); ++step) {
+        const bool begins = !MANY || step == 0, ends = !MANY || step == shared_tiles;
+        const auto is_own = [&](int i) { return begins && i == 0; };
+        int count[kTiles];
+        std::uint32_t from[kTiles];
+        float s[kTiles][KT][4];
 #pragma unroll
-        for (int i = 0; i < KT / 2; ++i) {
-          const int half = i / (KT / 4), n = 4 * (i % (KT / 4));
-          std::uint32_t x[4][4];
+        for (int i = 0; i < kTiles; ++i) {
+          const int tile = kTiles * step + i - 1;  // of the shared ones
+          count[i] = is_own(i) ? gathered : tile < shared_tiles ? x.M - 8 * KT * tile : 0;
+          from[i] = is_own(i) ? units : shared_units + kEight * KT * tile;
+          if (count[i] <= 0) continue;
+          // Four sums grow by turns, as each step waits for the one before.
 #pragma unroll
-          for (int r = 0; r < 4; ++r) load(x[r], false, n + r, half);
+          for (int half = 0; half < 2; ++half)
 #pragma unroll
-          for (int j = 0; j < 4; j += 2) {
-            const std::uint32_t a[4] = {q[0][half][j], q[1][half][j], q[0][half][j + 1], q[1][half][j + 1]};
+            for (int n = 0; n < KT; n += 4) {
+              std::uint32_t k[4][4];
 #pragma unroll
-            for (int r = 0; r < 4; ++r) mma<T>(s[n + r], a, x[r][j], x[r][j + 1]);
+              for (int r = 0; r < 4 && n + r < KT; ++r) load_half(k[r], from[i] + kEight * (n + r) + 512 * half);
+#pragma unroll
+              for (int j = 0; j < 2; ++j)
+#pragma unroll
+                for (int r = 0; r < 4 && n + r < KT; ++r)
+                  if (half + j == 0) mma<T>(s[i][n + r], a[0], k[r][0], k[r][1], kZero);
+                  else mma<T>(s[i][n + r], a[2 * half + j], k[r][2 * j], k[r][2 * j + 1]);
+            }
+        }
+        float scale[kTiles], highest[2] = {-kInfinity, -kInfinity};
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) {
+          scale[i] = positive_scale(s[i], (is_own(i) ? p.scale : p.landmark_scale) * kLogit<T>);
+          mask_last_logits(s[i], count[i], lane);
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            if (slots > 1 && !is_own(i) && own[h] % slots != 0) mask_row(s[i], h);  // only the first slot of a query has the shared units
+            highest[h] = fmaxf(highest[h], highest_of(s[i], h) * scale[i]);
           }
         }
-        then();
-        const float scale = positive_scale(s, (shared ? p.landmark_scale : p.scale) * kLogit<T>);
-        if (count < 8 * KT) mask_logits(s, count, lane);
-        if (shared && slots > 1)  // only the first slot of a query has the shared units
+        const auto raised = softmax.raise(highest);
+        if (MANY) softmax.rescale(raised, out);
+        Weights<T, KT> weights[kTiles];
 #pragma unroll
-          for (int i = 0; i < 2; ++i)
-            if (entry(first + g + 8 * i) % slots != 0) mask_row(s, i);
-        softmax.update(s, scale, out);
-        const Weights<T, KT> weights(s);
-#pragma unroll
-        for (int i = 0; i < KT; ++i) {
-          const int half = i % 2, n = i / 2 * 2;
-          std::uint32_t x[2][4];
-#pragma unroll
-          for (int r = 0; r < 2; ++r) load(x[r], true, n + r, half);
-          const std::uint32_t a[4] = {weights.packed[n][0], weights.packed[n][1], weights.packed[n + 1][0], weights.packed[n + 1][1]};
-#pragma unroll
-          for (int j = 0; j < 4; ++j) mma<T>(out[4 * half + j], a, x[0][j], x[1][j]);
+        for (int i = 0; i < kTiles; ++i) {
+          softmax.add(raised, s[i], scale[i]);
+          weights[i] = Weights<T, KT>(s[i]);
         }
-      };
-      const auto next_queries = [&] {
-        if (first + kSmallPassRows < size) load_queries(first + kSmallPassRows);
-      };
-#pragma unroll 1
-      for (int tile = 0; tile < shared_tiles; ++tile)
-        attend(true, x.M - 8 * KT * tile,
-               [&](std::uint32_t(&to)[4], bool value, int n, int half) { load_half(to, window.address + 2048 * (KT * tile + n) + 1024 * value + 512 * half + 16 * lane); }, [] {});
-      if (gathered > 0)
-        attend(false, gathered,
-               [&](std::uint32_t(&to)[4], bool value, int n, int half) {
-                 if (value) load_half(to, values + 1024 * n + 512 * half);
-                 else
+        if (begins) {
+          arrived();
+          if (first == 0 && gathered > 0)
 #pragma unroll
-                   for (int j = 0; j < 4; ++j) to[j] = k[n][half][j];
-               },
-               next_queries);
-      else
-        next_queries();
+            for (int n = 0; n < KT; n += 2) transpose_values(units + kEight * n, n + 1 < KT);
+          if (last) {
+            take();
+            if (next_size > 0) {
+              if (next_gathered = count_keys(); next_gathered > 0) bring(0, head.k, p.units.k, next_gathered);
+            }
+            commit_loads();
+          }
+        }
+        if (ends && !(last && next_size <= 0)) load_queries(last ? 0 : first + kSmallPassRows, last ? next_size : size);
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) {
+          if (count[i] > 0) {
+#pragma unroll
+            for (int n = 0; n < KT; n += 2)
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                std::uint32_t v[2][4];
+#pragma unroll
+                for (int r = 0; r < 2 && n + r < KT; ++r) load_half(v[r], from[i] + kEight * (n + r) + kValues + 512 * half);
+                const auto& w = weights[i].packed;
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                  float(&sum)[4] = out[4 * half + j];
+                  const auto add = [&](const float(&to)[4]) { mma<T>(sum, {w[n][0], w[n][1], w[n + 1][0], w[n + 1][1]}, v[j / 2][j % 2 * 2], v[j / 2][j % 2 * 2 + 1], to); };
+                  if (n + 1 == KT) mma<T>(sum, w[n][0], w[n][1], v[0][j]);
+                  else if (!MANY && i + n == 0) add(kZero);
+                  else add(sum);
+                }
+              }
+          } else if (!MANY && i == 0) {
+            clear(out);
+          }
+          if (is_own(i) && last) {
+            __syncwarp();
+            if (next_gathered > 0) bring(kValues, head.v, p.units.v, next_gathered);
+            commit_loads();
+          }
+        }
+      }
       softmax.finish();
 
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if (first + g + 8 * i >= size) continue;
-        const int own = entry(first + g + 8 * i);
         const float factor = softmax.factor(i);
-        if (t == 0) head.lse[own] = softmax.lse(i);
+        if (t == 0) head.lse[own[i]] = softmax.lse(i);
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           if (!columns.has(c)) continue;
           const auto pair = [&](int j) { return make_float2(out[4 * c + j][2 * i] * factor, out[4 * c + j][2 * i + 1] * factor); };
           if (x.s > 1) {
-            float* const to = head.partial_out + std::int64_t(own) * x.D + 8 * t + 32 * c;
+            float* const to = head.partial_out + std::int64_t(own[i]) * x.D + 8 * t + 32 * c;
 #pragma unroll
             for (int j = 0; j < 4; ++j) *reinterpret_cast<float2*>(to + 2 * j) = pair(j);
           } else {
-            *reinterpret_cast<uint4*>(head.out + own * (p.out.row * 2) + columns.bytes(c)) =
+            *reinterpret_cast<uint4*>(head.out + own[i] * (p.out.row * 2) + columns.bytes(c)) =
                 make_uint4(pack<T>(pair(0).x, pair(0).y), pack<T>(pair(1).x, pair(1).y), pack<T>(pair(2).x, pair(2).y), pack<T>(pair(3).x, pair(3).y));
           }
         }
       }
     }
+    size = next_size, gathered = next_gathered;
   }
 }
 
-template <class T, int KT> cudaError_t launch_small(const AttentionParams& p, cudaStream_t stream) {
+template <class T, int KT, bool MANY> cudaError_t launch_small(const AttentionParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
+  // As many warps of a multiprocessor as have room, in as many blocks as that leaves possible.
+  constexpr int kReserved = 1024 + sizeof(Head) + 16;  // of a block
+  const int shared_tiles = small_shared_tiles<KT>(p), shared_bytes = kEight * KT * shared_tiles;
+  int device, memory, blocks = 1, warps = 0;
+  if (cudaError_t status = cudaGetDevice(&device)) return status;
+  if (cudaError_t status = cudaDeviceGetAttribute(&memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)) return status;
+  for (int b = 1; b <= 4; ++b)
+    if (const int w = std::min(kSmallWarps<KT, MANY> / b, (memory / b - kReserved - shared_bytes) / kSmallBytes<KT>); b * w >= blocks * warps) blocks = b, warps = w;
   const int heads = x.B * x.H, entries = x.queries.max_length * x.s;
   const int tiles = std::min(max_tiles(x, p.groups.tile_rows), entries / p.groups.tile_rows + ceil_div(x.M, 2));  // of a head, on average
   // The start of a block takes as long as a tile.
-  const int parts = least_busy_parts(heads, tiles, kSmallWarps, kSmallBlocks<KT> * kMultiprocessors, 2);
-  const std::size_t bytes = 1024 * KT * (2 * (p.units.shared ? ceil_div(x.M, 8 * KT) : 0) + kSmallWarps);
-  return launch(small_kernel<T, KT>, static_cast<unsigned>(heads) * parts, 32 * kSmallWarps, bytes, stream, p, parts);
+  const int parts = least_busy_parts(heads, tiles, warps, blocks * kMultiprocessors, 2);
+  return launch(small_kernel<T, KT, MANY>, static_cast<unsigned>(heads) * parts, 32 * warps, shared_bytes + kSmallBytes<KT> * warps, stream, p, parts, shared_tiles);
 }
 
 constexpr int kMergeWarps = 4;
@@ -467,7 +527,11 @@ cudaError_t launch_expert_attention(const AttentionParams& p, cudaStream_t strea
   if (p.groups.tile_rows < 16 || p.groups.tile_rows % 16 != 0 || p.groups.tile_rows > kMaxAttentionTile) return cudaErrorInvalidValue;
   const auto small = [&](auto element) {
     using T = decltype(element);
-    if constexpr (sizeof(T) == 2) return x.K > 32 ? launch_small<T, 8>(p, stream) : launch_small<T, 4>(p, stream);
+    if constexpr (sizeof(T) == 2) {
+      if (x.K <= 32) return small_shared_tiles<4>(p) > 1 ? launch_small<T, 4, true>(p, stream) : launch_small<T, 4, false>(p, stream);
+      if (x.K <= 56 && small_shared_tiles<7>(p) <= 1) return launch_small<T, 7, false>(p, stream);
+      return small_shared_tiles<8>(p) > 1 ? launch_small<T, 8, true>(p, stream) : launch_small<T, 8, false>(p, stream);
+    }
     else return cudaErrorInvalidValue;
   };
   const auto blocks = [&](auto config) {

@@ -85,15 +85,8 @@ template <class C> struct Compression {
             if (first_key + key_of_column<C>(all_scores, t, n, i % 2) >= length) f(s[n][i]);
     };
     each_absent([](float& score) { score = NAN; });
-    float highest[2];  // of a lane's keys; looks over NaN, unless all are
-    const auto find_highest = [&] {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        highest[i] = fmaxf(s[0][2 * i], s[0][2 * i + 1]);
-#pragma unroll
-        for (int n = 1; n < kTiles; ++n) highest[i] = fmaxf(highest[i], fmaxf(s[n][2 * i], s[n][2 * i + 1]));
-      }
-    };
+    float highest[2];
+    const auto find_highest = [&] { highest[0] = highest_of(s, 0), highest[1] = highest_of(s, 1); };
     find_highest();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

@@ -302,6 +302,8 @@ const Case kCases[] = {
     {"many_small_experts", Dtype::fp16, 2, 2, 1, 700, 300, 30, 49, 1, 64, true, Batch::padded},
     {"small_experts_many_landmarks", Dtype::bf16, 1, 2, 2, 300, 200, 200, 20, 2, 48},
     {"small_experts_most_landmarks", Dtype::fp16, 1, 2, 1, 400, 150, 192, 64, 1, 64},
+    {"small_experts_in_one_tile", Dtype::fp16, 2, 2, 1, 600, 300, 60, 60, 1, 64},
+    {"small_experts_in_a_small_tile", Dtype::bf16, 1, 4, 2, 700, 350, 49, 49, 2, 40},
     {"small_experts_without_shared", Dtype::bf16, 1, 2, 2, 500, 200, 9, 64, 1, 64, false},
     // whole heads in shared memory
     {"short_images", Dtype::bf16, 3, 2, 2, 197, 197, 25, 25, 1, 64, true, Batch::full, false, {5, 5, 14, 14, 1}},
