@@ -89,6 +89,11 @@ inline int group_keys(int L, int K, int D) { return L <= kShortKeys || (L <= 409
 // Rows of up to so many scores are chosen from by a warp or less; more warps of that launch put the landmarks' compressed values together.
 constexpr int kWarpScores = 2048;
 inline bool combines_with_topk(const LandmarkParams& p) { return p.group == 1 && p.problem.keys.max_length <= kWarpScores; }
+// Scores of such rows are stored as fp16 where that is half of their bytes and few keys are chosen, for which those that fp16 does not tell apart are computed again.
+constexpr int kFewTopk = 64;
+inline bool stores_halves(const Problem& x) {
+  return x.dtype != Dtype::fp32 && x.D <= 64 && x.K <= kFewTopk && x.keys.max_length > kShortKeys && x.keys.max_length <= kWarpScores && group_keys(x.keys.max_length, x.K, x.D) == 1;
+}
 
 // Rows of many groups are first cut down by a sample of them: one of every `stride`, at a hashed place, as contiguous structure
 // cannot mislead that. H100: a smaller sample leaves more candidates, a larger one takes longer to sort.

@@ -2,14 +2,14 @@
 //
 // score_compress: one block per (batch, head, part of the key range, group of landmarks); one warp owns 16 landmarks (two warps above
 // 128 columns, half of the values each) and walks over key tiles that the block brings in with cp.async, two stages deep where they fit:
-//   S = Z k^T  -> the largest of every group and what bounds the others, or all of them, unscaled in fp32: the selection never sees a
-//   rounded score
+//   S = Z k^T  -> the largest of every group and what bounds the others, or all of them, unscaled in fp32, or as fp16: the selection then computes those again
+//   that rounding made equal
 //   online softmax over scale * S, O += P v  -> partial values, maximum and sum of this part
 // Where fp32 may be rounded to TF32, the values are, and S is not.
 // The keys of a tile are permuted, so that the columns of one lane are consecutive keys; where all scores are stored, four by four of four lanes.
 // On sm_90a, where 16-bit sequences are long, specialists do the same: four warps bring keys and values, a share of the rows each, whole
 // warpgroups own 64 landmarks, or share them, each with a part of the key range of its own.
-// combine: one warp per landmark, unless that is done beside the choice of its keys (combines_with_topk).
+// combine: half a warp per landmark, unless that is done beside the choice of its keys (combines_with_topk).
 #include "launch.h"
 #include "specialists.cuh"
 #include "stages.cuh"
@@ -92,7 +92,14 @@ template <class C> struct Compression {
     for (int i = 0; i < 2; ++i) {
       const bool stored = column_of_warp<C>() == 0 && m + 8 * i < x.M;
       float* scores = p.scores + (bh * x.M + m + 8 * i) * pitch + (all_scores ? lane_key : lane_key / kGroupKeys * 2);
-      if (all_scores) {
+      if (p.halves) {
+        const float factor = p.scale == 0.0f ? 1.0f : fabsf(p.scale);
+        __half* const halves = reinterpret_cast<__half*>(scores - lane_key) + lane_key;
+        if (stored)
+#pragma unroll
+          for (int n = 0; n < kTiles; n += 2)
+            *reinterpret_cast<uint2*>(halves + 8 * n) = {pack<__half>(s[n][2 * i] * factor, s[n][2 * i + 1] * factor), pack<__half>(s[n + 1][2 * i] * factor, s[n + 1][2 * i + 1] * factor)};
+      } else if (all_scores) {
         if (stored)
 #pragma unroll
           for (int n = 0; n < kTiles; n += 2)
@@ -310,10 +317,10 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
 #endif
 }
 
-constexpr int kCombineWarps = 4;
+constexpr int kCombineThreads = 128, kCombineRows = kCombineThreads / kCombineLanes;
 
-template <class T> __global__ void __launch_bounds__(32 * kCombineWarps) combine_kernel(const LandmarkParams p) {
-  combine_parts<T>(p, std::int64_t(blockIdx.x) * kCombineWarps + threadIdx.x / 32);
+template <class T> __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const LandmarkParams p) {
+  combine_parts<T>(p, blockIdx.x * kCombineRows + threadIdx.x / kCombineLanes);
 }
 
 }  // namespace
@@ -340,10 +347,8 @@ cudaError_t launch_landmark_scores(const LandmarkParams& p, cudaStream_t stream)
 }
 
 cudaError_t launch_landmark_combine(const LandmarkParams& p, cudaStream_t stream) {
-  const std::int64_t rows = std::int64_t(p.problem.B) * p.problem.H * p.problem.M;
-  return dispatch_dtype(p.problem.dtype, [&](auto element) {
-    return launch(combine_kernel<decltype(element)>, static_cast<unsigned>((rows + kCombineWarps - 1) / kCombineWarps), 32 * kCombineWarps, 0, stream, p);
-  });
+  const unsigned rows = static_cast<unsigned>(p.problem.B) * p.problem.H * p.problem.M;
+  return dispatch_dtype(p.problem.dtype, [&](auto element) { return launch(combine_kernel<decltype(element)>, (rows + kCombineRows - 1) / kCombineRows, kCombineThreads, 0, stream, p); });
 }
 
 }  // namespace mita

@@ -3,8 +3,8 @@
 // A candidate is one 64-bit number, ordered(score) above the complement of its key index: all candidates differ, so every
 // comparison is decided, and nothing depends on the timing of threads. Indices come out ascending; -1 fills the rest.
 //
-// short rows: of up to kShortKeys scores eight lanes per landmark, of up to kWarpScores one warp, the scores in its registers. More blocks of the same launch
-//   put the landmarks' compressed values together (stages.cuh).
+// short rows: of up to kShortKeys scores eight lanes per landmark, of up to kWarpScores one warp, the scores in its registers. Where these are fp16, those of keys that
+//   it does not tell apart, or else of all, are computed again. More blocks of the same launch put the landmarks' compressed values together (stages.cuh).
 // long rows: of each group of consecutive keys only the largest score is known, and what bounds the others (kGroupKeys). The K best keys lie
 //   in the K best groups, in the total order of maxima and group indices: K groups in front of a key's would hold K keys in front of it.
 //   One block per landmark
@@ -98,55 +98,94 @@ template <class C, int THREADS, class KeyOf, class Put> __device__ void score_ke
 
 // ---- rows in registers ---------------------------------------------------------------------------------------------
 
-// What select_of_few leaves for all lanes of a warp: first the few, then a bit for every key of the row.
+// What select_of_few leaves for all lanes of a warp: first the few, then those that are equal, then a bit for every key of the row.
 constexpr int kFew = 128;
-union Few {
-  std::uint16_t keys[kFew];
-  u32 chosen[kWarpScores / 32];
+struct Few {
+  union {
+    std::uint16_t keys[kFew];
+    u32 chosen[kWarpScores / 32];
+  };
+  float scores[kFew];
+};
+
+// What a lane has of a row of up to MOST scores, four keys of every 128. Is a score above a bound: a bit for each, in words of up to 32. NaN never is.
+template <class S, int MOST> struct LaneScores;
+template <int MOST> struct LaneScores<float, MOST> {
+  static constexpr int kGroups = MOST / 128;
+  float4 score[kGroups];
+  int own_keys;
+  __device__ LaneScores(const float* row, int length) {
+    const int first = 4 * (threadIdx.x % 32), rest = max(length - first, 0);
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) score[j] = 128 * j + first < length ? *reinterpret_cast<const float4*>(row + 128 * j + first) : float4{};
+    own_keys = rest / 128 * 4 + min(rest % 128, 4);
+  }
+  __device__ float4 four(int j) const { return score[j]; }
+  __device__ u32 above(float bound, int w) const {  // by a difference and a shift, which leave a bit of it: the first key's is the highest one
+    const int bits = min(32, 4 * kGroups - 32 * w), present = min(max(own_keys - 32 * w, 0), bits);
+    u32 set = 0;
+#pragma unroll
+    for (int b = 0; b < bits; ++b) {
+      const float4& x = score[8 * w + b / 4];
+      set = __funnelshift_l(__float_as_uint(bound - (b % 4 == 0 ? x.x : b % 4 == 1 ? x.y : b % 4 == 2 ? x.z : x.w)), set, 1);
+    }
+    return set >> (bits - present) << (32 - present) % 32;
+  }
+  static __device__ int number_of(int w, int bit) { return 32 * w + 31 - bit; }  // of the lane's keys
+};
+template <int MOST> struct LaneScores<__half, MOST> {
+  static constexpr int kGroups = MOST / 128;
+  uint2 score[kGroups];
+  __device__ LaneScores(const __half* row, int length) {  // NaN is stored behind the last key of a tile
+    const int first = 4 * (threadIdx.x % 32);
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) score[j] = 128 * j + first < length ? *reinterpret_cast<const uint2*>(row + 128 * j + first) : uint2{kAllBits, kAllBits};
+  }
+  __device__ float4 four(int j) const {
+    const float2 lo = unpack<__half>(score[j].x), hi = unpack<__half>(score[j].y);
+    return {lo.x, lo.y, hi.x, hi.y};
+  }
+  __device__ u32 above(float bound, int w) const {  // two at once: the first ones of pairs in the lower bits, the others in the upper ones
+    const __half2 least = __float2half2_rn(bound);
+    u32 set = 0;
+#pragma unroll
+    for (int i = 0; i < 16 && 8 * w + i / 2 < kGroups; ++i) set |= __hgt2_mask(reinterpret_cast<const __half2&>(i % 2 ? score[8 * w + i / 2].y : score[8 * w + i / 2].x), least) & 0x10001u << i;
+    return set;
+  }
+  static __device__ int number_of(int w, int bit) { return 32 * w + 2 * (bit % 16) + bit / 16; }
 };
 
 // What select_row does, by a warp and with less work where k is up to half of kFew or so. A first threshold only has to let k scores pass, and no more than
-// kFew. On which side of it a score is takes a difference and a shift, which leave a bit of it. From those few, of which each lane has every 32nd, the k best
-// are chosen. one(key) is a score. False, and nothing done, where no such threshold is found soon.
-template <int MOST, class One, class Four, class Emit> __device__ bool select_of_few(int length, int k, Few& few, One one, Four four, Emit emit) {
-  constexpr int kGroup = 4 * 32, kGroups = MOST / kGroup, kWords = ceil_div(MOST, 32 * 32), kSlots = kFew / 32, kTries = 12, kSteps = 24;
+// kFew. From those few, of which each lane has every 32nd, the k best are chosen, and of equal ones the best by what score_again(count) leaves in few.scores of
+// few.keys. False, and nothing done, where no such threshold is found soon.
+template <int MOST, class S, class Again, class Emit> __device__ bool select_of_few(const S* row, int length, int k, Few& few, Again score_again, Emit emit) {
+  using Scores = LaneScores<S, MOST>;
+  constexpr int kGroup = 128, kGroups = Scores::kGroups, kWords = ceil_div(kGroups, 8), kSlots = kFew / 32, kTries = 12, kSteps = 24;
   static_assert(MOST > kFew && MOST <= kWarpScores && MOST % kGroup == 0);
   const int lane = threadIdx.x % 32;
   const float aim = k + 4.0f * sqrtf(static_cast<float>(k)) + 8.0f;
   if (length <= kFew || k == 0 || aim > 0.85f * kFew) return false;
-  float score[kGroups][4];
-#pragma unroll
-  for (int j = 0; j < kGroups; ++j) {
-    const int first = j * kGroup + 4 * lane;
-    const float4 x = first < length ? four(first) : float4{};
-    score[j][0] = x.x, score[j][1] = x.y, score[j][2] = x.z, score[j][3] = x.w;
-  }
+  const Scores scores(row, length);
   // The threshold is guessed as that of a logistic distribution of the same mean and deviation, which every second group gives.
   float sum = 0.0f, squares = 0.0f;
 #pragma unroll
   for (int j = 0; j < kGroups; j += 2)
-    if ((j + 1) * kGroup <= length)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sum += score[j][e], squares = fmaf(score[j][e], score[j][e], squares);
+    if ((j + 1) * kGroup <= length) {
+      const float4 x = scores.four(j);
+      sum += x.x, squares = fmaf(x.x, x.x, squares), sum += x.y, squares = fmaf(x.y, x.y, squares);
+      sum += x.z, squares = fmaf(x.z, x.z, squares), sum += x.w, squares = fmaf(x.w, x.w, squares);
+    }
   const float inverse = 1.0f / (kGroup * ceil_div(length / kGroup, 2)), share = aim / static_cast<float>(length);
   const float mean = sum_of_lanes<32>(sum) * inverse, deviation = sqrtf(sum_of_lanes<32>(squares) * inverse - mean * mean);
   float guess = logistic_quantile(mean, deviation, share), step = 0.25f * deviation, low = -kInfinity, high = kInfinity;
 
-  const int rest = max(length - 4 * lane, 0), own_keys = rest / kGroup * 4 + min(rest % kGroup, 4);
-  u32 above[kWords];  // a bit for each of the lane's scores, the first one highest: is it above the guess? NaN never is
-  int of_lane, n;  // that are
+  u32 above[kWords];
+  int of_lane, n;  // that are above the guess
   for (int i = 0;; ++i) {
     if (i == kTries) return false;
     of_lane = 0;
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      const int bits = min(32, 4 * kGroups - 32 * w), present = min(max(own_keys - 32 * w, 0), bits);
-      u32 set = 0;
-#pragma unroll
-      for (int b = 0; b < bits; ++b) set = __funnelshift_l(__float_as_uint(guess - score[8 * w + b / 4][b % 4]), set, 1);
-      above[w] = set >> (bits - present) << (32 - present) % 32;
-      of_lane += __popc(above[w]);
-    }
+    for (int w = 0; w < kWords; ++w) of_lane += __popc(above[w] = scores.above(guess, w));
     n = sum_of_lanes<32>(of_lane);
     if (n >= k && n <= kFew) break;
     (n < k ? high : low) = guess;
@@ -157,48 +196,66 @@ template <int MOST, class One, class Four, class Emit> __device__ bool select_of
   int at = sum_through_lane<32>(of_lane) - of_lane;
 #pragma unroll
   for (int w = 0; w < kWords; ++w)
-    for (u32 left = above[w]; left;) {
-      const int i = __clz(left);
-      left ^= 0x80000000u >> i;
-      few.keys[at++] = static_cast<std::uint16_t>((8 * w + i / 4) * kGroup + 4 * lane + i % 4);
+    for (u32 left = above[w]; left; left &= left - 1) {
+      const int i = Scores::number_of(w, __ffs(left) - 1);
+      few.keys[at++] = static_cast<std::uint16_t>(i / 4 * kGroup + 4 * lane + i % 4);
     }
   __syncwarp();
   int place[kSlots];
-  u32 key[kSlots], best = 0;  // 0: there is none
+  u32 key[kSlots], best = 0, worst = kAllBits;  // 0: there is none
 #pragma unroll
   for (int s = 0; s < kSlots; ++s) place[s] = lane + 32 * s < n ? few.keys[lane + 32 * s] : -1;
 #pragma unroll
-  for (int s = 0; s < kSlots; ++s) key[s] = place[s] < 0 ? 0 : ordered(one(place[s])), best = max(best, key[s]);
-  const auto count = [&](auto&& is) {
-    int own = 0;
-#pragma unroll
-    for (int s = 0; s < kSlots; ++s) own += is(s);
-    return sum_of_lanes<32>(own);
-  };
-
-  // k or more reach `least`, fewer reach `most`: looked for where the line between these two numbers has k, by turns with halves.
-  u32 least = ordered(guess), most = __reduce_max_sync(kAllLanes, best) + 1;
+  for (int s = 0; s < kSlots; ++s) {
+    key[s] = place[s] < 0 ? 0 : ordered(to_float(row[place[s]]));
+    best = max(best, key[s]), worst = place[s] < 0 ? worst : min(worst, key[s]);
+  }
+  // k or more reach `least`, fewer reach `most`: looked for where k would if their logarithm were a line from one to the other, now and then half way.
+  u32 least = __reduce_min_sync(kAllLanes, worst), most = __reduce_max_sync(kAllLanes, best) + 1;
   int reach_least = n, reach_most = 0;
+  const auto log_of = [](float reached) { return __log2f(fmaxf(reached, 0.5f)); };
+  const float log_k = log_of(k - 0.5f);
+  float log_least = log_of(n), log_most = log_of(0.0f);
 #pragma unroll 1
   for (int i = 0; reach_least != k && most - least > 1; ++i) {
     u32 middle = least + (most - least) / 2;
     if (i < kSteps) {
-      const float part = i % 2 ? 0.5f : __fdividef(reach_least - k + 0.5f, static_cast<float>(reach_least - reach_most));
-      middle = ordered(fmaf(part, score_of(most) - score_of(least), score_of(least)));
+      const float low = score_of(least), part = i % 8 == 7 ? 0.5f : __fdividef(log_least - log_k, log_least - log_most);
+      middle = ordered(fmaf(part, score_of(most) - low, low));
     }
     middle = max(least + 1, min(middle, most - 1));
-    const int reached = count([&](int s) { return key[s] >= middle; });
-    if (reached >= k) least = middle, reach_least = reached;
-    else most = middle, reach_most = reached;
+    int reached = 0;
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) reached += key[s] >= middle;
+    reached = sum_of_lanes<32>(reached);
+    if (reached >= k) least = middle, reach_least = reached, log_least = log_of(reached);
+    else most = middle, reach_most = reached, log_most = log_of(reached);
   }
-  int bound = MOST;  // of the places of those that are `least`, where only some of them are chosen
-  const auto is_chosen = [&](int s) { return key[s] > least || (key[s] == least && place[s] < bound); };
-  if (reach_least != k)
-    for (int lower = 0, upper = MOST, reached = reach_least; reached != k;) {
-      bound = (lower + upper) / 2;
-      reached = count(is_chosen);
-      (reached < k ? lower : upper) = bound;
+  u32 taken = 0;  // of the lane's keys, a bit for each
+#pragma unroll
+  for (int s = 0; s < kSlots; ++s) taken |= (key[s] > least || (key[s] == least && reach_least == k)) << s;
+  if (reach_least != k) {  // some of those that are `least`
+    u32 equal = 0;
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) equal |= (key[s] == least) << s;
+    const int own = __popc(equal), through = sum_through_lane<32>(own), missing = k - reach_most, equals = reach_least - reach_most;
+    int to = through - own;
+    __syncwarp();
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s)
+      if (equal >> s & 1) few.keys[to++] = static_cast<std::uint16_t>(place[s]);
+    __syncwarp();
+    score_again(equals);
+    __syncwarp();
+    to = through - own;
+#pragma unroll 1
+    for (; equal; equal &= equal - 1, ++to) {
+      const auto of = [&](int i) { return candidate(ordered(few.scores[i]), few.keys[i]); };
+      int better = 0;
+      for (int i = 0; i < equals; ++i) better += of(i) > of(to);
+      taken |= better < missing ? equal & -equal : 0;
     }
+  }
 
   __syncwarp();
 #pragma unroll
@@ -206,7 +263,7 @@ template <int MOST, class One, class Four, class Emit> __device__ bool select_of
   __syncwarp();
 #pragma unroll
   for (int s = 0; s < kSlots; ++s)
-    if (is_chosen(s)) atomicOr(few.chosen + place[s] / 32, 1u << place[s] % 32);
+    if (taken >> s & 1) atomicOr(few.chosen + place[s] / 32, 1u << place[s] % 32);
   __syncwarp();
   of_lane = 0;
   u32 chosen[kWords];
@@ -220,29 +277,45 @@ template <int MOST, class One, class Four, class Emit> __device__ bool select_of
   return true;
 }
 
-template <int LANES> __host__ __device__ inline std::int64_t blocks_of_rows(std::int64_t rows) { return (rows * LANES + kThreads - 1) / kThreads; }
+template <int LANES> __host__ __device__ inline unsigned blocks_of_rows(unsigned rows) { return (rows + kThreads / LANES - 1) / (kThreads / LANES); }
 
-// Registers: H100, 4704 rows of 1601 and 9408 of 1025 scores, 20.5 and 29.5 us; without spills, and with fewer warps, 20.4 and 33.2.
-template <class T, int LANES, int MOST> __global__ void __launch_bounds__(kThreads, MOST <= 1152 ? 8 : MOST <= 1664 ? 6 : 5) topk_rows_kernel(const LandmarkParams p) {
+// S: of the scores. Registers: H100, 4704 rows of 1601 and 9408 of 1025 fp32 scores, 20.5 and 29.5 us; without spills, and with fewer warps, 20.4 and 33.2.
+template <class T, class S, int LANES, int MOST> __global__ void __launch_bounds__(kThreads, MOST <= 1152 ? 8 : MOST <= 1664 ? 6 : 5) topk_rows_kernel(const LandmarkParams p) {
   const Problem& x = p.problem;
-  const std::int64_t rows = std::int64_t(x.B) * x.H * x.M, blocks = blocks_of_rows<LANES>(rows), row = (blockIdx.x * std::int64_t(kThreads) + threadIdx.x) / LANES;
-  if (blockIdx.x >= blocks) return combine_parts<T>(p, (blockIdx.x - blocks) * (kThreads / 32) + threadIdx.x / 32);
+  const unsigned rows = x.B * x.H * x.M, blocks = blocks_of_rows<LANES>(rows), row = blockIdx.x * (kThreads / LANES) + threadIdx.x / LANES;
+  if (blockIdx.x >= blocks) return combine_parts<T>(p, (blockIdx.x - blocks) * (kThreads / kCombineLanes) + threadIdx.x / kCombineLanes);
   const bool exists = row < rows;
-  const int length = exists ? span(x.keys, static_cast<int>(row / x.M / x.H)).length : 0, k = min(x.K, length);
+  const unsigned bh = row / x.M;
+  const int length = exists ? span(x.keys, bh / x.H).length : 0, k = min(x.K, length);
   const std::int64_t pitch = score_pitch(x.keys.max_length, 1);
-  const float* scores = p.scores + row * pitch;
-  std::int32_t* indices = p.indices + row * x.K;
+  float* const scores = p.scores + row * pitch;
+  std::int32_t* indices = p.indices + std::int64_t(row) * x.K;
   if (exists)
     for (int i = k + threadIdx.x % LANES; i < x.K; i += LANES) indices[i] = -1;
-  const auto four = [&](int key) { return *reinterpret_cast<const float4*>(scores + key); };
   const auto emit = [&](int i, int key) { indices[i] = key; };
+  const auto select = [&] { select_row<LANES, MOST>(length, k, [&](int key) { return *reinterpret_cast<const float4*>(scores + key); }, emit); };
   if constexpr (LANES == 32) {
-    __shared__ Few few[kThreads / 32];
-    if (!select_of_few<MOST>(length, k, few[threadIdx.x / 32], [&](int key) { return scores[key]; }, four, emit)) select_row<LANES, MOST>(length, k, four, emit);
+    __shared__ Few all_few[kThreads / 32];
+    Few& few = all_few[threadIdx.x / 32];
+    const auto score_again = [&](int count, auto key_of, float* to) {
+      if constexpr (sizeof(S) == 2) {
+        score_keys<Config<T, 64>, 32>(p, bh, row - bh * x.M, count, key_of, [&](int i, float score) { to[i] = score; });
+        __syncwarp();
+      }
+    };
+    const auto among_equals = [&](int count) {
+      if constexpr (sizeof(S) == 2) score_again(count, [&](int i) { return int(few.keys[i]); }, few.scores);
+      else
+        for (int i = threadIdx.x % 32; i < count; i += 32) few.scores[i] = 0.0f;
+    };
+    if (!select_of_few<MOST>(reinterpret_cast<const S*>(scores), length, k, few, among_equals, emit)) {
+      if (exists) score_again(length, [](int i) { return i; }, scores);
+      select();
+    }
   } else {
-    select_row<LANES, MOST>(length, k, four, emit);
+    select();
   }
-  if (exists) discard<LANES>(scores, pitch * sizeof(float));
+  if (exists) discard<LANES>(scores, pitch * sizeof(S));
 }
 
 template <int WARPS> __device__ void wait_for_warps() {
@@ -573,15 +646,20 @@ cudaError_t launch_landmark_topk(const LandmarkParams& p, cudaStream_t stream) {
   if (x.K < 1 || x.K > kMaxTopk) return cudaErrorInvalidValue;
   const unsigned rows = static_cast<unsigned>(x.B) * x.H * x.M;
   const int row_scores = ceil_div(x.keys.max_length, p.group);
-  const auto rows_of = [&](auto lanes) {
+  const auto rows_of = [&](auto lanes, auto score) {
     return [&, lanes](auto most) {
       return dispatch_dtype(x.dtype, [&](auto element) {
-        return launch(topk_rows_kernel<decltype(element), lanes, most>, static_cast<unsigned>(blocks_of_rows<lanes>(rows) + blocks_of_rows<32>(rows)), kThreads, 0, stream, p);
+        using T = decltype(element);
+        using S = std::conditional_t<sizeof(T) == 2, decltype(score), float>;
+        return launch(topk_rows_kernel<T, S, lanes, most>, blocks_of_rows<lanes>(rows) + blocks_of_rows<kCombineLanes>(rows), kThreads, 0, stream, p);
       });
     };
   };
-  if (p.group == 1 && row_scores <= kShortKeys) return dispatch_size<128, kShortKeys>(row_scores, rows_of(std::integral_constant<int, 8>{}));
-  if (p.group == 1 && row_scores <= kWarpScores) return dispatch_size<512, 768, 1152, 1664, kWarpScores>(row_scores, rows_of(std::integral_constant<int, 32>{}));
+  if (p.group == 1 && row_scores <= kShortKeys) return dispatch_size<128, kShortKeys>(row_scores, rows_of(std::integral_constant<int, 8>{}, float()));
+  if (p.group == 1 && row_scores <= kWarpScores) {
+    const auto with = [&](auto score) { return dispatch_size<512, 768, 1152, 1664, kWarpScores>(row_scores, rows_of(std::integral_constant<int, 32>{}, score)); };
+    return p.halves ? with(__half()) : with(float());
+  }
   const auto groups_of = [&](auto warps) {
     return dispatch(x.dtype, x.D, [&](auto config) {
       return launch(topk_groups_kernel<decltype(config), warps>, ceil_div(rows * warps, kThreads / 32), kThreads, 0, stream, p);

@@ -215,7 +215,7 @@ struct LandmarkStage {
     p.scale = scale;
     p.landmarks = rows(landmarks), p.k = rows(key), p.v = rows(value);
     p.splits = splits;
-    p.group = group;
+    p.group = group, p.halves = stores_halves(x);
     p.scores = scores.data_ptr<float>();
     p.partial_values = values.data_ptr<float>();
     p.partial_state = state.data_ptr<float>();

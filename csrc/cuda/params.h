@@ -59,7 +59,9 @@ struct LandmarkParams {
   Rows landmarks, k, v;        // [B, H, M, D], [B, Hkv, L, D] twice
   int splits;                  // parts of the key range, each with its own partial softmax
   int group;                   // group_keys(L, K, D)
-  float* scores;               // [BH, M, score_pitch(L, group)], unscaled, every bit of fp32; pairs where group > 1; until keys are chosen by them
+  bool halves;                 // stores_halves(problem)
+  float* scores;               // [BH, M, score_pitch(L, group)], unscaled, every bit of fp32; pairs where group > 1; until keys are chosen by them. Of
+                               // halves a row begins with fp16 numbers instead, which are logits but for a sign of the scale: one may be more than another only if its score is
   float* partial_values;       // [BH, splits, M, D], not yet divided by the sums
   float* partial_state;        // [BH, splits, M, 2]: maximum, sum
   std::int32_t* indices;       // [B, H, M, K], ascending; -1 where a sequence has fewer keys

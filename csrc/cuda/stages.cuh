@@ -111,35 +111,38 @@ template <class T, class Load> __device__ inline Vector<T> mean_by_thread(const 
 
 // ---- compressed values ---------------------------------------------------------------------------------------------
 
-// One warp puts together the parts of landmark `row` of all heads, if there is one, in their order, rounds its value once and writes the lse. A lane has two of
+// So many lanes put together the parts of landmark `row` of all heads, if there is one, in their order, round its value once and write the lse. A lane has four of
 // 64 columns.
-template <class T> __device__ inline void combine_parts(const LandmarkParams& p, std::int64_t row) {
+constexpr int kCombineLanes = 16;
+template <class T> __device__ inline void combine_parts(const LandmarkParams& p, unsigned row) {
   const Problem& x = p.problem;
-  if (row >= std::int64_t(x.B) * x.H * x.M) return;
-  const std::int64_t bh = row / x.M, m = row % x.M;
-  const auto part = [&](int split) { return (bh * p.splits + split) * x.M + m; };
+  if (row >= unsigned(x.B) * x.H * x.M) return;
+  const unsigned bh = row / x.M, m = row - bh * x.M;
+  const auto part = [&](int split) { return (std::int64_t(bh) * p.splits + split) * x.M + m; };
   const auto state = [&](int split) { return reinterpret_cast<const float2*>(p.partial_state)[part(split)]; };
+  const int lane = threadIdx.x % kCombineLanes;
   float maximum = -kInfinity, sum;
-#pragma unroll 8
+#pragma unroll 4
   for (int i = 0; i < p.splits; ++i) maximum = fmaxf(maximum, state(i).x);
   const float base = maximum == -kInfinity ? 0.0f : maximum;
-  for (int column = threadIdx.x % 32 * 2; column - threadIdx.x % 32 * 2 < x.D; column += 64) {
-    const bool inside = column < x.D;
-    float2 value = {0.0f, 0.0f};
+  for (int first = 0; first < x.D; first += 4 * kCombineLanes) {
+    const int column = first + 4 * lane;
+    float value[4] = {};
     sum = 0.0f;
-#pragma unroll 8
+#pragma unroll 4
     for (int i = 0; i < p.splits; ++i) {
-      const float2 its = state(i), part_value = inside ? *reinterpret_cast<const float2*>(p.partial_values + part(i) * x.D + column) : float2{0.0f, 0.0f};
+      const float2 its = state(i);
+      const float4 part_value = column < x.D ? *reinterpret_cast<const float4*>(p.partial_values + part(i) * x.D + column) : float4{};
       const float weight = exponential<T>(its.x - base);
       sum += weight * its.y;
-      value.x += weight * part_value.x, value.y += weight * part_value.y;
+      value[0] += weight * part_value.x, value[1] += weight * part_value.y, value[2] += weight * part_value.z, value[3] += weight * part_value.w;
     }
     const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
-    if (inside)
+    if (column < x.D)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) static_cast<T*>(p.compressed)[row * x.D + column + i] = from_float<T>((i ? value.y : value.x) * factor);
+      for (int i = 0; i < 4; ++i) static_cast<T*>(p.compressed)[std::int64_t(row) * x.D + column + i] = from_float<T>(value[i] * factor);
   }
-  if (threadIdx.x % 32 == 0) p.lse[row] = log_sum<T>(maximum, sum);
+  if (lane == 0) p.lse[row] = log_sum<T>(maximum, sum);
 }
 
 // ---- top-K of a row in registers -----------------------------------------------------------------------------------

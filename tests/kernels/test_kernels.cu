@@ -532,10 +532,17 @@ void run(const Case& c) {
   Buffer<std::int32_t> indices(std::size_t(BH) * M * K);
   Buffer<float> landmark_lse(std::size_t(BH) * M);
   const Output compressed(dtype, B, H, M, D);
-  const LandmarkParams landmark{problem, scale, z_rows, k.rows, v.rows, kSplits, group, scores.data, partial_values.data, partial_state.data,
+  const bool halves = stores_halves(problem);
+  const LandmarkParams landmark{problem, scale, z_rows, k.rows, v.rows, kSplits, group, halves, scores.data, partial_values.data, partial_state.data,
                                 indices.data, compressed.memory.data, landmark_lse.data};
   RUN(launch_landmark_scores(landmark, 0));
   const auto got_scores = scores.get();
+  const auto stored_score = [&](std::size_t row, int key) -> double {
+    if (!halves) return got_scores[row * pitch + key / group * (group > 1 ? 2 : 1)];
+    __half logit;
+    std::memcpy(&logit, reinterpret_cast<const __half*>(&got_scores[row * pitch]) + key, sizeof logit);
+    return static_cast<float>(logit) / std::fabs(scale);
+  };
   if (!combines_with_topk(landmark)) RUN(launch_landmark_combine(landmark, 0));
   RUN(launch_landmark_topk(landmark, 0));
   std::vector<double> want_scores, seen_scores;
@@ -552,25 +559,26 @@ void run(const Case& c) {
     for (int m = 0; m < M; ++m) {
       for (int j = 0; j < keys.each[b]; ++j) {  // a group leaves one score, the largest
         const double score = dot(z.row(b, h, m), k.host.row(b, g, j), D);
-        if (j % group == 0) want_scores.push_back(score), seen_scores.push_back(got_scores[(std::size_t(bh) * M + m) * pitch + j / group * (group > 1 ? 2 : 1)]);
+        if (j % group == 0) want_scores.push_back(score), seen_scores.push_back(stored_score(std::size_t(bh) * M + m, j));
         want_scores.back() = std::max(want_scores.back(), score);
       }
       want_landmark_lse[std::size_t(bh) * M + m] = attend(z.row(b, h, m), units, D, want_compressed.row(b, h, m));
     }
   });
-  expect_close("landmark scores, full fp32", seen_scores, want_scores, c.integers ? 0 : 2e-6);
+  if (halves) expect_close("landmark scores, in fp16", seen_scores, want_scores, 6e-4);
+  else expect_close("landmark scores, full fp32", seen_scores, want_scores, c.integers ? 0 : 2e-6);
   expect_close("compressed values", compressed.get().x, want_compressed.x, tolerance);
   expect_close("landmark lse", widen(landmark_lse.get()), want_landmark_lse, 1e-5);
 
-  // top-K: exactly, by the scores that are there, or where scores are exact; else up to their rounding
+  // top-K: exactly, by the scores that are there in full, or where scores are exact; else up to their rounding
   const auto chosen_keys = indices.get();
-  const bool exactly = c.integers || group == 1;
+  const bool stored_whole = group == 1 && !halves, exactly = c.integers || stored_whole;
   bool right_keys = true;
   each_head([&](int b, int h, int bh, int g) {
     for (int m = 0; m < M; ++m) {
       std::vector<double> row;
       for (int j = 0; j < keys.each[b]; ++j)
-        row.push_back(group == 1 ? got_scores[(std::size_t(bh) * M + m) * pitch + j] : dot(z.row(b, h, m), k.host.row(b, g, j), D));
+        row.push_back(stored_whole ? stored_score(std::size_t(bh) * M + m, j) : dot(z.row(b, h, m), k.host.row(b, g, j), D));
       auto order = best(row, K);
       const double least = order.empty() ? 0 : row[order.back()];
       std::sort(order.begin(), order.end());
@@ -941,22 +949,30 @@ void run(const Case& c) {
 
 // ---- top-K on rows that no product would make ----------------------------------------------------------------------
 
-// Scores of any kind: a landmark (1, 0, ...) and keys (score, 0, ...), one batch element for each of one or three rows.
-void run_topk(const char* name, int L, int K, int group, const std::function<float(int row, int key)>& score) {
-  if (!begin(std::string("topk ") + name + " L=" + std::to_string(L) + " K=" + std::to_string(K) + " group=" + std::to_string(group))) return;
+// Scores of any kind: a landmark (1, 1, ...) and keys (score, 0, ...), one batch element for each of one or three rows. Of 16 bits, the three first columns of a
+// key have the bits of its score.
+void run_topk(const char* name, int L, int K, int group, const std::function<float(int row, int key)>& score, Dtype dtype = Dtype::fp32) {
+  if (!begin(std::string("topk ") + name + " L=" + std::to_string(L) + " K=" + std::to_string(K) + " group=" + std::to_string(group) + (dtype == Dtype::fp32 ? "" : " bf16"))) return;
   constexpr int D = 8;
   const int B = L > 5001 ? 1 : 3, splits = parts_of(L, 2048);  // long rows take the sanitizers minutes
-  std::vector<float> host(std::size_t(B) * L * D, 0.0f), one(B * D, 0.0f);
-  for (int b = 0; b < B; ++b) {
-    one[b * D] = 1;
-    for (int j = 0; j < L; ++j) host[(std::size_t(b) * L + j) * D] = score(b, j);
-  }
-  const Buffer<float> keys(host), landmark(one);
+  const std::size_t bytes = bytes_of(dtype);
+  std::vector<unsigned char> host(std::size_t(B) * L * D * bytes, 0), ones(B * D * bytes);
+  for (int i = 0; i < B * D; ++i) encode(dtype, 1, &ones[i * bytes]);
+  for (int b = 0; b < B; ++b)
+    for (int j = 0; j < L; ++j) {
+      double rest = score(b, j);
+      for (int d = 0; d < 3 && (d == 0 || (std::isfinite(rest) && rest != 0)); ++d) {
+        unsigned char* const to = &host[((std::size_t(b) * L + j) * D + d) * bytes];
+        encode(dtype, rest, to), rest -= decode(dtype, to);
+      }
+    }
+  const Buffer<unsigned char> keys(host), landmark(ones);
   const std::int64_t pitch = score_pitch(L, group);
   Buffer<float> scores(B * pitch), values(B * splits * D), state(B * splits * 2), compressed(B * D), lse(B);
   Buffer<std::int32_t> indices(std::size_t(B) * K);
-  const auto rows = [&](const Buffer<float>& x, int count) { return Rows{x.data, std::int64_t(count) * D, std::int64_t(count) * D, D}; };
-  const LandmarkParams p{{Dtype::fp32, B, 1, 1, 1, K, 1, D, {L, nullptr, nullptr}, {L, nullptr, nullptr}}, 1.0f, rows(landmark, 1), rows(keys, L), rows(keys, L), splits, group,
+  const auto rows = [&](const Buffer<unsigned char>& x, int count) { return Rows{x.data, std::int64_t(count) * D, std::int64_t(count) * D, D}; };
+  const Problem problem{dtype, B, 1, 1, 1, K, 1, D, {L, nullptr, nullptr}, {L, nullptr, nullptr}};
+  const LandmarkParams p{problem, 1.0f, rows(landmark, 1), rows(keys, L), rows(keys, L), splits, group, group == 1 && stores_halves(problem),
                          scores.data, values.data, state.data, indices.data, compressed.data, lse.data};
   RUN(launch_landmark_scores(p, 0));
   if (!combines_with_topk(p)) RUN(launch_landmark_combine(p, 0));
@@ -982,6 +998,16 @@ void run_topk_rows(int group) {
       x ^= x >> 15, x *= 2246822519u, x ^= x >> 13;
       return static_cast<float>(static_cast<std::int32_t>(x)) * 0x1p-31f;
     };
+    if (group == 1 && L > kShortKeys && L <= kWarpScores)
+      for (const float factor : {1.0f, 0x1p-20f, 0x1p20f}) {  // what fp16 has, or has not, and what it makes equal
+        const auto bits = [&](float (*of)(float)) { return [&noise, factor, of](int m, int j) { return of(noise(m, j)) * factor; }; };
+        const auto run = [&](const char* name, const std::function<float(int, int)>& score) { run_topk((std::string(name) + " times " + std::to_string(factor)).c_str(), L, std::min(K, 64), group, score, Dtype::bf16); };
+        run("noise", bits([](float x) { return x; }));
+        run("near one", bits([](float x) { return 1.0f + std::floor(x * 4096) * 0x1p-20f; }));
+        run("three plateaus", [&](int m, int j) { return static_cast<float>((j + m) % 3) * factor; });
+        run("alike far apart", [&](int m, int j) { return noise(m, j % (L / 16 + 1)) * factor; });
+        run("NaN and infinities", [&](int m, int j) { return j % 5 == m ? NAN : j % 7 == 0 ? INFINITY : j % 11 == 0 ? -INFINITY : noise(m, j) * factor; });
+      }
     run_topk("noise", L, K, group, noise);
     run_topk("all equal", L, K, group, [](int, int) { return 1.0f; });
     run_topk("three plateaus", L, K, group, [](int m, int j) { return static_cast<float>((j + m) % 3); });
