@@ -9,7 +9,7 @@
 // The keys of a tile are permuted, so that the columns of one lane are consecutive keys; where all scores are stored, four by four of four lanes.
 // On sm_90a, where 16-bit sequences are long, specialists do the same: four warps bring keys and values, a share of the rows each, whole
 // warpgroups own 64 landmarks, or share them, each with a part of the key range of its own.
-// combine: half a warp per landmark, unless that is done beside the choice of its keys (combines_with_topk).
+// combine: a warp per landmark, or half of one, unless that is done beside the choice of its keys (combines_with_topk).
 #include "launch.h"
 #include "specialists.cuh"
 #include "stages.cuh"
@@ -70,8 +70,8 @@ template <class C> struct Compression {
   OnlineSoftmax<T> softmax;
   float values[C::kColumns / 8][4];
 
-  // From the scores of landmarks m and m + 8 (a lane's two rows) to what is stored of them, and to weights.
-  __device__ Weights<T, kTiles> add(const LandmarkParams& p, float (&s)[kTiles][4], std::int64_t bh, int m, int tile, int length) {
+  // From the scores of landmarks m and m + 8 (a lane's two rows) to what is stored of them, and to weights. halves: those of `p`, or a constant.
+  __device__ Weights<T, kTiles> add(const LandmarkParams& p, bool halves, float (&s)[kTiles][4], std::int64_t bh, int m, int tile, int length) {
     const Problem& x = p.problem;
     const bool all_scores = p.group == 1;
     const std::int64_t pitch = score_pitch(x.keys.max_length, p.group);
@@ -92,13 +92,13 @@ template <class C> struct Compression {
     for (int i = 0; i < 2; ++i) {
       const bool stored = column_of_warp<C>() == 0 && m + 8 * i < x.M;
       float* scores = p.scores + (bh * x.M + m + 8 * i) * pitch + (all_scores ? lane_key : lane_key / kGroupKeys * 2);
-      if (p.halves) {
+      if (halves) {
         const float factor = p.scale == 0.0f ? 1.0f : fabsf(p.scale);
-        __half* const halves = reinterpret_cast<__half*>(scores - lane_key) + lane_key;
+        __half* const logits = reinterpret_cast<__half*>(scores - lane_key) + lane_key;
         if (stored)
 #pragma unroll
           for (int n = 0; n < kTiles; n += 2)
-            *reinterpret_cast<uint2*>(halves + 8 * n) = {pack<__half>(s[n][2 * i] * factor, s[n][2 * i + 1] * factor), pack<__half>(s[n + 1][2 * i] * factor, s[n + 1][2 * i + 1] * factor)};
+            *reinterpret_cast<uint2*>(logits + 8 * n) = {pack<__half>(s[n][2 * i] * factor, s[n][2 * i + 1] * factor), pack<__half>(s[n + 1][2 * i] * factor, s[n + 1][2 * i + 1] * factor)};
       } else if (all_scores) {
         if (stored)
 #pragma unroll
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::kGroups && C::DP ==
     float s[kRows / 8][4];
     product<Exact<C>>(s, landmarks, stage.k.in(window), lane);
     wait_products<C, 0>(s);
-    auto weights = compression.add(p, s, bh, m, tile, keys.length);
+    auto weights = compression.add(p, p.halves, s, bh, m, tile, keys.length);
     add_weighted_rows<C>(compression.values, weights, stage.v.in(window), lane);
     wait_products<C, 0>(compression.values);
     __syncthreads();
@@ -300,7 +300,7 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
           float s[kRows / 8][4];
           product<C>(s, GroupRows<T, DP>{shared.landmarks.in(window).from_row(first_row)}, shared.stages[at.at()].k.in(window), lane);
           wait_products<C, 0>(s);
-          auto weights = compression.add(p, s, piece.bh, m, tile, piece.keys.length);
+          auto weights = compression.add(p, false, s, piece.bh, m, tile, piece.keys.length);
           add_weighted_rows<C>(compression.values, weights, shared.stages[at.at()].v.in(window), lane);
           wait_products<C, 0>(compression.values);
         }
@@ -317,11 +317,9 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
 #endif
 }
 
-constexpr int kCombineThreads = 128, kCombineRows = kCombineThreads / kCombineLanes;
+constexpr int kCombineThreads = 128;
 
-template <class T> __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const LandmarkParams p) {
-  combine_parts<T>(p, blockIdx.x * kCombineRows + threadIdx.x / kCombineLanes);
-}
+template <class T> __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const LandmarkParams p) { combine_parts<T>(p, blockIdx.x); }
 
 }  // namespace
 
@@ -347,8 +345,7 @@ cudaError_t launch_landmark_scores(const LandmarkParams& p, cudaStream_t stream)
 }
 
 cudaError_t launch_landmark_combine(const LandmarkParams& p, cudaStream_t stream) {
-  const unsigned rows = static_cast<unsigned>(p.problem.B) * p.problem.H * p.problem.M;
-  return dispatch_dtype(p.problem.dtype, [&](auto element) { return launch(combine_kernel<decltype(element)>, (rows + kCombineRows - 1) / kCombineRows, kCombineThreads, 0, stream, p); });
+  return dispatch_dtype(p.problem.dtype, [&](auto element) { return launch(combine_kernel<decltype(element)>, combine_blocks(p.problem, kCombineThreads), kCombineThreads, 0, stream, p); });
 }
 
 }  // namespace mita

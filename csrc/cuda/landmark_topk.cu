@@ -283,7 +283,7 @@ template <int LANES> __host__ __device__ inline unsigned blocks_of_rows(unsigned
 template <class T, class S, int LANES, int MOST> __global__ void __launch_bounds__(kThreads, MOST <= 1152 ? 8 : MOST <= 1664 ? 6 : 5) topk_rows_kernel(const LandmarkParams p) {
   const Problem& x = p.problem;
   const unsigned rows = x.B * x.H * x.M, blocks = blocks_of_rows<LANES>(rows), row = blockIdx.x * (kThreads / LANES) + threadIdx.x / LANES;
-  if (blockIdx.x >= blocks) return combine_parts<T>(p, (blockIdx.x - blocks) * (kThreads / kCombineLanes) + threadIdx.x / kCombineLanes);
+  if (blockIdx.x >= blocks) return combine_parts<T>(p, blockIdx.x - blocks);
   const bool exists = row < rows;
   const unsigned bh = row / x.M;
   const int length = exists ? span(x.keys, bh / x.H).length : 0, k = min(x.K, length);
@@ -651,7 +651,7 @@ cudaError_t launch_landmark_topk(const LandmarkParams& p, cudaStream_t stream) {
       return dispatch_dtype(x.dtype, [&](auto element) {
         using T = decltype(element);
         using S = std::conditional_t<sizeof(T) == 2, decltype(score), float>;
-        return launch(topk_rows_kernel<T, S, lanes, most>, blocks_of_rows<lanes>(rows) + blocks_of_rows<kCombineLanes>(rows), kThreads, 0, stream, p);
+        return launch(topk_rows_kernel<T, S, lanes, most>, blocks_of_rows<lanes>(rows) + combine_blocks(x, kThreads), kThreads, 0, stream, p);
       });
     };
   };

@@ -111,22 +111,26 @@ template <class T, class Load> __device__ inline Vector<T> mean_by_thread(const 
 
 // ---- compressed values ---------------------------------------------------------------------------------------------
 
-// So many lanes put together the parts of landmark `row` of all heads, if there is one, in their order, round its value once and write the lse. A lane has four of
-// 64 columns.
-constexpr int kCombineLanes = 16;
-template <class T> __device__ inline void combine_parts(const LandmarkParams& p, unsigned row) {
+// Of so many blocks, `block` puts the parts of its landmarks of all heads together, in their order, rounds their values once and writes the lse. A landmark has so
+// many lanes, each with four columns.
+__host__ __device__ inline unsigned combine_lanes(const Problem& x) { return x.D > 64 ? 32 : 16; }
+__host__ __device__ inline unsigned combine_blocks(const Problem& x, unsigned threads) {
+  const unsigned rows = threads / combine_lanes(x);
+  return (unsigned(x.B) * x.H * x.M + rows - 1) / rows;
+}
+template <class T> __device__ inline void combine_parts(const LandmarkParams& p, unsigned block) {
   const Problem& x = p.problem;
+  const unsigned lanes = combine_lanes(x), row = (block * blockDim.x + threadIdx.x) / lanes;
   if (row >= unsigned(x.B) * x.H * x.M) return;
   const unsigned bh = row / x.M, m = row - bh * x.M;
   const auto part = [&](int split) { return (std::int64_t(bh) * p.splits + split) * x.M + m; };
   const auto state = [&](int split) { return reinterpret_cast<const float2*>(p.partial_state)[part(split)]; };
-  const int lane = threadIdx.x % kCombineLanes;
+  const unsigned lane = threadIdx.x % lanes;
   float maximum = -kInfinity, sum;
 #pragma unroll 4
   for (int i = 0; i < p.splits; ++i) maximum = fmaxf(maximum, state(i).x);
   const float base = maximum == -kInfinity ? 0.0f : maximum;
-  for (int first = 0; first < x.D; first += 4 * kCombineLanes) {
-    const int column = first + 4 * lane;
+  for (int column = 4 * lane; column - 4 * static_cast<int>(lane) < x.D; column += 4 * lanes) {
     float value[4] = {};
     sum = 0.0f;
 #pragma unroll 4

@@ -953,7 +953,7 @@ void run(const Case& c) {
 // key have the bits of its score.
 void run_topk(const char* name, int L, int K, int group, const std::function<float(int row, int key)>& score, Dtype dtype = Dtype::fp32) {
   if (!begin(std::string("topk ") + name + " L=" + std::to_string(L) + " K=" + std::to_string(K) + " group=" + std::to_string(group) + (dtype == Dtype::fp32 ? "" : " bf16"))) return;
-  constexpr int D = 8;
+  const int D = dtype == Dtype::fp32 ? 8 : 64;  // 64: few keys do not make groups of them
   const int B = L > 5001 ? 1 : 3, splits = parts_of(L, 2048);  // long rows take the sanitizers minutes
   const std::size_t bytes = bytes_of(dtype);
   std::vector<unsigned char> host(std::size_t(B) * L * D * bytes, 0), ones(B * D * bytes);
@@ -972,7 +972,9 @@ void run_topk(const char* name, int L, int K, int group, const std::function<flo
   Buffer<std::int32_t> indices(std::size_t(B) * K);
   const auto rows = [&](const Buffer<unsigned char>& x, int count) { return Rows{x.data, std::int64_t(count) * D, std::int64_t(count) * D, D}; };
   const Problem problem{dtype, B, 1, 1, 1, K, 1, D, {L, nullptr, nullptr}, {L, nullptr, nullptr}};
-  const LandmarkParams p{problem, 1.0f, rows(landmark, 1), rows(keys, L), rows(keys, L), splits, group, group == 1 && stores_halves(problem),
+  const bool halves = group == 1 && stores_halves(problem);
+  if (dtype != Dtype::fp32) expect(halves, "scores in fp16");
+  const LandmarkParams p{problem, 1.0f, rows(landmark, 1), rows(keys, L), rows(keys, L), splits, group, halves,
                          scores.data, values.data, state.data, indices.data, compressed.data, lse.data};
   RUN(launch_landmark_scores(p, 0));
   if (!combines_with_topk(p)) RUN(launch_landmark_combine(p, 0));
@@ -1001,9 +1003,10 @@ void run_topk_rows(int group) {
     if (group == 1 && L > kShortKeys && L <= kWarpScores)
       for (const float factor : {1.0f, 0x1p-20f, 0x1p20f}) {  // what fp16 has, or has not, and what it makes equal
         const auto bits = [&](float (*of)(float)) { return [&noise, factor, of](int m, int j) { return of(noise(m, j)) * factor; }; };
-        const auto run = [&](const char* name, const std::function<float(int, int)>& score) { run_topk((std::string(name) + " times " + std::to_string(factor)).c_str(), L, std::min(K, 64), group, score, Dtype::bf16); };
+        const auto run = [&](const char* name, const std::function<float(int, int)>& score) { run_topk((std::string(name) + " times " + std::to_string(factor)).c_str(), L, std::min(K, kFewTopk), group, score, Dtype::bf16); };
         run("noise", bits([](float x) { return x; }));
         run("near one", bits([](float x) { return 1.0f + std::floor(x * 4096) * 0x1p-20f; }));
+        run("levels", [&](int m, int j) { return (std::floor(noise(m, j) * 64) * 0x1p-6f + j * 0x1p-23f) * factor; });  // fp16 has the levels, the later key is better
         run("three plateaus", [&](int m, int j) { return static_cast<float>((j + m) % 3) * factor; });
         run("alike far apart", [&](int m, int j) { return noise(m, j % (L / 16 + 1)) * factor; });
         run("NaN and infinities", [&](int m, int j) { return j % 5 == m ? NAN : j % 7 == 0 ? INFINITY : j % 11 == 0 ? -INFINITY : noise(m, j) * factor; });
