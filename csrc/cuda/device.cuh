@@ -748,7 +748,7 @@ template <class T> struct OnlineSoftmax {
 
   // Raises the maximum to the largest logit. highest: that which the lane has of a row, or NaN.
   struct Raised {
-    float base[2], rescale[2];  // what probabilities are relative to, and what they were by now
+    float base[2], rescale[2];  // what probabilities are relative to from here on, and by what those of before are to be multiplied
     bool grown;
   };
   __device__ Raised raise(const float (&highest)[2]) {
