@@ -880,7 +880,7 @@ template <int NT> __device__ inline void mask_logits(float (&s)[NT][4], int coun
       if (8 * n + 2 * (lane & 3) + (i & 1) >= count) s[n][i] = -kInfinity;
 }
 
-// The same for kernels that seldom have such units: a branch at every tile of them, which those that often have them wait for.
+// The same where there are few such units, or seldom any: a branch for every eight of them, which is waited for where there are many.
 template <int NT> __device__ inline void mask_last_logits(float (&s)[NT][4], int count, int lane) {
   const int own = count - 2 * (lane & 3);
 #pragma unroll

@@ -158,13 +158,20 @@ cudaError_t dispatch_dtype(Dtype dtype, F&& f) {
   return cudaErrorInvalidValue;
 }
 
+// Of the current device.
+inline cudaError_t device_attribute(int& value, cudaDeviceAttr attribute) {
+  int device;
+  if (cudaError_t status = cudaGetDevice(&device)) return status;
+  return cudaDeviceGetAttribute(&value, attribute, device);
+}
+constexpr int kReservedMemory = 1024;  // of a block's shared memory, by the system
+
 // Is the sm_90a code of this build what runs here?
 static inline bool runs_on_hopper() {
 #ifdef __CUDA_ARCH_LIST__
   constexpr int built[] = {__CUDA_ARCH_LIST__};
-  int device = 0, major = 0;
-  return std::find(std::begin(built), std::end(built), 900) != std::end(built) && cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
+  int major;
+  return std::find(std::begin(built), std::end(built), 900) != std::end(built) && device_attribute(major, cudaDevAttrComputeCapabilityMajor) == cudaSuccess && major == 9;
 #else
   return false;
 #endif

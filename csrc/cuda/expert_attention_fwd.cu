@@ -173,14 +173,14 @@ struct Columns {
 };
 using Fragment = std::uint32_t[2][4];  // of both chunks, two columns each
 
-// Row `row` behind `base`.
-__device__ inline void load_fragment(Fragment& x, const unsigned char* base, int row, const Rows& rows, const Columns& columns) {
+// Row `row` behind `base`. pitch: bytes from row to row.
+__device__ inline void load_fragment(Fragment& x, const unsigned char* base, int row, std::uint32_t pitch, const Columns& columns) {
   asm("{ .reg .u64 from; mad.wide.u32 from, %8, %9, %10; ld.global.nc.v4.u32 {%0,%1,%2,%3}, [from]; add.s64 from, from, %11; "
       "ld.global.nc.v4.u32 {%4,%5,%6,%7}, [from]; }"
       : "=r"(x[0][0]), "=r"(x[0][1]), "=r"(x[0][2]), "=r"(x[0][3]), "=r"(x[1][0]), "=r"(x[1][1]), "=r"(x[1][2]), "=r"(x[1][3])
-      : "r"(row), "r"(static_cast<std::uint32_t>(rows.row * 2)), "l"(base + columns.bytes(0)), "l"(static_cast<std::int64_t>(columns.bytes(1) - columns.bytes(0))));
+      : "r"(row), "r"(pitch), "l"(base + columns.bytes(0)), "l"(static_cast<std::int64_t>(columns.bytes(1) - columns.bytes(0))));
 }
-// The same into shared memory, as below, with zeros behind the last column. pitch: bytes from row to row.
+// The same into shared memory, as below, with zeros behind the last column.
 __device__ inline void copy_fragment(std::uint32_t address, const unsigned char* base, int row, std::uint32_t pitch, const Columns& columns) {
 #pragma unroll
   for (int i = 0; i < 2; ++i)
@@ -314,7 +314,7 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
   const auto entry = [&](int i, int count) { return load_shared_int(entries + 4 * min(i, count - 1)); };
   const auto load_queries = [&](int first, int count) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) load_fragment(q[i], head.q, query_of(entry(first + g + 8 * i, count), slots), p.q, columns);
+    for (int i = 0; i < 2; ++i) load_fragment(q[i], head.q, query_of(entry(first + g + 8 * i, count), slots), pitch_of(p.q), columns);
   };
   take();
   commit_loads();
@@ -476,11 +476,10 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
 template <class T, int KT, bool MANY> cudaError_t launch_small(const AttentionParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
   // As many warps of a multiprocessor as have room, in as many blocks as that leaves possible.
-  constexpr int kReserved = 1024 + sizeof(Head) + 16;  // of a block
+  constexpr int kReserved = kReservedMemory + sizeof(Head) + 16;  // of a block
   const int shared_tiles = small_shared_tiles<KT>(p), shared_bytes = kEight * KT * shared_tiles;
-  int device, memory, blocks = 1, warps = 0;
-  if (cudaError_t status = cudaGetDevice(&device)) return status;
-  if (cudaError_t status = cudaDeviceGetAttribute(&memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)) return status;
+  int memory, blocks = 1, warps = 0;
+  if (cudaError_t status = device_attribute(memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor)) return status;
   for (int b = 1; b <= 4; ++b)
     if (const int w = std::min(kSmallWarps<KT, MANY> / b, (memory / b - kReserved - shared_bytes) / kSmallBytes<KT>); b * w >= blocks * warps) blocks = b, warps = w;
   const int heads = x.B * x.H, entries = x.queries.max_length * x.s;

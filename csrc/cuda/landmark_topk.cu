@@ -108,17 +108,18 @@ struct Few {
   float scores[kFew];
 };
 
-// What a lane has of a row of up to MOST scores, four keys of every 128. Is a score above a bound: a bit for each, in words of up to 32. NaN never is.
+// What a lane has of a row of up to MOST scores, four keys of every group. Is a score above a bound: a bit for each, in words of up to 32. NaN never is.
+constexpr int kGroup = 4 * 32;
 template <class S, int MOST> struct LaneScores;
 template <int MOST> struct LaneScores<float, MOST> {
-  static constexpr int kGroups = MOST / 128;
+  static constexpr int kGroups = MOST / kGroup;
   float4 score[kGroups];
   int own_keys;
   __device__ LaneScores(const float* row, int length) {
     const int first = 4 * (threadIdx.x % 32), rest = max(length - first, 0);
 #pragma unroll
-    for (int j = 0; j < kGroups; ++j) score[j] = 128 * j + first < length ? *reinterpret_cast<const float4*>(row + 128 * j + first) : float4{};
-    own_keys = rest / 128 * 4 + min(rest % 128, 4);
+    for (int j = 0; j < kGroups; ++j) score[j] = kGroup * j + first < length ? *reinterpret_cast<const float4*>(row + kGroup * j + first) : float4{};
+    own_keys = rest / kGroup * 4 + min(rest % kGroup, 4);
   }
   __device__ float4 four(int j) const { return score[j]; }
   __device__ u32 above(float bound, int w) const {  // by a difference and a shift, which leave a bit of it: the first key's is the highest one
@@ -134,12 +135,12 @@ template <int MOST> struct LaneScores<float, MOST> {
   static __device__ int number_of(int w, int bit) { return 32 * w + 31 - bit; }  // of the lane's keys
 };
 template <int MOST> struct LaneScores<__half, MOST> {
-  static constexpr int kGroups = MOST / 128;
+  static constexpr int kGroups = MOST / kGroup;
   uint2 score[kGroups];
   __device__ LaneScores(const __half* row, int length) {  // NaN is stored behind the last key of a tile
     const int first = 4 * (threadIdx.x % 32);
 #pragma unroll
-    for (int j = 0; j < kGroups; ++j) score[j] = 128 * j + first < length ? *reinterpret_cast<const uint2*>(row + 128 * j + first) : uint2{kAllBits, kAllBits};
+    for (int j = 0; j < kGroups; ++j) score[j] = kGroup * j + first < length ? *reinterpret_cast<const uint2*>(row + kGroup * j + first) : uint2{kAllBits, kAllBits};
   }
   __device__ float4 four(int j) const {
     const float2 lo = unpack<__half>(score[j].x), hi = unpack<__half>(score[j].y);
@@ -160,7 +161,7 @@ template <int MOST> struct LaneScores<__half, MOST> {
 // few.keys. False, and nothing done, where no such threshold is found soon.
 template <int MOST, class S, class Again, class Emit> __device__ bool select_of_few(const S* row, int length, int k, Few& few, Again score_again, Emit emit) {
   using Scores = LaneScores<S, MOST>;
-  constexpr int kGroup = 128, kGroups = Scores::kGroups, kWords = ceil_div(kGroups, 8), kSlots = kFew / 32, kTries = 12, kSteps = 24;
+  constexpr int kGroups = Scores::kGroups, kWords = ceil_div(kGroups, 8), kSlots = kFew / 32, kTries = 12, kSteps = 24;
   static_assert(MOST > kFew && MOST <= kWarpScores && MOST % kGroup == 0);
   const int lane = threadIdx.x % 32;
   const float aim = k + 4.0f * sqrtf(static_cast<float>(k)) + 8.0f;

@@ -260,7 +260,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) pool_route_ker
 // Blocks: as many as there are multiprocessors, or fewer that take the same share of every head. None where their rings cannot hold a head.
 int blocks_of(const Problem& x) {
   int multiprocessors;
-  if (count_multiprocessors(multiprocessors)) return 0;
+  if (device_attribute(multiprocessors, cudaDevAttrMultiProcessorCount)) return 0;
   const int pieces = pool_pieces(x), of_each = ceil_div(pieces, multiprocessors);
   if (of_each * kPieceTiles > kTiles || std::int64_t(x.B) * x.H * pieces < multiprocessors) return 0;
   const int whole = of_each > 1 ? ceil_div(pieces, of_each) : multiprocessors / pieces * pieces;

@@ -498,8 +498,8 @@ bool fits_short_gradient(const Problem& x, bool shared, float scale, float landm
   if (!has_warpgroups(x.dtype, x.D) || x.D > kDP || x.D % kCudaHeadDimStep != 0 || x.s != 1 || x.H != x.Hkv || !shared || x.M > kUnits || x.K > kUnits ||
       x.queries.max_length > kMostRows || x.keys.max_length > kMostRows || !have_ratio(landmark_scale, scale))
     return false;
-  int device = 0, most = 0;
-  return cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess && Memory(x).bytes <= most;
+  int most;
+  return device_attribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin) == cudaSuccess && Memory(x).bytes <= most;
 }
 
 cudaError_t launch_short_gradient(const ShortGradientParams& p, cudaStream_t stream) {

@@ -225,10 +225,8 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2) short_attentio
 // Two blocks must fit on a multiprocessor: alone, a block waits too often.
 bool fits_short_attention(const Problem& x) {
   if (x.dtype == Dtype::fp32 || x.D > kDP || x.D % kCudaHeadDimStep != 0 || x.s != 1 || x.keys.max_length > kShortKeys || x.queries.max_length > kShortKeys) return false;
-  constexpr int kReserved = 1024;  // of a block, by the system
-  int device = 0, most = 0;
-  return cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) == cudaSuccess &&
-         2 * (Memory(x).bytes + kReserved) <= most;
+  int most;
+  return device_attribute(most, cudaDevAttrMaxSharedMemoryPerMultiprocessor) == cudaSuccess && 2 * (Memory(x).bytes + kReservedMemory) <= most;
 }
 
 cudaError_t launch_short_attention(const ShortParams& p, cudaStream_t stream) {

@@ -162,17 +162,10 @@ __device__ inline void fence_loads() {
 #endif
 }
 
-// Of the current device.
-inline cudaError_t count_multiprocessors(int& count) {
-  int device;
-  if (cudaError_t status = cudaGetDevice(&device)) return status;
-  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-}
-
 // One block on every multiprocessor, or for every piece of work where there are fewer.
 template <class... Params> inline cudaError_t launch_specialists(bool early, void (*kernel)(Params...), int threads, std::size_t bytes, std::int64_t pieces, cudaStream_t stream, const Params&... p) {
   int multiprocessors;
-  if (cudaError_t status = count_multiprocessors(multiprocessors)) return status;
+  if (cudaError_t status = device_attribute(multiprocessors, cudaDevAttrMultiProcessorCount)) return status;
   return launch(early, kernel, static_cast<unsigned>(std::min<std::int64_t>(multiprocessors, pieces)), threads, bytes, stream, p...);
 }
 template <class... Params> inline cudaError_t launch_specialists(void (*kernel)(Params...), int threads, std::size_t bytes, std::int64_t pieces, cudaStream_t stream, const Params&... p) {
