@@ -155,20 +155,31 @@ template <class T> union Vector {
 
 template <class T> __device__ inline Vector<T> load_vector(const T* p) { return {*reinterpret_cast<const uint4*>(p)}; }
 
-// part(0) + part(1) + ..., two numbers each: FEW are on their way before the first one is added.
-template <int FEW, class Part> __device__ inline float2 sum_in_order(int parts, Part part) {
-  float2 sum = {0.0f, 0.0f};
+// Lanes of a row whose parts are summed, each with four columns, or more of a row of more than 128.
+__host__ __device__ inline int lanes_of_sum(int D) { return D <= 64 ? 16 : 32; }
+
+// Adds parts, `step` numbers from one to the next, in their order: of N rows, `apart` numbers from each other, four numbers each. FEW parts are on their way
+// before the first one is added. In the place of one that is not there the last one is loaded again, which is quicker than a branch.
+template <int FEW, int N> __device__ inline void add_in_order(float4 (&sums)[N], const float* from, unsigned apart, unsigned step, int parts) {
+#pragma unroll 1
   for (int first = 0; first < parts; first += FEW) {
-    float2 its[FEW];
+    float4 its[FEW][N];
 #pragma unroll
     for (int i = 0; i < FEW; ++i)
-      if (first + i < parts) its[i] = *reinterpret_cast<const float2*>(part(first + i));
+#pragma unroll
+      for (int n = 0; n < N; ++n) its[i][n] = *reinterpret_cast<const float4*>(from + min(first + i, parts - 1) * step + n * apart);
 #pragma unroll
     for (int i = 0; i < FEW; ++i)
-      if (first + i < parts) sum.x += its[i].x, sum.y += its[i].y;
+#pragma unroll
+      for (int n = 0; n < N; ++n)
+        if (first + i < parts) sums[n].x += its[i][n].x, sums[n].y += its[i][n].y, sums[n].z += its[i][n].z, sums[n].w += its[i][n].w;
   }
-  return sum;
 }
+
+template <class T> struct alignas(4 * sizeof(T)) Four {
+  T element[4];
+};
+template <class T> __device__ inline Four<T> rounded(const float4& x) { return {{from_float<T>(x.x), from_float<T>(x.y), from_float<T>(x.z), from_float<T>(x.w)}}; }
 
 // ---- shared memory -------------------------------------------------------------------------------------------------
 

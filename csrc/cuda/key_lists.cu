@@ -2,6 +2,7 @@
 // after key, and of one key in ascending order: landmark after landmark, segment after segment. The gradients of keys are summed in that order.
 //
 // One block lists those of some keys of a head: it counts them, puts the rows of every key where they belong, as they come, and then each in its order.
+// Both kernels run where multiprocessors fall idle at the end of the kernel before them: few instructions, as each runs once, and one round trip to memory.
 #include <cub/block/block_scan.cuh>
 
 #include "device.cuh"
@@ -32,7 +33,6 @@ struct alignas(8) Expert {
 };
 static_assert(kMaxTopk < 1 << 16);
 
-// Runs where multiprocessors fall idle at the end of the kernel before it: few instructions, as each runs once, and one round trip to memory if it can be.
 __global__ void __launch_bounds__(kThreads, 2) key_lists_kernel(const KeyListParams p) {
   using Scan = cub::BlockScan<int, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
   __shared__ typename Scan::TempStorage storage;
@@ -109,10 +109,67 @@ __global__ void __launch_bounds__(kThreads, 2) key_lists_kernel(const KeyListPar
   if (blockIdx.x == 0) wait_for_kernel_before();  // not for its own sake: kernels behind this one wait for both. The others leave their places
 }
 
+constexpr int kFewSlots = 3;  // of experts, that one thread has
+
+// The same for all keys of a head at once, where there are few of them and few slots: these stay in registers.
+__global__ void __launch_bounds__(kThreads, 2) few_key_lists_kernel(const KeyListParams p) {
+  using Scan = cub::BlockScan<int, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
+  __shared__ typename Scan::TempStorage storage;
+  __shared__ std::int32_t ends[kListKeys + 1], rows[kRows];  // ends[key + 1]: of the rows of a key
+  const Problem& x = p.problem;
+  const int bh = blockIdx.x, keys = span(x.keys, bh / x.H).length;
+  let_next_kernel_start();
+  int key[kFewSlots], first_row[kFewSlots], segments[kFewSlots], place[kFewSlots];
+#pragma unroll
+  for (int i = 0; i < kFewSlots; ++i) {
+    const int slot = threadIdx.x + i * kThreads, m = static_cast<unsigned>(slot) / x.K;
+    key[i] = -1, first_row[i] = segments[i] = place[i] = 0;
+    if (m >= x.M) continue;
+    const std::int32_t* const its = p.groups.segment_starts + bh * (x.M + 1) + m;
+    key[i] = p.indices[std::int64_t(bh) * x.M * x.K + slot], segments[i] = its[1] - its[0], first_row[i] = (its[0] - m) * x.K + slot;
+  }
+  for (int i = threadIdx.x; i <= kListKeys; i += kThreads) ends[i] = 0;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kFewSlots; ++i) {
+    if (static_cast<unsigned>(key[i]) >= static_cast<unsigned>(keys)) segments[i] = 0;
+    if (segments[i] > 0) place[i] = atomicAdd(&ends[key[i] + 1], segments[i]);
+  }
+  __syncthreads();
+  int own[kOwn];
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) own[i] = ends[threadIdx.x * kOwn + i + 1];
+  Scan(storage).InclusiveSum(own, own);
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) ends[threadIdx.x * kOwn + i + 1] = own[i];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kFewSlots; ++i)
+#pragma unroll 1
+    for (int segment = 0; segment < segments[i]; ++segment) rows[ends[key[i]] + place[i] + segment] = first_row[i] + segment * x.K;
+  const int blocks = ceil_div(x.keys.max_length, kKeyBlock);
+  if (const int block = threadIdx.x; block < blocks) p.ranges[bh * blocks + block] = {ends[block * kKeyBlock], ends[(block + 1) * kKeyBlock]};
+  __syncthreads();
+  KeyEntry* const entries = p.entries + std::int64_t(bh) * max_tiles(x, p.groups.segment_rows) * x.K;
+#pragma unroll
+  for (int i = 0; i < kFewSlots; ++i)
+#pragma unroll 1
+    for (int segment = 0; segment < segments[i]; ++segment) {
+      const int row = first_row[i] + segment * x.K, end = ends[key[i] + 1];
+      int order = ends[key[i]];
+#pragma unroll 1
+      for (int j = order; j < end; ++j) order += rows[j] < row;
+      entries[order] = {row, key[i] % kKeyBlock};
+    }
+  if (blockIdx.x == 0) wait_for_kernel_before();  // not for its own sake: kernels behind this one wait for both. The others leave their places
+}
+
 }  // namespace
 
 cudaError_t launch_key_lists(const KeyListParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
+  if (x.keys.max_length <= kListKeys && x.M * x.K <= kFewSlots * kThreads && max_tiles(x, p.groups.segment_rows) * x.K <= kRows)
+    return launch(runs_on_hopper(), few_key_lists_kernel, static_cast<unsigned>(x.B) * x.H, kThreads, 0, stream, p);
   return launch(runs_on_hopper(), key_lists_kernel, static_cast<unsigned>(x.B) * x.H * ceil_div(x.keys.max_length, kListKeys), kThreads, (x.M + 1) * sizeof(Expert), stream, p);
 }
 

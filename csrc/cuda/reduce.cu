@@ -1,6 +1,6 @@
 // The small passes of the backward: row sums and sums of partial gradients, each in a fixed order.
 //   delta:  eight lanes own one row; sum of dout * out, minus the gradient of the lse
-//   reduce: one warp owns one row of a total and adds the parts in their order
+//   reduce: half a warp, or a whole one, owns one row of a total and adds the parts in their order
 #include "device.cuh"
 #include "launch.h"
 
@@ -33,27 +33,27 @@ template <class T> __global__ void __launch_bounds__(kThreads) delta_kernel(cons
 template <class T> __global__ void __launch_bounds__(kThreads, 5) reduce_kernel(const ReduceParams p) {
   wait_for_kernel_before();
   let_next_kernel_start();
-  const std::int64_t row = std::int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
-  if (row >= std::int64_t(p.BH) * p.rows) return;
-  const int bh = static_cast<int>(row / p.rows), m = static_cast<int>(row % p.rows), lane = threadIdx.x % 32;
-  const bool keys = blockIdx.y > 0;
+  const int lanes = lanes_of_sum(p.D), lane = threadIdx.x % lanes;
+  const std::int64_t own = (std::int64_t(blockIdx.x) * kThreads + threadIdx.x) / lanes, row = min(own, std::int64_t(p.BH) * p.rows - 1);
+  const int bh = static_cast<int>(row / p.rows), m = static_cast<int>(row % p.rows);
+  const bool keys = blockIdx.y > 0, delta = !keys && p.delta;
   const float* const partial = (keys ? p.dk.partial : p.dv.partial) + (std::int64_t(bh) * p.parts * p.rows + m) * p.D;
   T* const total = static_cast<T*>(keys ? p.dk.total : p.dv.total);
-  const bool delta = !keys && p.delta;
-  const std::int64_t stride = std::int64_t(p.rows) * p.D;
-  const T* const values = delta ? head_rows<T>(p.values, bh / p.H, bh % p.H, m) : nullptr;
+  const T* const values = head_rows<T>(p.values, bh / p.H, bh % p.H, m);
   float dot = 0.0f;
 #pragma unroll 1
-  for (int d = 2 * lane; d < p.D; d += 64) {
-    const float2 sum = sum_in_order<8>(p.parts, [&](int part) { return partial + part * stride + d; });
-    const T lo = from_float<T>(sum.x), hi = from_float<T>(sum.y);
-    total[row * p.D + d] = lo, total[row * p.D + d + 1] = hi;
-    if (delta) dot += to_float(lo) * to_float(values[d]) + to_float(hi) * to_float(values[d + 1]);
+  for (int d = 4 * lane; d < p.D; d += 4 * lanes) {
+    const Four<T> its = delta ? *reinterpret_cast<const Four<T>*>(values + d) : Four<T>{};
+    float4 sum[1] = {};
+    add_in_order<6>(sum, partial + d, 0, p.rows * p.D, p.parts);
+    const Four<T> all = rounded<T>(sum[0]);
+    if (own == row) *reinterpret_cast<Four<T>*>(total + row * p.D + d) = all;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) dot += to_float(all.element[i]) * to_float(its.element[i]);
   }
   if (!delta) return;
-#pragma unroll
-  for (int i = 1; i < 32; i *= 2) dot += __shfl_xor_sync(kAllLanes, dot, i);
-  if (lane == 0) p.delta[row] = dot;
+  for (int other = 1; other < lanes; other *= 2) dot += __shfl_xor_sync(kAllLanes, dot, other);
+  if (lane == 0 && own == row) p.delta[row] = dot;
 }
 
 }  // namespace
@@ -67,9 +67,8 @@ cudaError_t launch_delta(const DeltaParams& p, cudaStream_t stream) {
 
 cudaError_t launch_reduce(const ReduceParams& p, cudaStream_t stream) {
   return dispatch_dtype(p.dtype, [&](auto element) {
-    constexpr int kWarps = kThreads / 32;
-    const std::int64_t rows = std::int64_t(p.BH) * p.rows;
-    return launch(p.early, reduce_kernel<decltype(element)>, dim3(static_cast<unsigned>((rows + kWarps - 1) / kWarps), p.dk.total ? 2 : 1), kThreads, 0, stream, p);
+    const std::int64_t threads = std::int64_t(p.BH) * p.rows * lanes_of_sum(p.D);
+    return launch(p.early, reduce_kernel<decltype(element)>, dim3(static_cast<unsigned>((threads + kThreads - 1) / kThreads), p.dk.total ? 2 : 1), kThreads, 0, stream, p);
   });
 }
 

@@ -257,43 +257,48 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
 
 constexpr int kFinishWarps = 4;
 
-// The rows of which blocks left partial sums, one warp each: landmarks, or queries with several slots.
+// The rows of which blocks left partial sums: landmarks, or queries with several slots. Some lanes for each.
 template <class T> __global__ void __launch_bounds__(32 * kFinishWarps, 10) finish_kernel(const RowGradientParams p) {
   wait_for_kernel_before();
   let_next_kernel_start();
   const Problem& x = p.problem;
   const bool landmark = p.role == RowRole::landmark;
-  const int rows = landmark ? x.M : x.queries.max_length, lane = threadIdx.x % 32;
-  const std::int64_t at = std::int64_t(blockIdx.x) * kFinishWarps + threadIdx.x / 32;
-  if (at >= std::int64_t(x.B) * x.H * rows) return;
+  const int rows = landmark ? x.M : x.queries.max_length, lanes = lanes_of_sum(x.D), lane = threadIdx.x % lanes;
+  const std::int64_t own = (std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / lanes, at = min(own, std::int64_t(x.B) * x.H * rows - 1);
   const int row = static_cast<int>(at % rows), bh = static_cast<int>(at / rows);
   const Span sequence = landmark ? Span{0, x.M} : span(x.queries, bh / x.H);
-  if (row >= sequence.length) return;
+  const bool present = own == at && row < sequence.length;
   int parts = landmark ? p.splits : x.s;
   std::int64_t first_part = std::int64_t(bh) * parts;  // of a head
   if (p.share > 0) {
     const int tiles = ceil_div(x.keys.max_length, kKeyBlock), first_block = bh * tiles / p.share;
     first_part = first_block + bh, parts = ((bh + 1) * tiles - 1) / p.share - first_block + 1;
   }
-  const auto part_row = [&](int part) { return landmark ? (first_part + part) * rows + row : at * parts + part; };
+  const std::int64_t first_row = landmark ? first_part * rows + row : at * parts;
+  const int step = landmark ? rows : 1;  // from part to part
+  const float* const partial = p.partial + 2 * first_row * x.D;
+  const float* const base = p.base + (std::int64_t(bh) * p.base_parts * rows + row) * x.D;
 
+  const float before = p.delta[at];
   float sums[3] = {0.0f, 0.0f, 0.0f};
-  for (int part = lane; part < parts; part += 32)
+  for (int part = lane; part < parts; part += lanes)
 #pragma unroll
-    for (int i = 0; i < 3; ++i) sums[i] += p.partial_sums[3 * part_row(part) + i];
+    for (int i = 0; i < 3; ++i) sums[i] += p.partial_sums[3 * (first_row + std::int64_t(part) * step) + i];
 #pragma unroll
   for (int i = 0; i < 3; ++i)
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) sums[i] += __shfl_xor_sync(kAllLanes, sums[i], d);
+    for (int other = 1; other < lanes; other *= 2) sums[i] += __shfl_xor_sync(kAllLanes, sums[i], other);
   const Correction correct(sums[0], sums[1], sizeof(T) == 2 ? 1.0f : sums[2], given(p, at));
-  if (lane == 0) correct.write(p, at, p.delta[at]);
-  T* dq = head_rows<T>(p.dq, bh / x.H, bh % x.H, sequence.start + row);
-  for (int d = 2 * lane; d < x.D; d += 64) {
-    const float2 sum = sum_in_order<4>(parts, [&](int part) { return p.partial + 2 * part_row(part) * x.D + d; });
-    const float2 kappa = sum_in_order<4>(parts, [&](int part) { return p.partial + (2 * part_row(part) + 1) * x.D + d; });
-    const float2 base = sum_in_order<4>(p.base_parts, [&](int part) { return p.base + ((std::int64_t(bh) * p.base_parts + part) * rows + row) * x.D + d; });
-    dq[d] = from_float<T>(base.x + correct.normalizer * (sum.x - correct.excess * kappa.x));
-    dq[d + 1] = from_float<T>(base.y + correct.normalizer * (sum.y - correct.excess * kappa.y));
+  if (!present) return;
+  if (lane == 0) correct.write(p, at, before);
+  T* const dq = head_rows<T>(p.dq, bh / x.H, bh % x.H, sequence.start + row);
+#pragma unroll 1
+  for (int d = 4 * lane; d < x.D; d += 4 * lanes) {
+    float4 of[2] = {}, more[1] = {};  // dq, and what it has too much where probabilities do not sum to one; what is to be added
+    add_in_order<3>(of, partial + d, x.D, 2 * step * x.D, parts);
+    add_in_order<6>(more, base + d, 0, step * x.D, p.base_parts);
+    const auto corrected = [&](float base, float sum, float kappa) { return base + correct.normalizer * (sum - correct.excess * kappa); };
+    *reinterpret_cast<Four<T>*>(dq + d) = rounded<T>({corrected(more[0].x, of[0].x, of[1].x), corrected(more[0].y, of[0].y, of[1].y), corrected(more[0].z, of[0].z, of[1].z),
+                                                      corrected(more[0].w, of[0].w, of[1].w)});
   }
 }
 
@@ -332,8 +337,8 @@ cudaError_t launch_row_gradient(const RowGradientParams& p, cudaStream_t stream)
 cudaError_t launch_row_finish(const RowGradientParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
   return dispatch_dtype(x.dtype, [&](auto element) {
-    const std::int64_t rows = std::int64_t(x.B) * x.H * (p.role == RowRole::landmark ? x.M : x.queries.max_length);
-    return launch(p.share > 0, finish_kernel<decltype(element)>, static_cast<unsigned>((rows + kFinishWarps - 1) / kFinishWarps), 32 * kFinishWarps, 0, stream, p);
+    const std::int64_t rows = std::int64_t(x.B) * x.H * (p.role == RowRole::landmark ? x.M : x.queries.max_length), of_block = 32 * kFinishWarps / lanes_of_sum(x.D);
+    return launch(p.share > 0, finish_kernel<decltype(element)>, static_cast<unsigned>((rows + of_block - 1) / of_block), 32 * kFinishWarps, 0, stream, p);
   });
 }
 

@@ -271,6 +271,9 @@ const Case kCases[] = {
     {"many_queries_of_an_expert", Dtype::fp16, 2, 2, 1, 700, 90, 3, 40, 1, 40, true, Batch::padded},
     {"many_tokens", Dtype::bf16, 2, 8, 2, 4500, 100, 20, 8, 1, 64},
     {"many_tokens_fp16", Dtype::fp16, 1, 16, 16, 4710, 64, 71, 8, 1, 40, true, Batch::full, false, {1, 71, 1, 4600, 3}},
+    // more blocks of specialists than multiprocessors
+    {"many_heads", Dtype::bf16, 15, 10, 5, 90, 110, 16, 20, 1, 64, true, Batch::padded},
+    {"many_heads_few_landmarks", Dtype::fp16, 15, 10, 10, 100, 60, 2, 24, 1, 64, true, Batch::packed},
     // whole warpgroups in every stage
     {"many_queries", Dtype::bf16, 1, 2, 1, 1500, 300, 5, 100, 1, 128},
     {"many_queries_fp16", Dtype::fp16, 1, 1, 1, 700, 200, 3, 70, 1, 64},
