@@ -2,7 +2,8 @@
 // after key, and of one key in ascending order: landmark after landmark, segment after segment. The gradients of keys are summed in that order.
 //
 // One block lists those of some keys of a head: it counts them, puts the rows of every key where they belong, as they come, and then each in its order.
-// Both kernels run where multiprocessors fall idle at the end of the kernel before them: few instructions, as each runs once, and one round trip to memory.
+// Both kernels run where multiprocessors fall idle at the end of the kernel before them: few instructions, as each runs once, and one round trip to memory
+// if it can be.
 #include <cub/block/block_scan.cuh>
 
 #include "device.cuh"
