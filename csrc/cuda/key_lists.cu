@@ -15,6 +15,12 @@ namespace {
 constexpr int kListKeys = 4096, kThreads = 1024, kOwn = kListKeys / kThreads;  // keys of a block, and of a thread
 constexpr int kRows = 3072, kSlots = 2560;                                     // so many rows, and slots of all experts, are held in shared memory
 static_assert(kListKeys % kKeyBlock == 0);
+using Scan = cub::BlockScan<int, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
+
+// Not for the sake of the kernel it ends: those behind it wait for it, and so for the one before too. The other blocks leave their places.
+__device__ inline void wait_in_one_block() {
+  if (blockIdx.x == 0) wait_for_kernel_before();
+}
 
 // The number of those in ascending order, the absent ones last, that are less than `bound`.
 __device__ inline int count_less(const std::int32_t* numbers, int count, int bound) {
@@ -35,7 +41,6 @@ struct alignas(8) Expert {
 static_assert(kMaxTopk < 1 << 16);
 
 __global__ void __launch_bounds__(kThreads, 2) key_lists_kernel(const KeyListParams p) {
-  using Scan = cub::BlockScan<int, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
   __shared__ typename Scan::TempStorage storage;
   __shared__ std::int32_t starts[kListKeys + 1], few[kRows], held[kSlots], before;  // starts[key + 1]: of the rows of a key; before: rows for the keys before these
   extern __shared__ Expert experts[];
@@ -107,14 +112,13 @@ __global__ void __launch_bounds__(kThreads, 2) key_lists_kernel(const KeyListPar
         p.ranges[std::int64_t(bh) * blocks + key0 / kKeyBlock + i] = {before + starts[i * kKeyBlock], before + starts[(i + 1) * kKeyBlock]};
     }
   }
-  if (blockIdx.x == 0) wait_for_kernel_before();  // not for its own sake: kernels behind this one wait for both. The others leave their places
+  wait_in_one_block();
 }
 
 constexpr int kFewSlots = 3;  // of experts, that one thread has
 
 // The same for all keys of a head at once, where there are few of them and few slots: these stay in registers.
 __global__ void __launch_bounds__(kThreads, 2) few_key_lists_kernel(const KeyListParams p) {
-  using Scan = cub::BlockScan<int, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
   __shared__ typename Scan::TempStorage storage;
   __shared__ std::int32_t ends[kListKeys + 1], rows[kRows];  // ends[key + 1]: of the rows of a key
   const Problem& x = p.problem;
@@ -162,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, 2) few_key_lists_kernel(const KeyLis
       for (int j = order; j < end; ++j) order += rows[j] < row;
       entries[order] = {row, key[i] % kKeyBlock};
     }
-  if (blockIdx.x == 0) wait_for_kernel_before();  // not for its own sake: kernels behind this one wait for both. The others leave their places
+  wait_in_one_block();
 }
 
 }  // namespace
