@@ -106,7 +106,8 @@ CASES = [
     Case("pooled_routes_0", M=5, routes=0, pooled=True),
     Case("pooled_no_shared_expert", M=5, shared_expert=False, pooled=True),
     Case("deit", N=197, D=64, M=(5, 5), K=25, grid=(14, 14), prefix=1, pooled=True, layout="fused_qkv"),
-    *(Case(f"keys_{L}", B=1, N=40, L=L, M=5, K=16) for L in (31, 32, 33, 63, 64, 65, 127, 128, 129, 224, 225, 255, 256, 257)),
+    *(Case(f"keys_{L}", B=1, N=40, L=L, M=5, K=16) for L in (31, 32, 33, 63, 64, 65, 127, 128, 129)),
+    *(Case(f"keys_{L}", B=1, N=40, L=L, M=5, K=16) for L in (192, 193, 208, 209, 224, 225, 255, 256, 257)),
     *(Case(f"keys_{L}", B=1, N=40, L=L, M=5, K=64) for L in (512, 513, 769, 1000, 1024, 1153, 1665, 2047, 2048)),
     *(Case(f"keys_{L}", B=1, N=40, L=L, M=5, K=64) for L in (2049, 5000, 8193, 20000)),
     *(Case(f"queries_{N}", B=1, N=N, L=100, M=5) for N in (15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1025)),
@@ -116,6 +117,8 @@ CASES = [
     *(Case(f"topk_{K}", B=1, H=1, N=33, L=2500, D=16, M=3, K=K) for K in (1, 2, 63, 64, 65, 100, 256, 300, 1024, 2048)),
     *(Case(f"short_landmarks_{M}", N=70, L=100, D=64, M=M, layout="heads_last") for M in (31, 32, 33)),
     *(Case(f"short_topk_{K}", N=100, M=(4, 4), K=K, grid=(10, 10), values="clustered", pooled=True) for K in (31, 32, 33)),
+    Case("short_negative_scales", N=70, L=100, D=64, M=9, K=20, scale=-0.2, landmark_scale=-0.1),
+    Case("short_scale_0", N=70, L=100, D=64, M=9, K=40, scale=0.0, landmark_scale=0.1),
     # gradients of queries and units in one pass: several segments of an expert, keys of several heads
     Case("one_pass_one_expert", H=4, Hkv=2, N=700, L=300, D=64, M=33, K=50, values="one_expert"),
     Case("one_pass_clustered", H=4, Hkv=2, N=600, D=64, M=64, K=64, values="clustered", pooled=True, layout="heads_last"),

@@ -171,6 +171,49 @@ def test_integers_select_exactly(case, backend):
     assert torch.equal(aux.experts.long(), expected)
 
 
+def in_order(scores):
+    """Places of a list of scores, best first: NaN last, equal ones as they come."""
+    return sorted(range(len(scores)), key=lambda j: (scores[j] != scores[j], -scores[j] if scores[j] == scores[j] else 0, j))
+
+
+@pytest.mark.parametrize("L", [1, 7, 16, 100, 192, 193, 197, 208, 209, 256, 257, 1500])
+def test_scores_of_any_distribution(backend, L):
+    """Landmark m has column m of the keys as its scores, exactly: there is one right answer."""
+    device, dtype = backend
+    generator = torch.Generator().manual_seed(L)
+    normal, uniform = torch.randn(L, generator=generator), torch.rand(L, generator=generator)
+    heavy, even = (3 * normal).exp().clamp(max=3e4), torch.arange(L) / L
+    columns = [normal, 1e-6 * normal, normal.sign() * 3e4, normal + 1000 * (even > 0.5), heavy, -heavy, heavy * (uniform < 0.9)]
+    columns += [even, -even, even.round(), uniform**30, (4 * uniform).floor(), -(uniform < 0.1).float()]
+    columns += [torch.zeros(L), torch.where(uniform < 0.5, -0.0, 0.0), torch.full((L,), -7.0)]
+    q = torch.randn(1, 1, 20, 16, generator=generator).to(device, dtype)
+    k = torch.stack(columns, -1).to(device, dtype).expand(1, 1, L, 16)
+    z = torch.eye(16, device=device, dtype=dtype).expand(1, 1, 16, 16)
+    orders = [in_order(scores) for scores in k[0, 0].mT.tolist()]
+    for K in {1, 2, L // 8, L // 2, L - 1, L} & set(range(1, L + 1)):
+        T = mita_ext.attention(q, k, k, landmarks=z, topk=K, return_aux=True)[1].topk_indices
+        assert T[0, 0].tolist() == [sorted(order[:K]) for order in orders], K
+
+
+@pytest.mark.parametrize("L", [16, 100, 197, 256, 1500])
+def test_scores_that_are_not_finite_have_their_place(backend, L):
+    device, dtype = backend
+    generator = torch.Generator().manual_seed(L)
+    normal, uniform = torch.randn(L, generator=generator), torch.rand(L, generator=generator)
+    inf, nan = torch.tensor(torch.inf), torch.tensor(torch.nan)
+    rows = [normal.where(uniform > share, odd) for odd in (inf, -inf, nan) for share in (1.5 / L, 0.2, 0.9, 1.0)]
+    rows.append(normal.where(uniform > 0.2, inf).where(uniform < 0.8, nan).where((uniform - 0.5).abs() > 0.1, -inf))
+    q = torch.ones(len(rows), 1, 20, 8, device=device, dtype=dtype)
+    k = torch.zeros(len(rows), 1, L, 8)
+    k[:, 0, :, 0] = torch.stack(rows)
+    k = k.to(device, dtype)
+    z = torch.eye(1, 8, device=device, dtype=dtype).expand(len(rows), 1, 1, 8)
+    orders = [in_order(scores) for scores in k[:, 0, :, 0].tolist()]
+    for K in (1, 2, L // 8, L // 2, L - 1, L):
+        T = mita_ext.attention(q, k, k, landmarks=z, topk=K, return_aux=True)[1].topk_indices
+        assert T[:, 0, 0].tolist() == [sorted(order[:K]) for order in orders], K
+
+
 @pytest.mark.parametrize("L", [50, 1000, 20000])
 @pytest.mark.parametrize("value", [0.0, 0.37])
 def test_plateau_takes_the_first_keys(backend, L, value):

@@ -72,9 +72,23 @@ template <class T> __device__ inline float exponential(float x) {
 // The natural logarithm of sum * exponential(maximum); -infinity for an empty sum. And 1 / x.
 template <class T> __device__ inline float log_sum(float maximum, float sum) {
   if (sum == 0.0f) return -kInfinity;
-  return sizeof(T) == 2 ? (maximum + __log2f(sum)) * kLn2 : maximum + logf(sum);
+  if constexpr (sizeof(T) == 2) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(sum));
+    return (maximum + y) * kLn2;
+  } else {
+    return maximum + logf(sum);
+  }
 }
-template <class T> __device__ inline float reciprocal(float x) { return sizeof(T) == 2 ? __fdividef(1.0f, x) : __frcp_rn(x); }
+template <class T> __device__ inline float reciprocal(float x) {
+  if constexpr (sizeof(T) == 2) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+  } else {
+    return __frcp_rn(x);
+  }
+}
 
 // Gradients of a softmax over many units are products with probabilities of 1e-5 and less, where fp16 has few bits left:
 // as operands they are scaled by powers of two, and the sums scaled back. A probability cannot exceed 1; the gradient of a
@@ -220,6 +234,9 @@ __device__ inline int load_shared_byte(std::uint32_t address) {
   std::uint32_t x;
   asm volatile("ld.shared.u8 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
   return x;
+}
+__device__ inline void store_shared_short(std::uint32_t address, std::uint32_t x) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(static_cast<std::uint16_t>(x)) : "memory");
 }
 __device__ inline void store_shared4(std::uint32_t address, uint4 x) {
   asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
@@ -371,6 +388,12 @@ __device__ inline void ldmatrix(std::uint32_t (&r)[4], std::uint32_t address) {
 __device__ inline void ldmatrix_transposed(std::uint32_t (&r)[4], std::uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+
+// Of 8 x 8 numbers of 16 bits, two neighbours of a row in each lane, as `ldmatrix` gives them: the transpose.
+__device__ inline std::uint32_t transposed(std::uint32_t two) {
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(two));
+  return two;
 }
 
 // d = A B + c by one warp, A [16 x 16] and B [16 x 8]; of 8 columns and rows where elements are TF32, which is rounded to before the product: tensor cores would cut the

@@ -206,7 +206,7 @@ __device__ inline void transpose_values(std::uint32_t address, bool two) {
     load_half(x[0], at);
     if (two) load_half(x[1], at + kEight);
 #pragma unroll
-    for (int i = 0; i < (two ? 8 : 4); ++i) asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(x[i / 4][i % 4]));
+    for (int i = 0; i < (two ? 8 : 4); ++i) x[i / 4][i % 4] = transposed(x[i / 4][i % 4]);
     if (two) {
       store_shared4(at, make_uint4(x[0][0], x[1][0], x[0][1], x[1][1]));
       store_shared4(at + kEight, make_uint4(x[0][2], x[1][2], x[0][3], x[1][3]));

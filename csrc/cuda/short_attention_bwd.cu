@@ -211,7 +211,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient
   }
   __syncthreads();
   if (warp == 0) {
-    const int made = order_by_expert(shorts_at(layout.experts), N, ints_at(layout.counts), M, shorts_at(layout.entries), reinterpret_cast<Work*>(memory + layout.tiles));
+    const int made = order_by_expert(shorts_at(layout.experts), N, 16, ints_at(layout.counts), M, shorts_at(layout.entries), reinterpret_cast<Work*>(memory + layout.tiles));
     if (lane == 0) *ints_at(layout.tile_count) = made;
   }
   wait_loads<0>();

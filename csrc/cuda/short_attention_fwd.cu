@@ -1,9 +1,10 @@
 // Short sequences: the whole forward pass of one (batch, head) by one block, which holds its queries, keys and values in shared memory;
 // two blocks fill a multiprocessor. The warps of a block take items of one phase after the other, and meet between phases:
-//   1. pool: 16 bytes of a landmark, the mean of its tokens, by a thread
+//   1. pool: 16 bytes of a landmark, the mean of its tokens, by two threads
 //   2. route: the experts of 16 queries; score: 16 landmarks and 32 keys
-//   3. order the queries by expert; compress: the values of 16 landmarks; select: the keys of 2 experts
-//   4. attend: up to 16 queries of one expert. Units are operands where they lie, and the output replaces the queries
+//   3. select: the keys of two experts, and what all keys weigh in their landmarks' compressed values; order the queries by expert
+//   4. compress: 16 columns of the values of 16 landmarks; the keys of an expert in ascending order
+//   5. attend: up to 8 queries of one expert, which are the columns of all products, as experts have few. The output replaces the queries
 #include "device.cuh"
 #include "launch.h"
 #include "stages.cuh"
@@ -11,35 +12,170 @@
 namespace mita {
 namespace {
 
-constexpr int kWarps = 8, kThreads = 32 * kWarps, kDP = 64;
+// Of the usual 25 rows of scores 13 warps take two each, while one orders the queries. H200: with 12 or 16 warps 4 to 7 % more time.
+constexpr int kWarps = 14, kThreads = 32 * kWarps, kDP = 64;
+constexpr int kLoaders = 4;                      // warps that bring queries, or keys, or values; the last ones prepare what else is wanted
+static_assert(kWarps > 3 * kLoaders);
 constexpr int kUnits = 32, kTiles = kUnits / 8;  // of one tile
+constexpr int kQueries = 8;                      // of one expert at a time
+constexpr int kRowLanes = 16;                    // of a warp that select from one row of scores
 
 // Shared memory of a block: where what begins, in bytes; queries at 0. Tiles are read in whole pieces of 16 or 32 rows: what lies behind
-// queries, keys, scores and landmarks is masked, but behind values must be zeros. counts: queries of every expert. entries [N]: the queries
-// in the order of their experts, of which a tile is a piece. indices [M, K], experts [N] and entries are 16 bits each.
+// queries, keys and landmarks is masked, but behind values must be zeros.
+//   scores [M, pitch]: of a landmark; then, of 16 bits each, the weights of all values in its compressed value, of which factors [M] multiply the sum
+//   compressed: before there are any, the windows of the landmarks
+//   heads [3]: where landmarks, compressed values and outputs of this head begin
+//   counts [M]: the queries of every expert; experts [N]; entries [N]: the queries in the order of their experts, of which a tile is a piece
+//   members [M, kRowLanes]: bit l of the j-th is set where key l + kRowLanes j is an expert's
+//   indices [M, chosen_pitch]: its keys, in an order with few bank conflicts, and behind them the last one again
+// Members, indices, experts and entries have 16 bits.
 struct Memory {
-  int k, v, scores, landmarks, compressed, tiles, tile_count, counts, indices, experts, entries, bytes;
-  int pitch;  // floats from one row of scores to the next: no bank conflicts in storing them
+  int k, v, scores, landmarks, compressed, tiles, heads, tile_count, counts, factors, members, indices, experts, entries, bytes;
+  int pitch;  // floats: no bank conflicts in storing scores
+  int chosen_pitch;
   explicit Memory(const Problem& x) {
     constexpr int kRow = kDP * 2;
     const int N = x.queries.max_length, L = x.keys.max_length;
     pitch = round_up(L - 8, 32) + 8;
+    chosen_pitch = round_up(std::min(x.K, std::max(L, 1)), kUnits);
     k = round_up(N, 8) * kRow;
     v = k + round_up(L, 8) * kRow;
-    scores = v + round_up(L, kUnits) * kRow;
+    scores = v + round_up(L, 16) * kRow;
     landmarks = scores + round_up(x.M * pitch * 4, kPanel);
     compressed = landmarks + round_up(x.M, 8) * kRow;
     tiles = compressed + round_up(x.M, kUnits) * kRow;
-    tile_count = tiles + (N / 16 + std::min(N, x.M)) * static_cast<int>(sizeof(Work));
+    heads = tiles + (N / kQueries + std::min(N, x.M)) * static_cast<int>(sizeof(Work));
+    tile_count = heads + 3 * 8;
     counts = tile_count + 4;
-    indices = counts + x.M * 4;
-    experts = indices + x.M * x.K * 2;
+    factors = counts + x.M * 4;
+    members = factors + x.M * 4;
+    indices = members + x.M * kRowLanes * 2;
+    experts = indices + x.M * chosen_pitch * 2;
     entries = experts + N * 2;
     bytes = entries + N * 2;
   }
 };
 
-template <class T> __global__ void __launch_bounds__(kThreads, 2) short_attention_kernel(const ShortParams p, const Memory layout) {
+// Of every other four rows of weights, neighbouring chunks are swapped: no bank conflicts.
+__device__ inline int swapped_chunks(int m) { return 16 * (m >> 2 & 1); }
+
+// What all rows of scores have in common. In a normal distribution the k best of `length` scores would be so many deviations above the mean, and one of them so many
+// deviations apart from the next.
+struct Selection {
+  int length, k;
+  float deviations, apart;
+  __device__ Selection(int length, int k) : length(length), k(k) {
+    const float share = __fdividef(static_cast<float>(k), static_cast<float>(length));
+    deviations = logistic_quantile(0.0f, 1.0f, share), apart = __fdividef(0.59f, static_cast<float>(k) * (1.001f - share));
+  }
+};
+
+// The k best of a row of scores, of which lane l of kRowLanes has those of keys l, l + kRowLanes, ...: bit j for key l + kRowLanes j. The other lanes do the same with
+// another row; one that is not `present` has none. Behind the last key scores are -infinity. members: bits of lane j, of the other row in the upper half, for the j-th keys
+// of all lanes. A threshold is looked for by how many scores too many, or too few, reach the one before; where that is one, it is behind the lowest of those, or at the
+// highest of the others. Where this leads nowhere, as there are equal scores or some that are not finite, bits are bisected.
+template <class T, int SLOTS> __device__ inline unsigned select(const float (&score)[SLOTS], bool present, const Selection& s, unsigned& members) {
+  constexpr int kRounds = 16, kInterpolations = 6;
+  const int lane = threadIdx.x % 32, own = lane % kRowLanes, keys = present ? s.length - own : 0, k = present ? s.k : 0;
+  const unsigned expected = s.k + (__all_sync(kAllLanes, present) ? s.k << 16 : 0);
+  const auto count = [&](auto&& add) {  // of both rows, 16 bits each
+    int n[2] = {0, 0};
+#pragma unroll
+    for (int j = 0; j < SLOTS; ++j) add(n[j % 2], j);
+    return __reduce_add_sync(kAllLanes, lane < kRowLanes ? n[0] + n[1] : (n[0] + n[1]) << 16);
+  };
+  const auto of_row = [&](unsigned all) { return static_cast<int>(lane < kRowLanes ? all & 0xffff : all >> 16); };
+  float sum = 0.0f, squares = 0.0f, low = 0.0f, high = 0.0f;
+#pragma unroll
+  for (int j = 0; j < SLOTS; ++j) {
+    const float its = kRowLanes * j < keys ? score[j] : 0.0f;
+    sum += its, squares = fmaf(its, its, squares);
+  }
+  const float inverse = reciprocal<T>(static_cast<float>(s.length)), mean = sum_of_lanes<kRowLanes>(sum) * inverse;
+  const float variance = fmaf(sum_of_lanes<kRowLanes>(squares), inverse, -mean * mean), deviation = variance * rsqrtf(variance);
+  float least = fmaf(s.deviations, deviation, mean), of_one = s.apart * deviation;
+  int over = 0, above = 0, below = 0;  // how many more than k reach `least`, how many more `low`, how many fewer `high`; 0: not known yet
+  const auto reach = [&] {
+    return count([&](int& n, int j) { asm("{ .reg .pred p; setp.ge.f32 p, %1, %2; @p add.s32 %0, %0, 1; }" : "+r"(n) : "f"(score[j]), "f"(least)); });
+  };
+  unsigned all = ~expected, chosen = 0;
+  members = 0;
+  const auto take = [&](int j, bool its) {
+    const unsigned together = __ballot_sync(kAllLanes, its);
+    if (its) chosen += 1u << j;
+    if (own == j) members = together;
+  };
+  if (s.k < s.length) {
+#pragma unroll 1
+    for (int round = 0; round < kRounds; ++round) {
+      all = reach(), over = of_row(all) - k;
+      const bool near = -1 <= over && over <= 1;
+      if (__all_sync(kAllLanes, near)) break;
+      if (near) continue;
+      if (over > 0) low = least, above = over;
+      else high = least, below = -over;
+      if (above > 0 && below > 0) {
+        const float part = round < kInterpolations ? static_cast<float>(above) * reciprocal<T>(static_cast<float>(above + below)) : 0.5f;
+        least = fmaf(fminf(fmaxf(part, 0.1f), 0.9f), high - low, low);
+      } else {
+        least = fmaf(static_cast<float>(over), of_one, least), of_one *= 1.5f;
+      }
+    }
+    if (all != expected) {
+      float next = -kInfinity;
+#pragma unroll
+      for (int j = 0; j < SLOTS; ++j) {
+        const float its = over > 0 ? -score[j] : score[j];
+        if ((score[j] >= least) == (over > 0)) next = fmaxf(next, its);
+      }
+#pragma unroll
+      for (int d = 1; d < kRowLanes; d *= 2) next = fmaxf(next, __shfl_xor_sync(kAllLanes, next, d));
+      const float lowest = 0.0f - next;  // of those that reach `least`: the number above it
+      if (over > 0) least = __int_as_float(__float_as_int(lowest) + (lowest < 0.0f ? -1 : 1));
+      if (over < 0) least = next;
+      all = reach();
+    }
+  }
+  if (all == expected) {
+#pragma unroll
+    for (int j = 0; j < SLOTS; ++j) take(j, score[j] >= least);
+    return present ? chosen : 0;
+  }
+  std::uint32_t key[SLOTS], kth = 0;  // of an order of all scores; 0: no key
+#pragma unroll
+  for (int j = 0; j < SLOTS; ++j) key[j] = kRowLanes * j < keys ? ordered(score[j]) : 0;
+#pragma unroll 1
+  for (std::uint32_t bit = s.k < s.length ? 1u << 31 : 0; bit; bit >>= 1)
+    if (of_row(count([&](int& n, int j) { n += key[j] >= (kth | bit); })) >= k) kth |= bit;
+  int ties = k - of_row(count([&](int& n, int j) { n += key[j] > kth; }));  // that are chosen: the first ones
+#pragma unroll
+  for (int j = 0; j < SLOTS; ++j) {
+    const unsigned equal = of_row(__ballot_sync(kAllLanes, key[j] == kth));
+    take(j, key[j] > kth || (key[j] == kth && __popc(equal & ((1u << own) - 1)) < ties));
+    ties -= __popc(equal);
+  }
+  return chosen;
+}
+
+// Writes the keys of a row that `select` chose. Keys of lanes l and l + 8 are in the same banks: first one key of each such eighth, then another one of each, and so on, so
+// that few of eight neighbours meet.
+__device__ inline void list_by_banks(std::uint32_t list, unsigned chosen) {
+  const int lane = threadIdx.x % 32, own = __popc(chosen), others = __shfl_xor_sync(kAllLanes, own, 8), turn = lane & 8 ? others : 0;
+  int before = 0;
+#pragma unroll 1
+  for (int i = 0; const unsigned some = __ballot_sync(kAllLanes, i < own + others); ++i) {
+    const unsigned eighths = some >> (lane & 16) & 0xff;
+    if (static_cast<unsigned>(i - turn) < static_cast<unsigned>(own)) {
+      const int j = 31 - __clz(chosen);
+      store_shared_short(list + 2 * (before + __popc(eighths & ((1u << lane % 8) - 1))), kRowLanes * j + lane % kRowLanes);
+      chosen ^= 1u << j;
+    }
+    before += __popc(eighths);
+  }
+}
+
+// ONCE: there are shared units, and a tile has room for them all, as for the keys of an expert. Nothing is kept from one tile of units to the next then: 5 % less time.
+template <class T, bool ONCE> __global__ void __launch_bounds__(kThreads, 2) short_attention_kernel(const ShortParams p, const Memory layout) {
   using C = Config<T, kDP>;
   constexpr int kChunks = kDP / kChunk<T>;
   extern __shared__ __align__(kPanel) unsigned char memory[];
@@ -48,8 +184,9 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2) short_attentio
   const auto q = tile(0), k = tile(layout.k), v = tile(layout.v), z = tile(layout.landmarks), c = tile(layout.compressed);
   float* const scores = reinterpret_cast<float*>(memory + layout.scores);
   int &tile_count = *reinterpret_cast<int*>(memory + layout.tile_count), *const counts = reinterpret_cast<int*>(memory + layout.counts);
+  float* const factors = reinterpret_cast<float*>(memory + layout.factors);
   Work* const tiles = reinterpret_cast<Work*>(memory + layout.tiles);
-  auto *const indices = reinterpret_cast<std::uint16_t*>(memory + layout.indices), *const experts = reinterpret_cast<std::uint16_t*>(memory + layout.experts),
+  auto *const experts = reinterpret_cast<std::uint16_t*>(memory + layout.experts),
              *const entries = reinterpret_cast<std::uint16_t*>(memory + layout.entries);
 
   const Problem& x = p.problem;
@@ -57,33 +194,51 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2) short_attentio
   const int bh = blockIdx.x, b = bh / x.H, h = bh % x.H, M = x.M;
   const Span queries = span(x.queries, b), keys = span(x.keys, b);
   const int N = queries.length, L = keys.length, chosen = min(x.K, L);
-  const auto load = [&](const Tile<T, kDP>& to, const Rows& rows, int head, const Span& from, int count) {
-    load_sequence<T, kDP, kThreads>(to, rows, b, head, from, x.D, count);
+  const int kv = x.H == x.Hkv ? h : h / (x.H / x.Hkv);
+  const auto load = [&](int loader, const Tile<T, kDP>& to, const Rows& rows, int head, const Span& from, int count) {
+    if (warp / kLoaders == loader) load_sequence<T, kDP, 32 * kLoaders>(to, rows, b, head, from, x.D, count);
   };
-  load(q, p.q, h, queries, round_up(N, 8));
-  if (!p.pool) load(z, p.landmarks, h, {0, M}, round_up(M, 8));
+  load(0, q, p.q, h, queries, round_up(N, 8));
+  if (!p.pool) load(0, z, p.landmarks, h, {0, M}, round_up(M, 8));
+  load(1, k, p.k, kv, keys, round_up(L, 8));
+  load(2, v, p.v, kv, keys, round_up(L, 16));
   commit_loads();
-  load(k, p.k, h / (x.H / x.Hkv), keys, round_up(L, 8));
-  load(v, p.v, h / (x.H / x.Hkv), keys, round_up(L, kUnits));
-  commit_loads();
-  for (int m = threadIdx.x; m < M; m += kThreads) counts[m] = 0;
-  for (int i = threadIdx.x; i < round_up(M, kUnits) * kChunks; i += kThreads) store_shared4(c.address + 16 * i, make_uint4(0, 0, 0, 0));
-  wait_loads<1>();
+  const int spare = threadIdx.x - 32 * 3 * kLoaders, spares = kThreads - 32 * 3 * kLoaders;
+  T** const heads = reinterpret_cast<T**>(memory + layout.heads);
+  if (spare == 0) {
+    heads[0] = head_rows<T>(p.landmarks, b, h, 0);
+    heads[1] = head_rows<T>(p.compressed, b, h, 0);
+    heads[2] = head_rows<T>(p.out, b, h, queries.start);
+  }
+#pragma unroll 1
+  for (int i = M * kChunks + spare; spare >= 0 && i < round_up(M, kUnits) * kChunks; i += spares) store_shared4(c.address + 16 * i, make_uint4(0, 0, 0, 0));
+  const Windows windows = windows_of(p.windows, x.queries, N);
+  int4* const window_of = reinterpret_cast<int4*>(memory + layout.compressed);
+#pragma unroll 1
+  for (int m = spare; 0 <= m && m < M; m += spares) {
+    counts[m] = 0;
+    if (!p.pool) continue;
+    const auto tokens = PooledTokens::of<int>(windows, m);
+    window_of[m] = make_int4(tokens.first, tokens.width | pool_shares<T>(x, windows) << 16, tokens.area, (0xffff + tokens.width) / max(tokens.width, 1));
+  }
+  if (warp < kLoaders) wait_loads<0>();
   __syncthreads();
 
   // 1. pool
   if (p.pool) {
-    const Windows w = windows_of(p.windows, x.queries, N);
-    const int shares = pool_shares<T>(x, w);
-    T* const landmarks = head_rows<T>(p.landmarks, b, h, 0);
-    for (int i = threadIdx.x; i < M * kChunks; i += kThreads) {
-      const int m = i / kChunks, chunk = i % kChunks;
-      const Vector<T> mean = mean_by_thread<T>(PooledTokens::of<int>(w, m), shares, [&](int n) {
+    T* const landmarks = heads[0];
+    for (unsigned i = threadIdx.x; i < round_up(M * kChunks * 2, 32); i += kThreads) {
+      const int m = i / (2 * kChunks), chunk = i / 2 % kChunks;
+      const int4 its = window_of[min(m, M - 1)];
+      const Four<T> mean = mean_by_pair<T>(PooledTokens{its.x, its.y & 0xffff, its.z, windows.gw}, its.w, its.y >> 16, [&](int n) {
         const float4 four = load_shared4(q.chunk(n, chunk));
         return reinterpret_cast<const Vector<T>&>(four);
       });
-      store_shared4(z.chunk(m, chunk), mean.bits);
-      if (chunk * kChunk<T> < x.D) *reinterpret_cast<uint4*>(landmarks + m * x.D + chunk * kChunk<T>) = mean.bits;
+      if (m >= M) continue;
+      const int column = chunk * kChunk<T> + static_cast<int>(i % 2 * 4);
+      const uint2 bits = reinterpret_cast<const uint2&>(mean);
+      store_shared2(z.chunk(m, chunk) + i % 2 * 8, __uint_as_float(bits.x), __uint_as_float(bits.y));
+      if (column < x.D) *reinterpret_cast<uint2*>(landmarks + m * x.D + column) = bits;
     }
   }
   wait_loads<0>();
@@ -125,98 +280,224 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2) short_attentio
   for (int n = N + threadIdx.x; n < x.queries.max_length; n += kThreads) p.experts[std::int64_t(bh) * x.queries.max_length + n] = -1;
   __syncthreads();
 
-  // 3. order the queries, compress, select
-  for (int item = warp; item <= landmark_tiles + ceil_div(opaque(M), 2); item += kWarps) {  // opaque: registers
-    if (item > landmark_tiles) {
-      const int m = 2 * (item - landmark_tiles - 1) + lane / 16, length = m < M ? opaque(L) : 0;
-      const float* row = scores + m * layout.pitch;
-      std::uint16_t* const list = indices + m * x.K;
-      select_row<16, kShortKeys>(length, min(x.K, length), [&](int key) { return *reinterpret_cast<const float4*>(row + key); },
-                                [&](int i, int key) { list[i] = static_cast<std::uint16_t>(key); });
-    } else if (item > 0) {
-      const int m = 16 * (item - 1) + opaque(g);
-      OnlineSoftmax<T> softmax;
-      float values[kDP / 8][4];
-      clear(values);
-      const auto row = [&](int i) { return window.address + layout.scores + 4 * (min(m + 8 * i, M - 1) * layout.pitch + 2 * t); };
-      const std::uint32_t upper = row(0), lower = row(1);
-#pragma unroll 1
-      for (int first = 0; first < L; first += kUnits) {
-        float s[kTiles][4];
+  // 3. order the queries, and the tiles of all experts; select, with all keys of a row in the registers of half a warp
+  const Selection selection(L, chosen);
+  const auto select_rows = [&](int m, auto slots) {  // m: of this lane's half of the warp
+    constexpr int kSlots = decltype(slots)::value;
+    const int own = lane % kRowLanes, keys = m < M ? L - own : 0;  // keys of this lane: kRowLanes apart, less than that
+    const std::uint32_t row = window.address + layout.scores + 4 * min(m, M - 1) * layout.pitch;
+    float score[kSlots], weight[kSlots], extreme = -kInfinity, sum = 0.0f;
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-          const float2 one = load_shared2(upper + 4 * first + 32 * n), other = load_shared2(lower + 4 * first + 32 * n);
-          s[n][0] = one.x, s[n][1] = one.y, s[n][2] = other.x, s[n][3] = other.y;
-        }
-        const float positive = positive_scale(s, p.scale * kLogit<T>);
-        if (first + kUnits > L) mask_logits(s, L - first, lane);
-        softmax.update(s, positive, values);
-        Weights<T, kTiles> weights(s);
-        add_weighted_rows<C>(values, weights, v.from_row(first), lane);
-      }
-      softmax.finish();
+    for (int j = 0; j < kSlots; ++j) score[j] = kRowLanes * j < keys ? __int_as_float(load_shared_int(row + 4 * own + 4 * kRowLanes * j)) : -kInfinity;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (m + 8 * i >= M) continue;
-        const float factor = softmax.factor(i);
-        if (t == 0) p.landmark_lse[std::int64_t(bh) * M + m + 8 * i] = softmax.lse(i);
+    for (int j = 0; j < kSlots; ++j) extreme = fmaxf(extreme, score[j]);
+    const float scale = p.scale * kLogit<T>;
+    if (!(scale > 0.0f)) {
+      extreme = kInfinity;
 #pragma unroll
-        for (int n = 0; n < kDP / 8; ++n) store_shared(c.chunk(m + 8 * i, n) + 4 * t, pack<T>(values[n][2 * i] * factor, values[n][2 * i + 1] * factor));
-      }
-    } else {  // the queries in the order of their experts, and the tiles of all experts
-      const int tiles_made = order_by_expert(experts, N, counts, M, entries, tiles);
-      if (lane == 0) tile_count = tiles_made;
+      for (int j = 0; j < kSlots; ++j) extreme = fminf(extreme, kRowLanes * j < keys ? score[j] : kInfinity);
+      extreme = -extreme;
     }
+#pragma unroll
+    for (int d = 1; d < kRowLanes; d *= 2) extreme = fmaxf(extreme, __shfl_xor_sync(kAllLanes, extreme, d));
+    const float base = extreme == -kInfinity ? 0.0f : extreme * fabsf(scale);
+#pragma unroll
+    for (int j = 0; j < kSlots; ++j) weight[j] = exponential<T>(fmaf(score[j], scale, -base));
+    if (!(scale > 0.0f))
+#pragma unroll
+      for (int j = 0; j < kSlots; ++j) weight[j] = kRowLanes * j < keys ? weight[j] : 0.0f;
+#pragma unroll
+    for (int j = 0; j < kSlots; ++j) sum += weight[j];
+    sum = sum_of_lanes<kRowLanes>(sum);
+    if (m < M && own == 0) factors[m] = sum == 0.0f ? 0.0f : reciprocal<T>(sum), p.landmark_lse[std::int64_t(bh) * M + m] = log_sum<T>(base, sum);
+    __syncwarp();  // all have their scores
+    const int columns = m < M ? round_up(L, 16) - own : 0;
+    const std::uint32_t first = row + (2 * own ^ swapped_chunks(m));
+#pragma unroll
+    for (int j = 0; j < kSlots; ++j)
+      if (kRowLanes * j < columns) store_shared_short(first + 2 * kRowLanes * j, pack<T>(weight[j], 0.0f));
+
+    unsigned members;
+    const unsigned its = select<T>(score, m < M, selection, members);
+    if (m < M) store_shared_short(window.address + layout.members + 2 * (m * kRowLanes + own), members >> (lane & 16));
+    const std::uint32_t list = window.address + layout.indices + 2 * m * layout.chosen_pitch;
+    list_by_banks(list, its);
+    __syncwarp();
+    if (m < M && chosen > 0)
+      for (int i = chosen + own; i < layout.chosen_pitch; i += kRowLanes) store_shared_short(list + 2 * i, load_shared_short(list + 2 * (chosen - 1)));
+  };
+  for (int item = warp; item <= round_up(M, 4) / 2; item += kWarps) {
+    if (item == 0) {
+      const int made = order_by_expert(experts, N, kQueries, counts, M, entries, tiles);
+      if (lane == 0) tile_count = made;
+      continue;
+    }
+    // Two rows that are two apart: no bank conflicts.
+    const int m0 = (item - 1) / 2 * 4 + (item - 1) % 2, m = m0 + 2 * (lane / kRowLanes);
+    if (m0 >= M) continue;
+    if (L <= kRowLanes * 13) select_rows(m, std::integral_constant<int, 13>{});  // 197 keys are usual
+    else select_rows(m, std::integral_constant<int, kShortKeys / kRowLanes>{});
   }
   __syncthreads();
 
-  // 4. attend. Head and batch are not kept until here: registers.
-  const int head = opaque(blockIdx.x), batch = head / x.H;
-  T* const out_rows = head_rows<T>(p.out, batch, head - batch * x.H, span(x.queries, batch).start);
-  for (int i = threadIdx.x; i < M * x.K; i += kThreads)
-    p.indices[std::int64_t(head) * M * x.K + i] = chosen == x.K || i % x.K < chosen ? indices[i] : -1;
-  for (int i = threadIdx.x; i < M * kChunks; i += kThreads)
-    if (const int m = i / kChunks, chunk = i % kChunks; chunk * kChunk<T> < x.D)
-      *reinterpret_cast<float4*>(head_rows<T>(p.compressed, batch, head - batch * x.H, m) + chunk * kChunk<T>) = load_shared4(c.chunk(m, chunk));
+  // 4. compress
+  const int compressions = landmark_tiles * (kDP / 16);
+  for (int item = warp; item < compressions + ceil_div(M, 2); item += kWarps) {
+    if (item >= compressions) {
+      const int own = lane % kRowLanes, m = 2 * (item - compressions) + lane / kRowLanes;
+      unsigned left = m < M ? load_shared_short(window.address + layout.members + 2 * (m * kRowLanes + own)) : 0;
+      std::int32_t* const to = p.indices + (std::int64_t(bh) * M + m) * x.K;
+      const int here = __popc(left);
+#pragma unroll 1
+      for (std::int32_t* next = to + (sum_through_lane<kRowLanes>(here) - here); left; left &= left - 1) *next++ = kRowLanes * own + __ffs(left) - 1;
+      for (int i = chosen + own; m < M && i < x.K; i += kRowLanes) to[i] = -1;
+      continue;
+    }
+    const int m0 = item / (kDP / 16) * 16, column = item % (kDP / 16) * 16;
+    const int own = min(m0 + (lane & 15), M - 1);
+    const std::uint32_t weights = window.address + layout.scores + 4 * own * layout.pitch + (16 * (lane >> 4) ^ swapped_chunks(own));
+    const auto values = operand(v, lane & 15, column / kChunk<T> + (lane >> 4));
+    float sum[2][4];
+    clear(sum);
+#pragma unroll 4
+    for (int step = 0; step < ceil_div(L, 16); ++step) {
+      std::uint32_t w[4], r[4];
+      ldmatrix(w, weights + 32 * step);
+      ldmatrix_transposed(r, values(0, step));
+      mma<T>(sum[0], w, r[0], r[1]);
+      mma<T>(sum[1], w, r[2], r[3]);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (const int m = m0 + g + 8 * i; m < M) {
+        const float factor = factors[m];
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const std::uint32_t two = pack<T>(sum[n][2 * i] * factor, sum[n][2 * i + 1] * factor);
+          store_shared(c.chunk(m, column / kChunk<T> + n) + 4 * t, two);
+          if (column + 8 * n < x.D) *reinterpret_cast<std::uint32_t*>(row_behind(heads[1] + column + 8 * n + 2 * t, p.compressed.row * sizeof(T), m)) = two;
+        }
+      }
+  }
+  __syncthreads();
+
+  // 5. attend: units are rows, queries columns
+  T* const out_rows = heads[2] + lane % kChunks * kChunk<T>;
+  const int units = max(p.shared ? M : 0, chosen);
+  // Where the row and the chunk lie that a lane brings of 16 keys, and of 16 values, which are transposed.
+  const int row_of[2] = {lane & 15, (lane & 7) + (lane >> 4 << 3)}, chunk_of[2] = {lane >> 4, lane >> 3 & 1};
+  const std::uint32_t of_shared[2] = {z.chunk(row_of[0], chunk_of[0]), c.chunk(row_of[1], chunk_of[1])};
+  const float scale[2] = {p.landmark_scale * kLogit<T>, p.scale * kLogit<T>};
   for (int item = warp; item < tile_count; item += kWarps) {
     const Work work = tiles[item];
-    const std::uint16_t* const list = entries + work.first;
-    SharedRows<T, kDP> rows;
-    rows.load(ListedRows<T, kDP, 16>{q, window.of(*list), work.entries}, lane);
-    OnlineSoftmax<T> softmax;
-    float out[kDP / 8][4];
+    const std::uint32_t list = window.of(entries[work.first]), of_expert = window.address + layout.indices + 2 * work.expert * layout.chosen_pitch;
+    const auto query = [&](int i) { return load_shared_short(list + 2 * min(i, work.entries - 1)); };  // behind the last one the same again
+    const std::uint32_t own = q.chunk(query(lane & 7), lane >> 3);
+    std::uint32_t rows[2][4];
+    ldmatrix(rows[0], own);
+    ldmatrix(rows[1], at_step<T>(own, 2));
+    float out[kDP / 16][4], maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {0.0f, 0.0f};
     clear(out);
-    const auto attend = [&](const auto& unit_keys, const auto& unit_values, int count, float scale) {
-      float s[kTiles][4];
-      product<C>(s, rows, unit_keys, lane);
-      const float positive = positive_scale(s, scale * kLogit<T>);
-      if (count < kUnits) mask_logits(s, count, lane);
-      softmax.update(s, positive, out);
-      Weights<T, kTiles> weights(s);
-      add_weighted_rows<C>(out, weights, unit_values, lane);
-    };
 #pragma unroll 1
-    for (int first = 0; p.shared && first < M; first += kUnits) attend(z.from_row(first), c.from_row(first), M - first, p.landmark_scale);
-#pragma unroll 1
-    for (int first = 0; first < chosen; first += kUnits) {
-      const std::uint32_t of_expert = window.of(indices[work.expert * x.K + first]);
-      attend(ListedRows<T, kDP, kUnits>{k, of_expert, chosen - first}, ListedRows<T, kDP, kUnits>{v, of_expert, chosen - first}, chosen - first, p.scale);
+    for (int first = 0; first < (ONCE ? 1 : units); first += kUnits) {
+      const int counts_of[2] = {p.shared ? M - first : 0, chosen - first};
+      std::uint32_t place[2][2][2];  // of shared units and those of the expert, keys and values
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          place[0][r][i] = of_shared[r] + (first + 16 * i) * (kDP * 2);
+          place[1][r][i] = (r ? v : k).chunk(load_shared_short(of_expert + 2 * (first + 16 * i + row_of[r])), chunk_of[r]);
+        }
+      float s[2][2][4];
+#pragma unroll
+      for (int kind = 0; kind < 2; ++kind) {
+        if (ONCE || counts_of[kind] > 0) {
+          constexpr float kZero[4] = {};
+#pragma unroll
+          for (int step = 0; step < kDP / 16; ++step)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              std::uint32_t a[4];
+              ldmatrix(a, at_step<T>(place[kind][0][i], step));
+              const std::uint32_t b0 = rows[step / 2][step % 2 * 2], b1 = rows[step / 2][step % 2 * 2 + 1];
+              if (step == 0) mma<T>(s[kind][i], a, b0, b1, kZero);
+              else mma<T>(s[kind][i], a, b0, b1);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) s[kind][i][e] = 16 * i + g + 8 * (e / 2) < counts_of[kind] ? s[kind][i][e] * scale[kind] : -kInfinity;
+      }
+      float rescale[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float raised = maximum[j];
+#pragma unroll
+        for (int kind = 0; kind < 2; ++kind)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) raised = fmaxf(raised, fmaxf(s[kind][i][j], s[kind][i][2 + j]));
+#pragma unroll
+        for (int d = 4; d < 32; d *= 2) raised = fmaxf(raised, __shfl_xor_sync(kAllLanes, raised, d));
+        const float base = raised == -kInfinity ? 0.0f : raised;
+        rescale[j] = exponential<T>(maximum[j] - base);
+        maximum[j] = raised;
+        sum[j] *= rescale[j];
+#pragma unroll
+        for (int kind = 0; kind < 2; ++kind)
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+#pragma unroll
+            for (int e = j; e < 4; e += 2) sum[j] += s[kind][i][e] = exponential<T>(s[kind][i][e] - base);
+      }
+      if (!ONCE && first > 0)
+#pragma unroll
+        for (int d = 0; d < kDP / 16; ++d)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) out[d][e] *= rescale[e % 2];
+#pragma unroll
+      for (int kind = 0; kind < 2; ++kind) {
+        if (!ONCE && counts_of[kind] <= 0) continue;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const std::uint32_t b0 = transposed(pack<T>(s[kind][i][0], s[kind][i][1])), b1 = transposed(pack<T>(s[kind][i][2], s[kind][i][3]));
+#pragma unroll
+          for (int d = 0; d < kDP / 16; ++d) {
+            std::uint32_t a[4];
+            ldmatrix_transposed(a, at_step<T>(place[kind][1][i], d));
+            mma<T>(out[d], a, b0, b1);
+          }
+        }
+      }
     }
-    softmax.finish();
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int d = 4; d < 32; d *= 2) sum[j] += __shfl_xor_sync(kAllLanes, sum[j], d);
+    if (const int i = 2 * t + g; g < 2 && i < work.entries)
+      p.lse[std::int64_t(bh) * x.queries.max_length + query(i)] = log_sum<T>(g ? maximum[1] : maximum[0], g ? sum[1] : sum[0]);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) sum[j] = sum[j] == 0.0f ? 0.0f : reciprocal<T>(sum[j]);
     __syncwarp();  // all have read what is now replaced
+    std::uint32_t rounded[kDP / 8];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (g + 8 * i >= work.entries) continue;
-      const int n = list[g + 8 * i];
-      const float factor = softmax.factor(i);
-      if (t == 0) p.lse[std::int64_t(head) * x.queries.max_length + n] = softmax.lse(i);
+    for (int d = 0; d < kDP / 8; ++d) rounded[d] = pack<T>(out[d / 2][d % 2 * 2] * sum[0], out[d / 2][d % 2 * 2 + 1] * sum[1]);
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #pragma unroll
-      for (int d = 0; d < kDP / 8; ++d) store_shared(q.chunk(n, d) + 4 * t, pack<T>(out[d][2 * i] * factor, out[d][2 * i + 1] * factor));
-    }
+    for (int i = 0; i < 2; ++i)
+      asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(at_step<T>(own, 2 * i)), "r"(rounded[4 * i]), "r"(rounded[4 * i + 1]),
+                   "r"(rounded[4 * i + 2]), "r"(rounded[4 * i + 3]) : "memory");
+#else
+    const std::uint32_t written = q.chunk(query(g), 0) + 4 * t;
+#pragma unroll
+    for (int d = 0; d < kDP / 8; ++d) store_shared(written ^ 16 * d, transposed(rounded[d]));
+#endif
     __syncwarp();
-    if (const int chunk = lane % kChunks; chunk * kChunk<T> < x.D)
-      for (int i = lane / kChunks; i < work.entries; i += 32 / kChunks)
-        *reinterpret_cast<float4*>(out_rows + list[i] * p.out.row + chunk * kChunk<T>) = load_shared4(q.chunk(list[i], chunk));
+#pragma unroll
+    for (int i = 0; i < kQueries; i += 32 / kChunks)
+      if (const int n = query(i + lane / kChunks); i + lane / kChunks < work.entries && lane % kChunks * kChunk<T> < x.D)
+        *reinterpret_cast<float4*>(row_behind(out_rows, p.out.row * sizeof(T), n)) = load_shared4(q.chunk(n, lane % kChunks));
   }
 }
 
@@ -236,7 +517,8 @@ cudaError_t launch_short_attention(const ShortParams& p, cudaStream_t stream) {
     using T = decltype(element);
     if constexpr (sizeof(T) == 2) {
       const Memory layout(x);
-      return launch(short_attention_kernel<T>, static_cast<unsigned>(x.B) * x.H, kThreads, layout.bytes, stream, p, layout);
+      const bool once = p.shared && x.M <= kUnits && x.K <= kUnits && x.keys.max_length > 0 && !vary(x.keys);
+      return launch(once ? short_attention_kernel<T, true> : short_attention_kernel<T, false>, static_cast<unsigned>(x.B) * x.H, kThreads, layout.bytes, stream, p, layout);
     } else {
       return cudaErrorInvalidValue;
     }

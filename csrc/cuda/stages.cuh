@@ -87,26 +87,29 @@ template <class T, class Load> __device__ inline void sum_share(float (&sum)[kCh
 #pragma unroll
     for (int e = 0; e < kChunk<T>; ++e) sum[e] += __shfl_xor_sync(kAllLanes, sum[e], d);
 }
-// The same mean by one thread, for windows of up to 256 tokens of up to eight chunks.
-template <class T, class Load> __device__ inline Vector<T> mean_by_thread(const PooledTokens& tokens, int shares, Load load) {
+// The same mean by a pair of lanes, each of which gets half of the chunk, for windows of up to 256 tokens of up to eight chunks: i / width = i * inverse / 2^16. All
+// lanes of a warp.
+template <class T, class Load> __device__ inline Four<T> mean_by_pair(const PooledTokens& tokens, unsigned inverse, int shares, Load load) {
   constexpr int kStrands = 4;
-  const unsigned inverse = (0xffffu + tokens.width) / max(tokens.width, 1);  // i / width = i * inverse / 2^16
-  float total[kChunk<T>];
+  const int half = threadIdx.x % 2;
+  float total[4] = {};
 #pragma unroll 1
   for (int share = 0; share < shares; ++share) {
-    float sum[kStrands][kChunk<T>] = {};
+    float sum[kStrands / 2][kChunk<T>] = {};
 #pragma unroll 1
-    for (int first = kStrands * share; first < tokens.area; first += kStrands * shares)
+    for (int first = kStrands * share + kStrands / 2 * half; first < tokens.area; first += kStrands * shares)
 #pragma unroll
-      for (int r = 0; r < kStrands; ++r)
+      for (int r = 0; r < kStrands / 2; ++r)
         if (const int i = first + r; i < tokens.area) add(sum[r], load(tokens.at(i, i * inverse >> 16)));
 #pragma unroll
-    for (int e = 0; e < kChunk<T>; ++e) {
-      const float of_share = (sum[0][e] + sum[1][e]) + (sum[2][e] + sum[3][e]);
+    for (int e = 0; e < 4; ++e) {
+      const float lower = sum[0][e] + sum[1][e], upper = sum[0][e + 4] + sum[1][e + 4];
+      const float of_share = (half ? upper : lower) + __shfl_xor_sync(kAllLanes, half ? lower : upper, 1);
       total[e] = share == 0 ? of_share : total[e] + of_share;
     }
   }
-  return mean_of<T>(total, tokens.area);
+  const Mean mean(tokens.area);
+  return rounded<T>(float4{mean(total[0]), mean(total[1]), mean(total[2]), mean(total[3])});
 }
 
 // ---- compressed values ---------------------------------------------------------------------------------------------
@@ -341,12 +344,12 @@ template <class C, int LANDMARKS, class Tiles> __device__ inline BestLandmark ro
 
 // ---- whole short sequences -----------------------------------------------------------------------------------------
 
-// Starts copying `count` rows as they come, one after the other, with THREADS threads of the block; zeros behind the last one of `from`,
+// Starts copying `count` rows as they come, one after the other, with THREADS threads in a row; zeros behind the last one of `from`,
 // and behind the last column.
 template <class T, int DP, int THREADS>
 __device__ inline void load_sequence(const Tile<T, DP>& to, const Rows& rows, int b, int head, const Span& from, int D, int count) {
   constexpr int kChunks = Tile<T, DP>::kChunks, kStep = THREADS / kChunks / 8 * 8;  // rows a multiple of eight apart: the same place of their panels
-  const int chunk = threadIdx.x % kChunks, first = threadIdx.x / kChunks;
+  const int chunk = threadIdx.x % kChunks, first = threadIdx.x % THREADS / kChunks;
   if (first >= kStep) return;
   std::uint32_t target = to.chunk(first, chunk);
   const T* source = head_rows<T>(rows, b, head, from.start + first) + chunk * kChunk<T>;
@@ -356,16 +359,16 @@ __device__ inline void load_sequence(const Tile<T, DP>& to, const Rows& rows, in
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(row < present ? 16 : 0) : "memory");
 }
 
-// One warp puts N queries in the order of their experts, and cuts those of each expert into tiles of 16; returns how many. counts [M]: queries
+// One warp puts N queries in the order of their experts, and cuts those of each expert into tiles of `rows`; returns how many. counts [M]: queries
 // of every expert, used up.
-__device__ inline int order_by_expert(const std::uint16_t* experts, int N, int* counts, int M, std::uint16_t* entries, Work* tiles) {
+__device__ inline int order_by_expert(const std::uint16_t* experts, int N, int rows, int* counts, int M, std::uint16_t* entries, Work* tiles) {
   const int lane = threadIdx.x % 32;
   int before = 0;  // entries, and tiles above them
   for (int first = 0; first < M; first += 32) {
-    const int m = first + lane, entries_of = m < M ? counts[m] : 0, own = entries_of | ceil_div(entries_of, 16) << 16;
+    const int m = first + lane, entries_of = m < M ? counts[m] : 0, own = entries_of | ceil_div(entries_of, rows) << 16;
     const int through = sum_through_lane<32>(own), start = before + through - own;
     if (m < M) counts[m] = start & 0xffff;  // where its next query goes
-    for (int i = 0; i < own >> 16; ++i) tiles[(start >> 16) + i] = Work{m, (start & 0xffff) + 16 * i, min(16, entries_of - 16 * i), 0};
+    for (int i = 0; i < own >> 16; ++i) tiles[(start >> 16) + i] = Work{m, (start & 0xffff) + rows * i, min(rows, entries_of - rows * i), 0};
     before += __shfl_sync(kAllLanes, through, 31);
   }
   __syncwarp();
