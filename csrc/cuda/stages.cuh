@@ -152,9 +152,7 @@ template <class T> __device__ inline void combine_parts(const LandmarkParams& p,
   if (lane == 0) p.lse[row] = log_sum<T>(maximum, sum);
 }
 
-// ---- top-K of a row in registers -----------------------------------------------------------------------------------
-
-__device__ inline float score_of(std::uint32_t ordered) { return __uint_as_float(ordered & 0x80000000u ? ordered ^ 0x80000000u : ~ordered); }
+// ---- selection -----------------------------------------------------------------------------------------------------
 
 // Over LANES lanes: the sum of all, and of those up to this one.
 template <int LANES, class X> __device__ inline X sum_of_lanes(X x) {
@@ -178,111 +176,6 @@ template <int LANES, class X> __device__ inline X sum_through_lane(X x) {
 
 // What this share of a logistic distribution reaches.
 __device__ inline float logistic_quantile(float mean, float deviation, float share) { return mean + deviation * 0.59f * __logf((1.001f - share) / (share + 0.001f)); }
-
-// The k best of a row of up to MOST scores, k <= length: emit(i, key), i = 0 .. k - 1, ascending keys. LANES lanes select from one row, so a
-// warp from 32 / LANES of them; four(key) are the scores of four keys, of which the first is one. No loop over keys depends on the
-// length: its tests would be a quarter of all instructions.
-// The threshold is looked for until exactly k scores reach it: from where it is in a normal distribution, in growing steps until it
-// is between two bounds, then between these. Where steps and means lead nowhere, bits are bisected; ties are cut by position.
-template <int LANES, int MOST, class Four, class Emit> __device__ inline void select_row(int length, int k, Four four, Emit emit) {
-  static_assert(MOST % (4 * LANES) == 0);
-  constexpr int kGroup = 4 * LANES, kGroups = MOST / kGroup, kWords = ceil_div(kGroups, 8), kSteps = 8, kMeans = 16;
-  constexpr std::uint32_t kTop = 0xff800001u;  // above infinity
-  const int lane = threadIdx.x % LANES;
-  const auto each_group = [&](auto&& f) {
-#pragma unroll
-    for (int j = 0; j < kGroups; ++j) f(j);
-  };
-
-  std::uint32_t key[kGroups][4];  // 0: no key
-  each_group([&](int j) {  // all loads before the first use
-    const int first = j * kGroup + 4 * lane;
-    const float4 x = first < length ? four(first) : float4{};
-    key[j][0] = __float_as_uint(x.x), key[j][1] = __float_as_uint(x.y), key[j][2] = __float_as_uint(x.z), key[j][3] = __float_as_uint(x.w);
-  });
-  float sum = 0.0f, squares = 0.0f;
-  each_group([&](int j) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const bool present = j * kGroup + 4 * lane + e < length;
-      const float score = present ? __uint_as_float(key[j][e]) : 0.0f;
-      key[j][e] = present ? ordered(score) : 0;
-      sum += score;
-      squares = fmaf(score, score, squares);
-    }
-  });
-  const auto count = [&](std::uint32_t least) {
-    int below[4] = {0, 0, 0, 0};  // negative
-    each_group([&](int j) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) asm("{ .reg .u32 x; sub.cc.u32 x, %1, %2; subc.u32 %0, %0, 0; }" : "+r"(below[e]) : "r"(key[j][e]), "r"(least));
-    });
-    return MOST + sum_of_lanes<LANES>((below[0] + below[1]) + (below[2] + below[3]));
-  };
-  const float share = static_cast<float>(k) / static_cast<float>(length), mean = sum_of_lanes<LANES>(sum) / static_cast<float>(length);
-  const float deviation = sqrtf(sum_of_lanes<LANES>(squares) / static_cast<float>(length) - mean * mean);
-  float guess = logistic_quantile(mean, deviation, share);
-  float step = 0.6f * deviation * rsqrtf(static_cast<float>(length) * share * (1.001f - share));
-
-  // At least k keys reach `low`, fewer than k reach `high`.
-  std::uint32_t low = 1, high = kTop;
-  bool exact = k == length, done = exact || k == 0;  // exact: k keys reach `low`
-  for (int i = 0; __any_sync(kAllLanes, !done); ++i) {
-    const bool between = low > 1 && high < kTop;
-    std::uint32_t middle = low + (high - low) / 2;
-    if (i < (between ? kMeans : kSteps)) middle = ordered(between ? 0.5f * score_of(low) + 0.5f * score_of(high) : guess);
-    middle = max(low + 1, min(middle, high - 1));
-    const int n = count(middle);
-    if (done) continue;
-    (n >= k ? low : high) = middle;
-    guess += n >= k ? step : -step;
-    step *= 2.0f;
-    exact = n == k;
-    done = exact || high - low <= 1;
-  }
-
-  // Four bits for a group. f(group, bit, how many come before it).
-  using Set = std::uint32_t[kWords];
-  const auto each_of = [&](const Set& set, auto&& f) {
-    int before = 0;
-#pragma unroll
-    for (int first = 0; first < kGroups; first += 4) {
-      const auto bits = [&](int j) { return first + j < kGroups ? set[(first + j) / 8] >> 4 * ((first + j) % 8) & 15 : 0; };
-      std::uint32_t own = 0;  // in each group, 8 bits
-#pragma unroll
-      for (int j = 0; j < 4; ++j) own |= __popc(bits(j)) << 8 * j;
-      std::uint32_t through = sum_through_lane<LANES>(own);
-      const std::uint32_t all = __shfl_sync(kAllLanes, through, LANES - 1, LANES);
-      through -= own;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        int rank = before + (through >> 8 * j & 255);
-        for (std::uint32_t left = bits(j); left; left &= left - 1) f(first + j, __ffs(left) - 1, rank++);
-        before += all >> 8 * j & 255;
-      }
-    }
-  };
-  Set chosen = {}, equal = {};
-  const std::uint32_t least = exact ? low : low + 1;
-  int reached = 0;
-  each_group([&](int j) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) chosen[j / 8] |= key[j][e] >= least ? 1u << (j % 8 * 4 + e) : 0;
-  });
-  if (__any_sync(kAllLanes, !exact)) {
-    each_group([&](int j) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) equal[j / 8] |= key[j][e] == low && !exact ? 1u << (j % 8 * 4 + e) : 0;
-    });
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) reached += __popc(chosen[w]);
-    reached = sum_of_lanes<LANES>(reached);
-    each_of(equal, [&](int j, int e, int rank) {
-      if (rank < k - reached) chosen[j / 8] |= 1u << (j % 8 * 4 + e);
-    });
-  }
-  each_of(chosen, [&](int j, int e, int rank) { emit(rank, j * kGroup + 4 * lane + e); });
-}
 
 // ---- routing -------------------------------------------------------------------------------------------------------
 
