@@ -117,6 +117,7 @@ CASES = [
     *(Case(f"topk_{K}", B=1, H=1, N=33, L=2500, D=16, M=3, K=K) for K in (1, 2, 63, 64, 65, 100, 256, 300, 1024, 2048)),
     *(Case(f"short_landmarks_{M}", N=70, L=100, D=64, M=M, layout="heads_last") for M in (31, 32, 33)),
     *(Case(f"short_topk_{K}", N=100, M=(4, 4), K=K, grid=(10, 10), values="clustered", pooled=True) for K in (31, 32, 33)),
+    Case("short_landmarks_of_few_queries", N=3, L=40, D=64, M=200, K=5, pooled=True),
     Case("short_negative_scales", N=70, L=100, D=64, M=9, K=20, scale=-0.2, landmark_scale=-0.1),
     Case("short_scale_0", N=70, L=100, D=64, M=9, K=40, scale=0.0, landmark_scale=0.1),
     # gradients of queries and units in one pass: several segments of an expert, keys of several heads

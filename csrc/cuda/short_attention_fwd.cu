@@ -407,7 +407,7 @@ template <class T, bool ONCE> __global__ void __launch_bounds__(kThreads, 2) sho
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           place[0][r][i] = of_shared[r] + (first + 16 * i) * (kDP * 2);
-          place[1][r][i] = (r ? v : k).chunk(load_shared_short(of_expert + 2 * (first + 16 * i + row_of[r])), chunk_of[r]);
+          if (ONCE || counts_of[1] > 0) place[1][r][i] = (r ? v : k).chunk(load_shared_short(of_expert + 2 * (first + 16 * i + row_of[r])), chunk_of[r]);
         }
       float s[2][2][4];
 #pragma unroll

@@ -312,6 +312,7 @@ const Case kCases[] = {
     {"short_images", Dtype::bf16, 3, 2, 2, 197, 197, 25, 25, 1, 64, true, Batch::full, false, {5, 5, 14, 14, 1}},
     {"short_padded", Dtype::fp16, 3, 4, 2, 256, 256, 12, 60, 1, 48, true, Batch::padded},
     {"short_many_landmarks", Dtype::bf16, 3, 2, 1, 90, 60, 70, 40, 1, 64, true, Batch::packed},
+    {"short_landmarks_of_few_queries", Dtype::bf16, 2, 2, 1, 3, 40, 200, 5, 1, 64, true, Batch::full},
     {"short_ties", Dtype::bf16, 2, 1, 1, 130, 250, 12, 33, 1, 64, true, Batch::full, true},
     {"short_most", Dtype::fp16, 2, 2, 2, 208, 208, 32, 32, 1, 64, true, Batch::full, false, {4, 8, 14, 14, 2}, 0.05},
     {"short_few_queries", Dtype::bf16, 3, 2, 2, 30, 200, 12, 20, 1, 40, true, Batch::packed},
