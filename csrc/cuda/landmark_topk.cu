@@ -204,7 +204,7 @@ template <class C, int THREADS, class KeyOf, class Put> __device__ void score_ke
 
 // ---- rows in registers ---------------------------------------------------------------------------------------------
 
-// What select_of_few leaves for all lanes of a warp: first the few, then those that are equal, then a bit for every key of the row.
+// What select_by_counts leaves for all lanes of a warp: keys whose scores are equal, and their exact scores; then a bit for every key of the row.
 constexpr int kFew = 128;
 struct Few {
   union {
@@ -214,7 +214,12 @@ struct Few {
   float scores[kFew];
 };
 
-// What a lane has of a row of up to MOST scores, four keys of every group. Is a score above a bound: a bit for each, in words of up to 32. NaN never is.
+// Of every four hexadecimal digits, the two in the middle change places.
+__device__ inline u32 swap_middle_digits(u32 x) { return (x & 0xf00ff00f) | (x & 0x0f000f00) >> 4 | (x & 0x00f000f0) << 4; }
+
+// What a lane has of a row of up to MOST scores, four keys of every group. Is a score above a bound, or equal to it: a bit for each, in words of up to 32. NaN never is.
+// And the lowest one above a bound, or the highest one that is not. Bounds are rounded as scores are. The bits of a word have an order of their own, from which `in_order`
+// brings them into that of the keys.
 constexpr int kGroup = 4 * 32;
 template <class S, int MOST> struct LaneScores;
 template <int MOST> struct LaneScores<float, MOST> {
@@ -238,7 +243,27 @@ template <int MOST> struct LaneScores<float, MOST> {
     }
     return set >> (bits - present) << (32 - present) % 32;
   }
-  static __device__ int number_of(int w, int bit) { return 32 * w + 31 - bit; }  // of the lane's keys
+  template <class Action> __device__ void each(Action action) const {  // action(i, score) for all keys of the lane
+#pragma unroll
+    for (int i = 0; i < 4 * kGroups; ++i)
+      if (const float4& x = score[i / 4]; i < own_keys) action(i, i % 4 == 0 ? x.x : i % 4 == 1 ? x.y : i % 4 == 2 ? x.z : x.w);
+  }
+  __device__ u32 equal(float bound, int w) const {
+    u32 set = 0;
+    each([&](int i, float x) { set |= i / 32 == w && x == bound ? 1u << (31 - i % 32) : 0; });
+    return set;
+  }
+  __device__ float next(float bound, bool above) const {
+    float result = above ? kInfinity : -kInfinity;
+    each([&](int, float x) {
+      if (above && x > bound) result = fminf(result, x);
+      if (!above && x <= bound) result = fmaxf(result, x);
+    });
+    return result;
+  }
+  static __device__ float rounded(float bound) { return bound; }
+  static __device__ u32 in_order(u32 set) { return __brev(set); }
+  static __device__ int place_in_order(int bit) { return 31 - bit; }
 };
 template <int MOST> struct LaneScores<__half, MOST> {
   static constexpr int kGroups = MOST / kGroup;
@@ -252,28 +277,53 @@ template <int MOST> struct LaneScores<__half, MOST> {
     const float2 lo = unpack<__half>(score[j].x), hi = unpack<__half>(score[j].y);
     return {lo.x, lo.y, hi.x, hi.y};
   }
-  __device__ u32 above(float bound, int w) const {  // two at once: the first ones of pairs in the lower bits, the others in the upper ones
-    const __half2 least = __float2half2_rn(bound);
+  __device__ __half2 pair(int i) const { return reinterpret_cast<const __half2&>(i % 2 ? score[i / 2].y : score[i / 2].x); }
+  template <class Compare> __device__ u32 bits(float bound, int w, Compare compare) const {  // two at once: the first ones of pairs in the lower bits, the others in the upper ones
+    const __half2 its = __float2half2_rn(bound);
     u32 set = 0;
 #pragma unroll
-    for (int i = 0; i < 16 && 8 * w + i / 2 < kGroups; ++i) set |= __hgt2_mask(reinterpret_cast<const __half2&>(i % 2 ? score[8 * w + i / 2].y : score[8 * w + i / 2].x), least) & 0x10001u << i;
+    for (int i = 0; i < 16 && 8 * w + i / 2 < kGroups; ++i) set |= compare(pair(16 * w + i), its) & 0x10001u << i;
     return set;
   }
-  static __device__ int number_of(int w, int bit) { return 32 * w + 2 * (bit % 16) + bit / 16; }
+  __device__ u32 above(float bound, int w) const {
+    return bits(bound, w, [](__half2 x, __half2 y) { return __hgt2_mask(x, y); });
+  }
+  __device__ u32 equal(float bound, int w) const {
+    return bits(bound, w, [](__half2 x, __half2 y) { return __heq2_mask(x, y); });
+  }
+  __device__ float next(float bound, bool above) const {
+    constexpr u32 kMost = 0x7c007c00, kLeast = 0xfc00fc00;  // infinities
+    const __half2 its = __float2half2_rn(bound);
+    const auto of = [](u32 x) { return reinterpret_cast<const __half2&>(x); };
+    __half2 result = of(above ? kMost : kLeast);
+#pragma unroll
+    for (int i = 0; i < 2 * kGroups; ++i) {
+      const __half2 x = pair(i);
+      const u32 mask = __hgt2_mask(x, its), bits = reinterpret_cast<const u32&>(x);
+      result = above ? __hmin2(result, of((bits & mask) | (kMost & ~mask))) : __hmax2(result, of((bits & ~mask) | (kLeast & mask)));
+    }
+    const float2 two = unpack<__half>(reinterpret_cast<const u32&>(result));
+    return above ? fminf(two.x, two.y) : fmaxf(two.x, two.y);
+  }
+  static __device__ float rounded(float bound) { return __half2float(__float2half_rn(bound)); }
+  static __device__ u32 in_order(u32 set) {  // every bit of the upper half behind its neighbour of the lower one
+    set = swap_middle_digits(__byte_perm(set, 0, 0x3120));
+    set = (set & 0xc3c3c3c3) | (set & 0x30303030) >> 2 | (set & 0x0c0c0c0c) << 2;
+    return (set & 0x99999999) | (set & 0x44444444) >> 1 | (set & 0x22222222) << 1;
+  }
+  static __device__ int place_in_order(int bit) { return 2 * (bit % 16) + bit / 16; }
 };
 
-// What select_row does, by a warp and with less work where k is up to half of kFew or so. A first threshold only has to let k scores pass, and no more than
-// kFew. From those few, of which each lane has every 32nd, the k best are chosen, and of equal ones the best by what score_again(count) leaves in few.scores of
-// few.keys. False, and nothing done, where no such threshold is found soon.
-template <int MOST, class S, class Again, class Emit> __device__ bool select_of_few(const S* row, int length, int k, Few& few, Again score_again, Emit emit) {
+// What select_row does, by a warp: looks for a bound that k scores are above, by how many more or fewer are above the one before; where that is one, the K-th is the
+// next score. Of scores that are equal, the best by what score_again(count) leaves in few.scores of few.keys. False, and nothing done, where this leads nowhere.
+template <int MOST, class S, class Again, class Emit> __device__ bool select_by_counts(const S* row, int length, int k, Few& few, Again score_again, Emit emit) {
   using Scores = LaneScores<S, MOST>;
-  constexpr int kGroups = Scores::kGroups, kWords = ceil_div(kGroups, 8), kSlots = kFew / 32, kTries = 12, kSteps = 24;
-  static_assert(MOST > kFew && MOST <= kWarpScores && MOST % kGroup == 0);
+  constexpr int kGroups = Scores::kGroups, kWords = ceil_div(kGroups, 8), kRounds = 16, kInterpolations = 6;
+  static_assert(MOST <= kWarpScores && MOST % kGroup == 0);
   const int lane = threadIdx.x % 32;
-  const float aim = k + 4.0f * sqrtf(static_cast<float>(k)) + 8.0f;
-  if (length <= kFew || k == 0 || aim > 0.85f * kFew) return false;
+  if (length < kGroup || k == 0 || k >= length) return false;
   const Scores scores(row, length);
-  // The threshold is guessed as that of a logistic distribution of the same mean and deviation, which every second group gives.
+  // In a logistic distribution of the same mean and deviation, which every second group gives, k scores would be above this bound, and one of them so far from the next.
   float sum = 0.0f, squares = 0.0f;
 #pragma unroll
   for (int j = 0; j < kGroups; j += 2)
@@ -282,104 +332,102 @@ template <int MOST, class S, class Again, class Emit> __device__ bool select_of_
       sum += x.x, squares = fmaf(x.x, x.x, squares), sum += x.y, squares = fmaf(x.y, x.y, squares);
       sum += x.z, squares = fmaf(x.z, x.z, squares), sum += x.w, squares = fmaf(x.w, x.w, squares);
     }
-  const float inverse = 1.0f / (kGroup * ceil_div(length / kGroup, 2)), share = aim / static_cast<float>(length);
-  const float mean = sum_of_lanes<32>(sum) * inverse, deviation = sqrtf(sum_of_lanes<32>(squares) * inverse - mean * mean);
-  float guess = logistic_quantile(mean, deviation, share), step = 0.25f * deviation, low = -kInfinity, high = kInfinity;
+  const float inverse = 1.0f / (kGroup * ceil_div(length / kGroup, 2)), share = __fdividef(static_cast<float>(k), static_cast<float>(length));
+  const float mean = sum_of_lanes<32>(sum) * inverse, deviation = sqrtf(fmaxf(sum_of_lanes<32>(squares) * inverse - mean * mean, 0.0f));
+  float bound = logistic_quantile(mean, deviation, share), of_one = __fdividef(0.59f * deviation, static_cast<float>(k) * (1.001f - share)), low = 0.0f, high = 0.0f;
+  int over = 0, above = 0, below = 0;  // how many more than k are above `bound`, how many more `low`, how many fewer `high`; 0: not known yet
 
-  u32 above[kWords];
-  int of_lane, n;  // that are above the guess
-  for (int i = 0;; ++i) {
-    if (i == kTries) return false;
-    of_lane = 0;
+  u32 set[kWords];
+  const auto count = [&](auto&& words) {
+    int n = 0;
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) of_lane += __popc(above[w] = scores.above(guess, w));
-    n = sum_of_lanes<32>(of_lane);
-    if (n >= k && n <= kFew) break;
-    (n < k ? high : low) = guess;
-    guess = low > -kInfinity && high < kInfinity ? 0.5f * low + 0.5f * high : n < k ? guess - step : guess + step;
-    step *= 2.0f;
-  }
-
-  int at = sum_through_lane<32>(of_lane) - of_lane;
-#pragma unroll
-  for (int w = 0; w < kWords; ++w)
-    for (u32 left = above[w]; left; left &= left - 1) {
-      const int i = Scores::number_of(w, __ffs(left) - 1);
-      few.keys[at++] = static_cast<std::uint16_t>(i / 4 * kGroup + 4 * lane + i % 4);
-    }
-  __syncwarp();
-  int place[kSlots];
-  u32 key[kSlots], best = 0, worst = kAllBits;  // 0: there is none
-#pragma unroll
-  for (int s = 0; s < kSlots; ++s) place[s] = lane + 32 * s < n ? few.keys[lane + 32 * s] : -1;
-#pragma unroll
-  for (int s = 0; s < kSlots; ++s) {
-    key[s] = place[s] < 0 ? 0 : ordered(to_float(row[place[s]]));
-    best = max(best, key[s]), worst = place[s] < 0 ? worst : min(worst, key[s]);
-  }
-  // k or more reach `least`, fewer reach `most`: looked for where k would if their logarithm were a line from one to the other, now and then half way.
-  u32 least = __reduce_min_sync(kAllLanes, worst), most = __reduce_max_sync(kAllLanes, best) + 1;
-  int reach_least = n, reach_most = 0;
-  const auto log_of = [](float reached) { return __log2f(fmaxf(reached, 0.5f)); };
-  const float log_k = log_of(k - 0.5f);
-  float log_least = log_of(n), log_most = log_of(0.0f);
+    for (int w = 0; w < kWords; ++w) n += __popc(words(w));
+    return sum_of_lanes<32>(n);
+  };
+  const auto count_above = [&] { return count([&](int w) { return set[w] = scores.above(bound, w); }); };
 #pragma unroll 1
-  for (int i = 0; reach_least != k && most - least > 1; ++i) {
-    u32 middle = least + (most - least) / 2;
-    if (i < kSteps) {
-      const float low = score_of(least), part = i % 8 == 7 ? 0.5f : __fdividef(log_least - log_k, log_least - log_most);
-      middle = ordered(fmaf(part, score_of(most) - low, low));
+  for (int round = 0; round < kRounds; ++round) {
+    bound = Scores::rounded(bound);
+    over = count_above() - k;
+    if (-1 <= over && over <= 1) break;
+    if (over > 0) low = bound, above = over;
+    else high = bound, below = -over;
+    if (above > 0 && below > 0) {
+      const float part = round < kInterpolations ? __fdividef(static_cast<float>(above), static_cast<float>(above + below)) : 0.5f;
+      bound = fmaf(fminf(fmaxf(part, 0.1f), 0.9f), high - low, low);
+    } else {
+      bound = fmaf(static_cast<float>(over), of_one, bound), of_one *= 1.5f;
     }
-    middle = max(least + 1, min(middle, most - 1));
-    int reached = 0;
-#pragma unroll
-    for (int s = 0; s < kSlots; ++s) reached += key[s] >= middle;
-    reached = sum_of_lanes<32>(reached);
-    if (reached >= k) least = middle, reach_least = reached, log_least = log_of(reached);
-    else most = middle, reach_most = reached, log_most = log_of(reached);
   }
-  u32 taken = 0;  // of the lane's keys, a bit for each
+  if (over != 0) {
+    if (over < -1 || over > 1) {
+      if (above == 0) return false;
+      bound = low, over = above;
+    }
+    const u32 next = ordered(scores.next(bound, over > 0));
+    bound = score_of(over > 0 ? __reduce_min_sync(kAllLanes, next) : __reduce_max_sync(kAllLanes, next));
+    const int missing = k - count_above();
+    if (missing != 0) {  // some of those that are equal, or all
+      u32 equal[kWords];
+      const int equals = count([&](int w) { return equal[w] = scores.equal(bound, w); });
+      if (missing < 0 || missing > equals || equals > kFew) return false;
+      if (missing < equals) {
+        int own = 0;
 #pragma unroll
-  for (int s = 0; s < kSlots; ++s) taken |= (key[s] > least || (key[s] == least && reach_least == k)) << s;
-  if (reach_least != k) {  // some of those that are `least`
-    u32 equal = 0;
+        for (int w = 0; w < kWords; ++w) own += __popc(equal[w]);
+        const int first = sum_through_lane<32>(own) - own;
+        const auto each = [&](auto&& action) {
+          int to = first;
 #pragma unroll
-    for (int s = 0; s < kSlots; ++s) equal |= (key[s] == least) << s;
-    const int own = __popc(equal), through = sum_through_lane<32>(own), missing = k - reach_most, equals = reach_least - reach_most;
-    int to = through - own;
-    __syncwarp();
-#pragma unroll
-    for (int s = 0; s < kSlots; ++s)
-      if (equal >> s & 1) few.keys[to++] = static_cast<std::uint16_t>(place[s]);
-    __syncwarp();
-    score_again(equals);
-    __syncwarp();
-    to = through - own;
+          for (int w = 0; w < kWords; ++w)
 #pragma unroll 1
-    for (; equal; equal &= equal - 1, ++to) {
-      const auto of = [&](int i) { return candidate(ordered(few.scores[i]), few.keys[i]); };
-      int better = 0;
-      for (int i = 0; i < equals; ++i) better += of(i) > of(to);
-      taken |= better < missing ? equal & -equal : 0;
+            for (u32 left = equal[w]; left; left &= left - 1) action(to++, w, __ffs(left) - 1);
+        };
+        each([&](int to, int w, int bit) {
+          const int number = 32 * w + Scores::place_in_order(bit);
+          few.keys[to] = static_cast<std::uint16_t>(number / 4 * kGroup + 4 * lane + number % 4);
+        });
+        __syncwarp();
+        score_again(equals);
+        __syncwarp();
+        const auto of = [&](int i) { return candidate(ordered(few.scores[i]), few.keys[i]); };
+        each([&](int to, int w, int bit) {
+          int better = 0;
+          for (int i = 0; i < equals; ++i) better += of(i) > of(to);
+          if (better >= missing) equal[w] &= ~(1u << bit);
+        });
+      }
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) set[w] |= equal[w];
     }
   }
 
+  // A bit for every key of the row. A lane has four bits of each of eight groups; of two neighbours one writes the bytes of four groups, the other one those of the others.
   __syncwarp();
+  unsigned char* const bytes = reinterpret_cast<unsigned char*>(few.chosen) + lane / 2 + (lane % 2 ? 4 * kGroup / 8 : 0);
 #pragma unroll
-  for (int w = 0; w < kWords; ++w) few.chosen[lane + 32 * w] = 0;
+  for (int w = 0; w < kWords; ++w) {
+    const u32 own = Scores::in_order(set[w]), four = swap_middle_digits(__byte_perm(own, __shfl_xor_sync(kAllLanes, own, 1), lane % 2 ? 0x3726 : 0x5140));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) bytes[(8 * w + i) * (kGroup / 8)] = static_cast<unsigned char>(four >> 8 * i);
+  }
   __syncwarp();
-#pragma unroll
-  for (int s = 0; s < kSlots; ++s)
-    if (taken >> s & 1) atomicOr(few.chosen + place[s] / 32, 1u << place[s] % 32);
-  __syncwarp();
-  of_lane = 0;
-  u32 chosen[kWords];
-#pragma unroll
-  for (int w = 0; w < kWords; ++w) chosen[w] = few.chosen[kWords * lane + w], of_lane += __popc(chosen[w]);
-  at = sum_through_lane<32>(of_lane) - of_lane;
-#pragma unroll
-  for (int w = 0; w < kWords; ++w)
-    for (u32 left = chosen[w]; left; left &= left - 1) emit(at++, 32 * (kWords * lane + w) + __ffs(left) - 1);
+  // From here on a lane has as many keys, one after the other.
+  constexpr int kOwn = MOST / 32;
+  const u32* const words = few.chosen + kOwn * lane / 32;
+  const unsigned shift = kOwn * lane % 32;
+  u32 low_bits = __funnelshift_r(words[0], kOwn % 32 ? words[1] : 0, shift), high_bits = 0;
+  if (kOwn > 32) high_bits = __funnelshift_r(words[1], kOwn % 32 ? words[2] : 0, shift);
+  if (kOwn < 32) low_bits &= (1u << kOwn % 32) - 1;
+  if (kOwn > 32 && kOwn < 64) high_bits &= (1u << kOwn % 32) - 1;
+  const int own = __popc(low_bits) + __popc(high_bits), most = __reduce_max_sync(kAllLanes, own);
+  int at = sum_through_lane<32>(own) - own;
+#pragma unroll 1
+  for (int i = 0; i < most; ++i)
+    if (const u32 left = low_bits ? low_bits : high_bits) {
+      emit(at++, kOwn * lane + (low_bits ? 0 : 32) + __ffs(left) - 1);
+      (low_bits ? low_bits : high_bits) = left & (left - 1);
+    }
   __syncwarp();
   return true;
 }
@@ -415,7 +463,7 @@ template <class T, class S, int LANES, int MOST> __global__ void __launch_bounds
       else
         for (int i = threadIdx.x % 32; i < count; i += 32) few.scores[i] = 0.0f;
     };
-    if (!select_of_few<MOST>(reinterpret_cast<const S*>(scores), length, k, few, among_equals, emit)) {
+    if (!select_by_counts<MOST>(reinterpret_cast<const S*>(scores), length, k, few, among_equals, emit)) {
       if (exists) score_again(length, [](int i) { return i; }, scores);
       select();
     }
