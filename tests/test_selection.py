@@ -214,8 +214,9 @@ def test_scores_that_are_not_finite_have_their_place(backend, L):
         assert T[:, 0, 0].tolist() == [sorted(order[:K]) for order in orders], K
 
 
+@pytest.mark.parametrize("D", [8, 64])
 @pytest.mark.parametrize("L", [300, 700, 1100, 1500, 2000])
-def test_scores_of_which_many_round_to_the_same(backend, L):
+def test_scores_of_which_many_round_to_the_same(backend, L, D):
     """Of every `together` scores none is the same as another one in float32, nor differs from it in float16."""
     device, dtype = backend
     generator = torch.Generator().manual_seed(L)
@@ -224,12 +225,11 @@ def test_scores_of_which_many_round_to_the_same(backend, L):
         level = torch.randperm(L, generator=generator) // together % 1024
         power = 2.0 ** (level // 128 - 3)
         rows.append(torch.stack([power * (1 + level % 128 / 128), power * torch.randint(256, (L,), generator=generator)], -1))
-    k = torch.zeros(len(rows), 1, L, 8)
+    k, z = torch.zeros(len(rows), 1, L, D), torch.zeros(len(rows), 1, 1, D)
     k[:, 0, :, :2] = torch.stack(rows)
-    z = torch.zeros(len(rows), 1, 1, 8)
     z[..., 0], z[..., 1] = 1.0, 2.0**-19
     orders = [in_order(scores) for scores in (k.to(F64) @ z.to(F64).mT)[:, 0, :, 0].tolist()]
-    q, k, z = torch.ones(len(rows), 1, 20, 8, device=device, dtype=dtype), k.to(device, dtype), z.to(device, dtype)
+    q, k, z = torch.ones(len(rows), 1, 20, D, device=device, dtype=dtype), k.to(device, dtype), z.to(device, dtype)
     for K in (1, 16, 49, 64, 150):
         T = mita_ext.attention(q, k, k, landmarks=z, topk=K, return_aux=True)[1].topk_indices
         assert T[:, 0, 0].tolist() == [sorted(order[:K]) for order in orders], K
