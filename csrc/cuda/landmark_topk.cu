@@ -233,20 +233,18 @@ template <int MOST> struct LaneScores<float, MOST> {
     own_keys = rest / kGroup * 4 + min(rest % kGroup, 4);
   }
   __device__ float4 four(int j) const { return score[j]; }
+  __device__ float one(int i) const { return i % 4 == 0 ? score[i / 4].x : i % 4 == 1 ? score[i / 4].y : i % 4 == 2 ? score[i / 4].z : score[i / 4].w; }
   __device__ u32 above(float bound, int w) const {  // by a difference and a shift, which leave a bit of it: the first key's is the highest one
     const int bits = min(32, 4 * kGroups - 32 * w), present = min(max(own_keys - 32 * w, 0), bits);
     u32 set = 0;
 #pragma unroll
-    for (int b = 0; b < bits; ++b) {
-      const float4& x = score[8 * w + b / 4];
-      set = __funnelshift_l(__float_as_uint(bound - (b % 4 == 0 ? x.x : b % 4 == 1 ? x.y : b % 4 == 2 ? x.z : x.w)), set, 1);
-    }
+    for (int b = 0; b < bits; ++b) set = __funnelshift_l(__float_as_uint(bound - one(32 * w + b)), set, 1);
     return set >> (bits - present) << (32 - present) % 32;
   }
   template <class Action> __device__ void each(Action action) const {  // action(i, score) for all keys of the lane
 #pragma unroll
     for (int i = 0; i < 4 * kGroups; ++i)
-      if (const float4& x = score[i / 4]; i < own_keys) action(i, i % 4 == 0 ? x.x : i % 4 == 1 ? x.y : i % 4 == 2 ? x.z : x.w);
+      if (i < own_keys) action(i, one(i));
   }
   __device__ u32 equal(float bound, int w) const {
     u32 set = 0;
