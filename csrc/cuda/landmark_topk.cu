@@ -336,13 +336,13 @@ template <int MOST, class S, class Again, class Emit> __device__ bool select_by_
   int over = 0, above = 0, below = 0;  // how many more than k are above `bound`, how many more `low`, how many fewer `high`; 0: not known yet
 
   u32 set[kWords];
-  const auto count = [&](auto&& words) {
+  const auto count_own = [&](auto&& words) {
     int n = 0;
 #pragma unroll
     for (int w = 0; w < kWords; ++w) n += __popc(words(w));
-    return sum_of_lanes<32>(n);
+    return n;
   };
-  const auto count_above = [&] { return count([&](int w) { return set[w] = scores.above(bound, w); }); };
+  const auto count_above = [&] { return sum_of_lanes<32>(count_own([&](int w) { return set[w] = scores.above(bound, w); })); };
 #pragma unroll 1
   for (int round = 0; round < kRounds; ++round) {
     bound = Scores::rounded(bound);
@@ -367,12 +367,9 @@ template <int MOST, class S, class Again, class Emit> __device__ bool select_by_
     const int missing = k - count_above();
     if (missing != 0) {  // some of those that are equal, or all
       u32 equal[kWords];
-      const int equals = count([&](int w) { return equal[w] = scores.equal(bound, w); });
+      const int own = count_own([&](int w) { return equal[w] = scores.equal(bound, w); }), equals = sum_of_lanes<32>(own);
       if (missing < 0 || missing > equals || equals > kFew) return false;
       if (missing < equals) {
-        int own = 0;
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) own += __popc(equal[w]);
         const int first = sum_through_lane<32>(own) - own;
         const auto each = [&](auto&& action) {
           int to = first;
