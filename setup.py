@@ -20,8 +20,9 @@ except ImportError as error:
     sys.exit(f"mita_ext: building needs torch ({error}); install it, or build without --no-build-isolation")
 
 CPU_SOURCES = ["csrc/ops.cpp", "csrc/autograd.cpp", "csrc/cpu/mita_cpu.cpp"]
-KERNELS = "pool pool_route_sm90 landmark_scores landmark_topk route group expert_attention_fwd expert_attention_sm90".split()
-KERNELS += "short_attention_fwd short_attention_bwd attention_gradient_sm90 key_lists key_gradient_sm90".split()
+KERNELS = "pool pool_route_sm90 pool_route_group_sm90 landmark_scores landmark_topk route group".split()
+KERNELS += "expert_attention_fwd expert_attention_sm90 short_attention_fwd short_attention_bwd".split()
+KERNELS += "attention_gradient_sm90 key_lists key_gradient_sm90".split()
 KERNELS += "row_gradient row_gradient_sm90 unit_gradient unit_gradient_sm90 reduce".split()
 CUDA_SOURCES = ["csrc/cuda/mita_cuda.cpp", *(f"csrc/cuda/{name}.cu" for name in KERNELS)]
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))

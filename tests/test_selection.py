@@ -77,6 +77,17 @@ MANY_TOKENS = [
     dict(B=1, H=3, N=131072, D=64, M=1),
 ]
 
+# Heads enough, and short enough, for all that comes of their queries in one kernel: blocks of two sizes, at their limits and
+# beyond; tokens in no window, windows in both halves of a head, landmarks of several tiles.
+MANY_HEADS = [
+    dict(B=11, H=6, N=257, D=64, M=5),
+    dict(B=22, H=3, N=300, D=64, M=64),
+    *(dict(B=6, H=11, N=N, D=64, M=49) for N in (1056, 1057, 1648, 1649)),
+    dict(B=8, H=9, N=1000, D=24, M=65, grid=(200, 700)),
+    dict(B=7, H=10, N=999, D=64, M=256),
+    dict(B=6, H=12, N=1300, D=56, M=128),
+]
+
 
 def pooled_and_routed(q, M, grid=None):
     """`grid`: the first pooled token, and how many."""
@@ -87,7 +98,7 @@ def pooled_and_routed(q, M, grid=None):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", MANY_TOKENS, ids=lambda shape: "-".join(map(str, shape.values())))
+@pytest.mark.parametrize("shape", MANY_TOKENS + MANY_HEADS, ids=lambda shape: "-".join(map(str, shape.values())))
 def test_many_tokens_are_pooled_and_routed_as_by_themselves(shape, dtype):
     B, H, N, D, M, grid = (shape.get(name) for name in ("B", "H", "N", "D", "M", "grid"))
     torch.manual_seed(0)
@@ -104,27 +115,30 @@ def test_many_tokens_are_pooled_and_routed_as_by_themselves(shape, dtype):
 
 
 @pytest.mark.gpu
-def test_many_tokens_with_one_that_is_not_finite():
+@pytest.mark.parametrize("H, N", [(16, 8192), (17, 1000)])
+def test_many_tokens_with_one_that_is_not_finite(H, N):
     """It reaches the landmarks of its windows, and no others; all bits that a landmark may have end the wait for it."""
     torch.manual_seed(0)
-    q = torch.randn(4, 16, 8192, 64, device="cuda", dtype=torch.bfloat16)
+    q = torch.randn(4, H, N, 64, device="cuda", dtype=torch.bfloat16)
     before, _ = pooled_and_routed(q, 40)
-    tokens = [(0, 0, 700), (1, 3, 5000), (2, 5, 8191), (3, 2, 2000)]
-    q[0, 0, 700], q[1, 3, 5000, 7], q[2, 5, 8191] = torch.inf, -torch.inf, torch.nan
-    q.view(torch.int16)[3, 2, 2000] = -1  # a NaN of ones
+    tokens = [(0, 0, N // 12), (1, 3, N * 5 // 8), (2, 5, N - 1), (3, 2, N // 4)]
+    for value, (b, h, n) in zip((torch.inf, -torch.inf, torch.nan), tokens, strict=False):
+        q[b, h, n, 7 if value == -torch.inf else slice(None)] = value
+    q.view(torch.int16)[tokens[3]] = -1  # a NaN of ones
     aux, landmarks = pooled_and_routed(q, 40)
     assert torch.equal(aux.landmarks.nan_to_num(0.5, 1.5, 2.5), landmarks.nan_to_num(0.5, 1.5, 2.5))
     assert torch.equal(aux.experts, mita_ext.route(q, landmarks))
     changed = (aux.landmarks != before.landmarks).any(-1).nonzero()
-    windows = [range(m * 8192 // 40, -(-(m + 1) * 8192 // 40)) for m in range(40)]
+    windows = [range(m * N // 40, -(-(m + 1) * N // 40)) for m in range(40)]
     assert changed.tolist() == [[b, h, m] for b, h, n in tokens for m in range(40) if n in windows[m]]
 
 
 @pytest.mark.gpu
-def test_many_tokens_on_several_streams_and_in_a_graph():
+@pytest.mark.parametrize("H, N", [(16, 16384), (17, 1025)])
+def test_many_tokens_on_several_streams_and_in_a_graph(H, N):
     """Blocks that wait for each other: two launches at once must both get all of theirs."""
     torch.manual_seed(0)
-    q = torch.randn(4, 16, 16384, 64, device="cuda", dtype=torch.bfloat16)
+    q = torch.randn(4, H, N, 64, device="cuda", dtype=torch.bfloat16)
     expected, _ = pooled_and_routed(q, 64)
     streams = [torch.cuda.Stream() for _ in range(3)]
     torch.cuda.synchronize()

@@ -452,12 +452,12 @@ template <int N, int I> __device__ inline void pin(std::uint32_t (&x)[N][I]) {
 }
 
 // A tile in shared memory as wgmma wants it described: its address, and the bytes between panels (where rows are summed over)
-// and between groups of eight rows. `offset` bytes further on it is described by one addition.
+// and between groups of eight rows, which lie together unless another distance is given. `offset` bytes further on it is described by one addition.
 template <int DP> struct Matrix {
   std::uint32_t low;
   __device__ explicit Matrix(std::uint32_t address, bool sums_rows) : low(__shfl_sync(kAllLanes, address >> 4 | (sums_rows ? kPanel >> 4 << 16 : 0), 0)) {}
   __device__ void advance(int offset) { low += offset >> 4; }
-  __device__ std::uint64_t at(int offset) const { return std::uint64_t(8 * DP * 2 >> 4 | 1 << 30) << 32 | (low + (offset >> 4)); }
+  __device__ std::uint64_t at(int offset, int eight_rows = 8 * DP * 2) const { return std::uint64_t(eight_rows >> 4 | 1 << 30) << 32 | (low + (offset >> 4)); }
 };
 
 using Operand = std::uint32_t[4];  // [64 x 16] of A in registers, a lane's share

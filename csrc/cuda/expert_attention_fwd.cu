@@ -252,6 +252,7 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
   const Columns columns{x.D, t};
   const std::uint32_t shared_units = window.address + 16 * lane, units = shared_units + kEight * KT * (shared_tiles + warp);
   Coming& coming = *reinterpret_cast<Coming*>(memory + kEight * KT * (shared_tiles + warps) + sizeof(Coming) * warp);
+  wait_for_kernel_before();
   const std::uint32_t place = window.of(coming), keys = place + offsetof(Coming, keys), entries = place + offsetof(Coming, entries);
   const auto pitch_of = [](const Rows& rows) { return static_cast<std::uint32_t>(rows.row * 2); };
   {
@@ -486,7 +487,7 @@ template <class T, int KT, bool MANY> cudaError_t launch_small(const AttentionPa
   const int tiles = std::min(max_tiles(x, p.groups.tile_rows), entries / p.groups.tile_rows + ceil_div(x.M, 2));  // of a head, on average
   // The start of a block takes as long as a tile.
   const int parts = least_busy_parts(heads, tiles, warps, blocks * kMultiprocessors, 2);
-  return launch(small_kernel<T, KT, MANY>, static_cast<unsigned>(heads) * parts, 32 * warps, shared_bytes + kSmallBytes<KT> * warps, stream, p, parts, shared_tiles);
+  return launch(p.early, small_kernel<T, KT, MANY>, static_cast<unsigned>(heads) * parts, 32 * warps, shared_bytes + kSmallBytes<KT> * warps, stream, p, parts, shared_tiles);
 }
 
 constexpr int kMergeWarps = 4;

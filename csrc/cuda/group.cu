@@ -5,9 +5,7 @@
 //   scatter: one block per chunk, sorted in shared memory, each warp placing its share in order; experts' runs of entries are then written whole
 //   group:   all of that in one kernel, for heads of one chunk
 //   tiles:   where the rest is known, other tiles of it
-#include <cub/block/block_scan.cuh>
-
-#include "device.cuh"
+#include "grouping.cuh"
 #include "launch.h"
 
 namespace mita {
@@ -15,20 +13,20 @@ namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps, kOwn = kGroupChunk / kThreads;  // entries of one thread
 
-// The chunk of entries that a block works on.
+// The chunk of a head's entries that a block works on.
 struct Chunk {
-  int bh, index, first, entries;
+  int bh, index, first, last;
   const std::int32_t* experts;
   int M;
 
   __device__ explicit Chunk(const GroupParams& p) : bh(blockIdx.x / p.chunks), index(blockIdx.x % p.chunks), first(index * kGroupChunk), M(p.problem.M) {
     const std::int64_t capacity = std::int64_t(p.problem.queries.max_length) * p.problem.s;
-    entries = span(p.problem.queries, bh / p.problem.H).length * p.problem.s;
+    last = span(p.problem.queries, bh / p.problem.H).length * p.problem.s;
     experts = p.experts + bh * capacity;
   }
   // -1 where there is no such entry. A caller's own experts cannot be checked without waiting for the device; out of range they must not
   // be out of bounds.
-  __device__ int expert(int i) const { return first + i < entries ? min(max(experts[first + i], 0), M - 1) : -1; }
+  __device__ int expert(int i) const { return first + i < last ? min(max(experts[first + i], 0), M - 1) : -1; }
 };
 
 __global__ void __launch_bounds__(kThreads) count_kernel(const GroupParams p) {
@@ -46,70 +44,40 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const GroupParams p) {
   for (int m = threadIdx.x; m < chunk.M; m += kThreads) p.counts[(std::int64_t(chunk.bh) * chunk.M + m) * p.chunks + chunk.index] = counts[m];
 }
 
-// Prefix sums over the experts of one head: of their entries, tiles and segments.
-struct Lists {
-  static constexpr int kItems = ceil_div(kMaxLandmarks, kThreads);  // experts of one thread
-  using Scan = cub::BlockScan<int, kThreads>;
-  typename Scan::TempStorage storage;
-  int first[kMaxLandmarks + 1], tiles[kMaxLandmarks + 1], segments[kMaxLandmarks + 1];
+using Scan = cub::BlockScan<int, kThreads>;
 
-  // starts[m] = the sum of count(0) .. count(m - 1).
-  template <class Count> __device__ void sum(int (&starts)[kMaxLandmarks + 1], int M, Count count) {
-    int item[kItems];
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const int m = threadIdx.x * kItems + i;
-      item[i] = m < M ? count(m) : 0;
-    }
-    Scan(storage).InclusiveSum(item, item);
-#pragma unroll
-    for (int i = 0; i < kItems; ++i)
-      if (const int m = threadIdx.x * kItems + i; m < M) starts[m + 1] = item[i];
-    if (threadIdx.x == 0) starts[0] = 0;
+// Where the entries of every expert of a head begin, in shared memory. All threads must call what is here; size(m): the number of an expert's entries.
+struct Experts {
+  union {
+    typename Scan::TempStorage storage;
+    Lists<kThreads> lists;
+  };
+  int first[kMaxLandmarks + 1];
+
+  template <class Size> __device__ void sum(int M, Size size) {
+    const int each = ceil_div(M, kThreads), begin = threadIdx.x * each, end = min(M, begin + each);
+    int before = 0, all;
+    for (int m = begin; m < end; ++m) before += size(m);
+    Scan(storage).ExclusiveSum(before, before, all);
+    for (int m = begin; m < end; ++m) first[m] = before, before += size(m);
+    if (threadIdx.x == 0) first[M] = all;
     __syncthreads();
   }
-
-  // Pieces of `rows` entries, expert by expert; with `pass`, the number of entries in a pass, first those of most passes. `starts` are the prefix sums of each
-  // expert's pieces, of so many passes.
-  __device__ void write_pieces(Work* lists, int rows, int pass, int (&starts)[kMaxLandmarks + 1], const Problem& x, int bh) {
-    const int most = max_tiles(x, rows), most_passes = pass ? rows / pass : 1;
-    Work* list = lists + std::int64_t(bh) * most;
-    int before = 0;
-    for (int passes = most_passes; passes > 0; --passes) {
-      const auto has_last = [&](int m) {  // is the last piece of an expert, where it is not a whole one, of so many passes?
-        const int last = (first[m + 1] - first[m]) % rows;
-        return last > 0 && (pass ? ceil_div(last, pass) : most_passes) == passes;
-      };
-      const auto whole = [&](int m) { return (first[m + 1] - first[m]) / rows; };
-      sum(starts, x.M, [&](int m) { return (passes == most_passes ? whole(m) : 0) + has_last(m); });
-      for (int i = threadIdx.x; i < starts[x.M]; i += kThreads) {
-        int m = 0;  // the last expert that does not start behind piece i
-        for (int step = kMaxLandmarks; step; step >>= 1)
-          if (m + step < x.M && starts[m + step] <= i) m += step;
-        const int from = first[m] + (i - starts[m] + (passes == most_passes ? 0 : whole(m))) * rows;
-        list[before + i] = {m, from, min(rows, first[m + 1] - from), before + i};
-      }
-      before += starts[x.M];
-    }
-    for (int i = before + threadIdx.x; i < most; i += kThreads) list[i] = {0, 0, 0, 0};
-  }
-  // From the number of each expert's entries to the lists of work. All threads must call it.
-  template <class Size> __device__ void write_tiles(const GroupParams& p, int bh, Size size) {
-    sum(first, p.problem.M, size);
-    if (bh == 0 && threadIdx.x == 0) *p.taken = 0;
-    write_pieces(p.tiles, p.tile_rows, p.pass_rows, tiles, p.problem, bh);
-  }
-  template <class Size> __device__ void write(const GroupParams& p, int bh, Size size) {
-    write_tiles(p, bh, size);
-    write_pieces(p.segments, p.segment_rows, 0, segments, p.problem, bh);
-    for (int m = threadIdx.x; m <= p.problem.M; m += kThreads) p.segment_starts[std::int64_t(bh) * (p.problem.M + 1) + m] = segments[m];
+  // The same, and the lists of work.
+  template <class Size> __device__ void write(const GroupParams& p, int bh, bool want_segments, Size size) {
+    const auto sums = lists.sum(p, size);
+    lists.store_starts(p, size, sums, first);
+    __syncthreads();
+    lists.write_tiles(p, bh, size, sums);
+    if (want_segments) lists.write_segments(p, bh, size, sums);
+    __syncthreads();
   }
 };
 
 constexpr int kScanItems = 16;  // of few threads: beside the scores there are a few multiprocessors, for the blocks of all heads at once
 
 __global__ void __launch_bounds__(kThreads) scan_kernel(const GroupParams p) {
-  __shared__ Lists lists;
+  __shared__ Experts of_head;
   const int M = p.problem.M, bh = blockIdx.x;
   const std::int64_t n = std::int64_t(M) * p.chunks;
   std::int32_t* counts = p.counts + bh * n;
@@ -119,7 +87,7 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(const GroupParams p) {
     const std::int64_t at = base + std::int64_t(threadIdx.x) * kScanItems;
 #pragma unroll
     for (int i = 0; i < kScanItems; ++i) item[i] = at + i < n ? counts[at + i] : 0;
-    Lists::Scan(lists.storage).ExclusiveSum(item, item, sum);
+    Scan(of_head.storage).ExclusiveSum(item, item, sum);
 #pragma unroll
     for (int i = 0; i < kScanItems; ++i)
       if (at + i < n) counts[at + i] = total + item[i];
@@ -127,7 +95,7 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(const GroupParams p) {
     __syncthreads();
   }
   const auto start = [&](int m) { return m < M ? counts[std::int64_t(m) * p.chunks] : total; };
-  lists.write(p, bh, [&](int m) { return start(m + 1) - start(m); });
+  of_head.write(p, bh, true, [&](int m) { return start(m + 1) - start(m); });
 }
 
 // Every warp's share of a chunk: how many entries of each expert it holds, then where it places the next one.
@@ -184,45 +152,43 @@ struct Shares {
   }
 };
 
-__device__ std::int32_t* entries_of(const GroupParams& p, int bh) { return p.entries + std::int64_t(bh) * p.problem.queries.max_length * p.problem.s; }
-
 __global__ void __launch_bounds__(kThreads) scatter_kernel(const GroupParams p) {
   extern __shared__ int places[];
-  __shared__ Lists lists;
+  __shared__ Experts of_head;
   const Chunk chunk(p);
   int* const sorted = places + kWarps * chunk.M;  // [kGroupChunk]: expert, entry of the chunk
   Shares shares{places, kGroupChunk / kWarps};
   shares.count(chunk);
-  lists.sum(lists.first, chunk.M, [&](int m) { return shares.total(chunk, m); });
-  const int present = lists.first[chunk.M];
-  shares.place(chunk, [&](int m) { return lists.first[m]; }, [&](int to, int i, int m) { sorted[to] = m * kGroupChunk + i; });
+  of_head.sum(chunk.M, [&](int m) { return shares.total(chunk, m); });
+  const int present = of_head.first[chunk.M];
+  shares.place(chunk, [&](int m) { return of_head.first[m]; }, [&](int to, int i, int m) { sorted[to] = m * kGroupChunk + i; });
   __syncthreads();
   // From the place in the chunk to that in the head.
-  for (int m = threadIdx.x; m < chunk.M; m += kThreads) lists.first[m] = p.counts[(std::int64_t(chunk.bh) * chunk.M + m) * p.chunks + chunk.index] - lists.first[m];
+  for (int m = threadIdx.x; m < chunk.M; m += kThreads) of_head.first[m] = p.counts[(std::int64_t(chunk.bh) * chunk.M + m) * p.chunks + chunk.index] - of_head.first[m];
   __syncthreads();
   std::int32_t* entries = entries_of(p, chunk.bh);
 #pragma unroll
   for (int i = threadIdx.x; i < kGroupChunk; i += kThreads)
-    if (i < present) entries[lists.first[sorted[i] / kGroupChunk] + i] = chunk.first + sorted[i] % kGroupChunk;
+    if (i < present) entries[of_head.first[sorted[i] / kGroupChunk] + i] = chunk.first + sorted[i] % kGroupChunk;
 }
 
 __global__ void __launch_bounds__(kThreads) group_kernel(const GroupParams p) {
   extern __shared__ int places[];
-  __shared__ Lists lists;
+  __shared__ Experts of_head;
   const Chunk chunk(p);
-  Shares shares{places, ceil_div(chunk.entries, 32 * kWarps) * 32};
+  Shares shares{places, ceil_div(chunk.last, 32 * kWarps) * 32};
   shares.count(chunk);
-  lists.write(p, chunk.bh, [&](int m) { return shares.total(chunk, m); });
+  of_head.write(p, chunk.bh, true, [&](int m) { return shares.total(chunk, m); });
   std::int32_t* entries = entries_of(p, chunk.bh);
-  shares.place(chunk, [&](int m) { return lists.first[m]; }, [&](int to, int i, int) { entries[to] = chunk.first + i; });
+  shares.place(chunk, [&](int m) { return of_head.first[m]; }, [&](int to, int i, int) { entries[to] = chunk.first + i; });
 }
 
 __global__ void __launch_bounds__(kThreads) tiles_kernel(const GroupParams p) {
-  __shared__ Lists lists;
+  __shared__ Experts of_head;
   const int bh = blockIdx.x;
   const std::int32_t* starts = p.segment_starts + std::int64_t(bh) * (p.problem.M + 1);
   const Work* segments = p.segments + std::int64_t(bh) * max_tiles(p.problem, p.segment_rows);
-  lists.write_tiles(p, bh, [&](int m) {
+  of_head.write(p, bh, false, [&](int m) {
     const int first = starts[m], last = starts[m + 1] - 1;
     return first > last ? 0 : segments[last].first + segments[last].entries - segments[first].first;
   });
@@ -233,6 +199,7 @@ __global__ void __launch_bounds__(kThreads) tiles_kernel(const GroupParams p) {
 cudaError_t launch_group(const GroupParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
   if (x.M < 1 || x.M > kMaxLandmarks) return cudaErrorInvalidValue;
+  if (p.pass_rows && (p.tile_rows > kMostPasses * p.pass_rows || max_tiles(x, p.tile_rows) >= 1 << kPassBits)) return cudaErrorInvalidValue;
   const unsigned heads = static_cast<unsigned>(x.B) * x.H;
   const std::size_t bytes = kWarps * x.M * sizeof(int);
   if (!p.experts) return launch(tiles_kernel, heads, kThreads, 0, stream, p);

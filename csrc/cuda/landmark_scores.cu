@@ -151,8 +151,9 @@ template <class C> struct Layout : C {
 
 template <class C> using Exact = std::conditional_t<std::is_same_v<typename C::T, Tf32>, Config<float, C::DP>, C>;
 
+// Registers: five blocks of one warpgroup on a multiprocessor, or two of two.
 template <class C>
-__global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::kGroups && C::DP == 64 ? 2 : 1) score_compress_kernel(const LandmarkParams p) {
+__global__ void __launch_bounds__(C::kGroups && C::DP == 64 ? 320 : 32 * Layout<C>::kWarps, C::kGroups && C::DP == 64 ? 2 : 1) score_compress_kernel(const LandmarkParams p) {
   using L = Layout<C>;
   using T = typename C::T;
   constexpr int DP = C::DP, kRows = kKeys<C>;
@@ -179,9 +180,11 @@ __global__ void __launch_bounds__(32 * Layout<C>::kWarps, C::kGroups && C::DP ==
                      Copy<T, DP>(stage.k.in(window), p.k, b, head, keys.start), Copy<T, DP>(stage.v.in(window), p.v, b, head, keys.start));
   };
 
-  load_rows<T, DP>(rows, x.D, x.M - m0, [m0](int i) { return m0 + i; }, Copy<T, DP>(shared.landmarks.in(window), p.landmarks, b, h, 0));
   constexpr int kAhead = L::kStages - 1;
   if (kAhead > 0 && part.first < part.last) load_stage(part.first);
+  wait_for_kernel_before();
+  let_next_kernel_start();
+  load_rows<T, DP>(rows, x.D, x.M - m0, [m0](int i) { return m0 + i; }, Copy<T, DP>(shared.landmarks.in(window), p.landmarks, b, h, 0));
   commit_loads();
   wait_loads<0>();
   __syncthreads();
@@ -332,7 +335,7 @@ cudaError_t launch_landmark_scores(const LandmarkParams& p, cudaStream_t stream)
       using L = Layout<C>;
       const int warps = std::min(L::kWarps, C::kGroups ? ceil_div(x.M, 64) * 4 : ceil_div(x.M, 16) * C::kSharers), groups = ceil_div(x.M, rows_of_block<C>(32 * warps));
       const std::size_t bytes = sizeof(typename L::Shared) - rows_of_block<C>(32 * (L::kWarps - warps)) * C::DP * sizeof(T);
-      return launch(score_compress_kernel<C>, static_cast<unsigned>(x.B) * x.H * p.splits * groups, 32 * warps, bytes, stream, p);
+      return launch(p.early, score_compress_kernel<C>, static_cast<unsigned>(x.B) * x.H * p.splits * groups, 32 * warps, bytes, stream, p);
     };
     if constexpr (C::kGroups) {
       using L = Specialists<C>;

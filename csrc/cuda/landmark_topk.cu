@@ -431,6 +431,8 @@ template <int LANES> __host__ __device__ inline unsigned blocks_of_rows(unsigned
 
 // S: of the scores. Registers: H100, 4704 rows of 1601 and 9408 of 1025 fp32 scores, 20.5 and 29.5 us; without spills, and with fewer warps, 20.4 and 33.2.
 template <class T, class S, int LANES, int MOST> __global__ void __launch_bounds__(kThreads, MOST <= 1152 ? 8 : MOST <= 1664 ? 6 : 5) topk_rows_kernel(const LandmarkParams p) {
+  wait_for_kernel_before();
+  let_next_kernel_start();
   const Problem& x = p.problem;
   const unsigned rows = x.B * x.H * x.M, blocks = blocks_of_rows<LANES>(rows), row = blockIdx.x * (kThreads / LANES) + threadIdx.x / LANES;
   if (blockIdx.x >= blocks) return combine_parts<T>(p, blockIdx.x - blocks);
@@ -801,7 +803,7 @@ cudaError_t launch_landmark_topk(const LandmarkParams& p, cudaStream_t stream) {
       return dispatch_dtype(x.dtype, [&](auto element) {
         using T = decltype(element);
         using S = std::conditional_t<sizeof(T) == 2, decltype(score), float>;
-        return launch(topk_rows_kernel<T, S, lanes, most>, blocks_of_rows<lanes>(rows) + combine_blocks(x, kThreads), kThreads, 0, stream, p);
+        return launch(p.early_choice, topk_rows_kernel<T, S, lanes, most>, blocks_of_rows<lanes>(rows) + combine_blocks(x, kThreads), kThreads, 0, stream, p);
       });
     };
   };

@@ -10,6 +10,8 @@ namespace mita {
 cudaError_t launch_pool(const PoolParams&, cudaStream_t);
 bool fits_pool_route(const Problem&, const Windows&);  // with what the current device has
 cudaError_t launch_pool_route(const PoolRouteParams&, cudaStream_t);  // the same landmarks and experts in one pass over the queries
+bool fits_pool_route_group(const Problem&, const Windows&);
+cudaError_t launch_pool_route_group(const PoolRouteGroupParams&, cudaStream_t);  // and these grouped
 cudaError_t launch_pool_backward(const PoolBackwardParams&, cudaStream_t);
 cudaError_t launch_landmark_scores(const LandmarkParams&, cudaStream_t);    // scores, and the softmax over parts of the keys
 cudaError_t launch_landmark_combine(const LandmarkParams&, cudaStream_t);   // compressed, lse

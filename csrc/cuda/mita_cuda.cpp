@@ -173,8 +173,8 @@ Tensor lse_of(const Problem& x, const Tensor& like) {
 }
 
 // Parts into which the rows that a sum runs over are cut: enough blocks for one wave, not so many that the partial sums weigh.
-int parts(int64_t blocks, int64_t rows, int64_t wave = kBlocksOfAWave) {
-  return static_cast<int>(std::max<int64_t>(1, std::min(wave / std::max<int64_t>(blocks, 1), (rows + 511) / 512)));
+int parts(int64_t blocks, int64_t rows, int64_t wave = kBlocksOfAWave, int64_t least_rows = 512) {
+  return static_cast<int>(std::max<int64_t>(1, std::min(wave / std::max<int64_t>(blocks, 1), (rows + least_rows - 1) / least_rows)));
 }
 int64_t heads(const Problem& x) { return int64_t(x.B) * x.H; }
 int entries_per_expert(const Problem& x) { return x.s == 0 ? x.queries.max_length : int(int64_t(x.queries.max_length) * x.s / x.M); }
@@ -206,9 +206,11 @@ struct LandmarkStage {
     const int64_t BH = heads(x);
     const int L = x.keys.max_length, group = group_keys(L, x.K, x.D);
     // The warpgroups of a specialists' block that own the same landmarks share a piece of the keys, a part each: so parts come by fours. Above 64
-    // columns there are two warpgroups, which share where there are few landmarks, and one piece for every multiprocessor is enough.
-    const int wave = x.dtype == Dtype::fp32 || x.D <= 64 || L < kSpecialistKeys ? kBlocksOfAWave : x.M > 64 ? kMultiprocessors : 2 * kMultiprocessors;
-    const int most_splits = parts(BH * ceil_div(x.M, 128), L, wave), splits = most_splits < 4 ? most_splits : most_splits / 4 * 4;
+    // columns there are two warpgroups, which share where there are few landmarks, and one piece for every multiprocessor is enough. Fewer keys are scored by blocks;
+    // those of up to 64 landmarks are one warpgroup, of which five fit a multiprocessor. H200, five instead of up to four: N = 1024, M = 25 70 -> 66 us of forward, B2 134.6 -> 133.
+    const bool by_blocks = x.dtype == Dtype::fp32 || L < kSpecialistKeys, by_one_group = by_blocks && x.dtype != Dtype::fp32 && x.D <= 64 && x.M <= 64;
+    const int wave = by_one_group ? 5 * kMultiprocessors : by_blocks || x.D <= 64 ? kBlocksOfAWave : x.M > 64 ? kMultiprocessors : 2 * kMultiprocessors;
+    const int most_splits = parts(BH * ceil_div(x.M, 128), L, wave, by_one_group ? 256 : 512), splits = by_one_group || most_splits < 4 ? most_splits : most_splits / 4 * 4;
     indices = ints(landmarks, {x.B, x.H, x.M, x.K}), compressed = at::empty({x.B, x.H, x.M, x.D}, landmarks.options()), lse = floats(landmarks, {x.B, x.H, x.M});
     scores = floats(landmarks, {BH, x.M, score_pitch(L, group)}), values = floats(landmarks, {BH, splits, x.M, x.D}), state = floats(landmarks, {BH, splits, x.M, 2});
     p.problem = x;
@@ -248,17 +250,16 @@ int64_t kept_ints(const Problem& x) {
   return heads(x) * (kWork * max_tiles(x, segment_rows(entries_per_expert(x))) + x.M + 1 + int64_t(x.queries.max_length) * x.s);
 }
 
-// counts: of pool_route_stage, if there are any. kept: of the same experts, if it is known; then all that may be wanted are tiles.
-Grouped group_stage(const Context& context, const Problem& x, const Tensor& experts, int tile_rows, int pass_rows = 0, const Tensor& counts = {}, const Tensor& kept = {}, bool want_tiles = true) {
+// The memory for them, and what is to be made of it by `p`. counts: of pool_route_stage, if there are any. kept: of the same experts, if it is known; then all
+// that may be wanted are tiles.
+Grouped allocate_groups(const Context& context, const Problem& x, const Tensor& experts, int tile_rows, int pass_rows, const Tensor& counts, const Tensor& kept, bool want_tiles, GroupParams& p) {
   Grouped result;
   result.groups.tile_rows = tile_rows;
   result.groups.segment_rows = segment_rows(entries_per_expert(x));
-  if (experts.numel() == 0) return result;
   const int64_t segments = heads(x) * max_tiles(x, result.groups.segment_rows), chunks = group_chunks(x);
   const bool known = kept.defined() && kept.numel() > 0 && reinterpret_cast<std::uintptr_t>(kept.const_data_ptr()) % alignof(Work) == 0, counted = counts.defined();
   result.kept = known ? kept : ints(experts, {kept_ints(x)});
   if (!known && vary(x.queries)) C10_CUDA_CHECK(cudaMemsetAsync(result.kept.data_ptr(), 0, result.kept.nbytes(), context.stream));
-  GroupParams p{};
   p.problem = x;
   p.experts = known ? nullptr : experts.const_data_ptr<int>();
   p.chunks = static_cast<int>(chunks);
@@ -275,9 +276,20 @@ Grouped group_stage(const Context& context, const Problem& x, const Tensor& expe
     p.taken = reinterpret_cast<unsigned*>(p.tiles + tiles);
     p.counts = counted ? counts.data_ptr<int>() : reinterpret_cast<int*>(p.taken + 1);
     p.counted = counted;
-    context.run("mita_ext::group", launch_group, p);
   }
   result.groups.entries = p.entries, result.groups.tiles = p.tiles, result.groups.taken = p.taken, result.groups.segments = p.segments, result.groups.segment_starts = p.segment_starts;
+  return result;
+}
+
+Grouped group_stage(const Context& context, const Problem& x, const Tensor& experts, int tile_rows, int pass_rows = 0, const Tensor& counts = {}, const Tensor& kept = {}, bool want_tiles = true) {
+  if (experts.numel() == 0) {
+    Grouped none;
+    none.groups.tile_rows = tile_rows, none.groups.segment_rows = segment_rows(entries_per_expert(x));
+    return none;
+  }
+  GroupParams p{};
+  const Grouped result = allocate_groups(context, x, experts, tile_rows, pass_rows, counts, kept, want_tiles, p);
+  if (p.tiles) context.run("mita_ext::group", launch_group, p);
   return result;
 }
 
@@ -311,14 +323,32 @@ Units units(bool shared, const Tensor& landmarks, const Tensor& compressed, cons
   return {shared, rows(landmarks), rows(compressed), rows(key), rows(value), indices.const_data_ptr<int>()};
 }
 
+// How many queries a tile of the attention has, and a pass, where a warp takes one tile of some passes after the other, large ones first: H100, three passes, B:
+// 63 -> 58 us of attention; two, B2: 84 -> 87.
+struct AttentionTiles {
+  int rows, pass_rows;
+  explicit AttentionTiles(const Problem& x) : rows(attention_tile_rows(x, entries_per_expert(x))), pass_rows(small_experts(x) && rows > 2 * kSmallPassRows ? kSmallPassRows : 0) {}
+};
+
 Grouped attention_groups(const Context& context, const Problem& x, const Tensor& experts, const Tensor& counts = {}) {
-  const int rows = attention_tile_rows(x, entries_per_expert(x));
-  // Where a warp takes one tile of some passes after the other, large ones first: H100, three passes, B: 63 -> 58 us of attention; two, B2: 84 -> 87.
-  return group_stage(context, x, experts, rows, small_experts(x) && rows > 2 * kSmallPassRows ? kSmallPassRows : 0, counts);
+  const AttentionTiles tiles(x);
+  return group_stage(context, x, experts, tiles.rows, tiles.pass_rows, counts);
+}
+
+// Landmarks, experts and groups, where one kernel makes all. H200: 5 % less of forward at B2, 1.5 % at B, 4 to 8 % with 192 to 384 heads of 401 to 1025 queries. With fewer
+// blocks than multiprocessors, or experts of more keys, 2 to 10 % more.
+bool pools_routes_and_groups(const Problem& x, const Windows& w) { return fits_pool_route_group(x, w) && 2 * heads(x) >= kMultiprocessors && small_experts(x); }
+std::tuple<Tensor, Tensor, Grouped> pool_route_group_stage(const Context& context, const Problem& x, const Windows& w, const Tensor& query) {
+  Tensor landmarks = at::empty({x.B, x.H, x.M, x.D}, query.options()), experts = ints(query, {x.B, x.H, x.queries.max_length, 1});
+  const AttentionTiles tiles(x);
+  GroupParams p{};
+  Grouped grouped = allocate_groups(context, x, experts, tiles.rows, tiles.pass_rows, {}, {}, true, p);
+  context.run("mita_ext::pool_route_group", launch_pool_route_group, {p, w, rows(query), landmarks.data_ptr(), experts.data_ptr<int>()});
+  return {landmarks, experts, grouped};
 }
 
 std::tuple<Tensor, Tensor> attention_stage(const Context& context, const Problem& x, const Units& units, const Tensor& query, const Grouped& grouped, float scale,
-                                           float landmark_scale) {
+                                           float landmark_scale, bool early = false) {
   const int N = x.queries.max_length;
   Tensor out = per_token(x.queries, query), lse = lse_of(x, query);
   if (lse.numel() == 0) return {out, lse};
@@ -335,6 +365,7 @@ std::tuple<Tensor, Tensor> attention_stage(const Context& context, const Problem
   }
   p.out = rows(out);
   p.lse = lse.data_ptr<float>();
+  p.early = early;
   context.run("mita_ext::expert_attention", launch_expert_attention, p);
   return {out, lse};
 }
@@ -839,27 +870,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> atten
                                        static_cast<float>(landmark_scale));
     return {a.out, a.lse, landmarks ? none() : a.landmarks, a.indices, a.experts, ints(query, {0}), a.compressed, a.landmark_lse};
   }
-  const bool both = !landmarks && fits_pool_route(x, w);
+  // Experts and groups beside the scores, where one kernel does not make them with the landmarks. And compressed values beside the choice of keys.
+  const bool all = !landmarks && pools_routes_and_groups(x, w), both = !all && !landmarks && fits_pool_route(x, w);
   Tensor pooled = none(), experts, counts;
-  if (both) std::tie(pooled, experts, counts) = pool_route_stage(context, x, w, q);
+  Grouped grouped;
+  if (all) std::tie(pooled, experts, grouped) = pool_route_group_stage(context, x, w, q);
+  else if (both) std::tie(pooled, experts, counts) = pool_route_stage(context, x, w, q);
   else if (!landmarks) pooled = pool_stage(context, x, w, q);
   const Tensor z = landmarks ? aligned(*landmarks) : pooled;
   LandmarkStage landmark(x, z, k, v, static_cast<float>(scale));
-  landmark.p.early = both;  // H100: so their blocks come before those of the groups
-  // Experts and groups beside the scores, and compressed values beside the choice of keys.
-  Branch beside(context, Beside::urgent);
-  if (!both) experts = route_stage(beside.context, x, q, z);
-  const Grouped grouped = attention_groups(beside.context, x, experts, counts);
+  landmark.p.early = all || both;  // H100, both: so their blocks come before those of the groups
+  landmark.p.early_choice = all;   // one stream: H200, all of these early, B 113.6 -> 109, B2 139.4 -> 136 us
+  std::optional<Branch> beside;
+  if (!all) {
+    beside.emplace(context, Beside::urgent);
+    if (!both) experts = route_stage(beside->context, x, q, z);
+    grouped = attention_groups(beside->context, x, experts, counts);
+  }
   landmark.score(context);
   if (!landmark.combines_with_choice()) {
-    beside.catch_up();
-    landmark.combine(beside.context);
+    if (beside) beside->catch_up();
+    else beside.emplace(context, Beside::urgent);
+    landmark.combine(beside->context);
   }
   landmark.choose(context);
-  beside.join();
+  if (beside) beside->join();
   landmark.free_scratch();
   auto [out, lse] = attention_stage(context, x, units(shared_expert, z, landmark.compressed, k, v, landmark.indices), q, grouped, static_cast<float>(scale),
-                                    static_cast<float>(landmark_scale));
+                                    static_cast<float>(landmark_scale), all && landmark.combines_with_choice());
   return {out, lse, pooled, landmark.indices, experts, keeps_groups(x) ? grouped.kept : ints(query, {0}), landmark.compressed, landmark.lse};
 }
 

@@ -67,7 +67,7 @@ struct LandmarkParams {
   std::int32_t* indices;       // [B, H, M, K], ascending; -1 where a sequence has fewer keys
   void* compressed;            // [B, H, M, D], contiguous
   float* lse;                  // [B, H, M]
-  bool early;                  // may specialists start for the scores while the kernel before them runs?
+  bool early, early_choice;    // may the kernel of the scores start while the one before it runs? And that which chooses from rows of up to kWarpScores?
 };
 
 // Entries of a head that one block puts in order.
@@ -133,6 +133,14 @@ struct GroupParams {
   int pass_rows = 0;           // divides tile_rows. Tiles of more passes of so many entries come first. None: tiles in the order of experts
 };
 
+struct PoolRouteGroupParams {
+  GroupParams group;           // of the experts below
+  Windows windows;
+  Rows q;                      // [B, H, N, D]
+  void* landmarks;             // [B, H, M, D], contiguous
+  std::int32_t* experts;       // [B, H, N, 1]
+};
+
 // What a query attends to: the shared units (landmarks, compressed values) and the gathered keys and values of its experts.
 struct Units {
   bool shared;                 // are the shared units among them?
@@ -151,6 +159,7 @@ struct AttentionParams {
   float* partial_lse;          // [BH, N*s], only where s > 1
   Rows out;                    // [B, H, N, D]
   float* lse;                  // [B, H, N], natural logarithm
+  bool early;                  // may the kernel of small experts start while the one before it runs?
 };
 
 // The whole forward pass of short sequences, with one expert per query.

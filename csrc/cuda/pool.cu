@@ -1,7 +1,8 @@
 // Landmark queries by average pooling, and its gradient.
 //
 // pool: a window, or 512 bytes of its rows, is summed by one warp or by several of a block, long ones piece by piece; fp32 sums,
-// combined in a fixed order, divided and rounded once. Long sequences are pooled and routed in one kernel where that is at hand (pool_route_sm90.cu).
+// combined in a fixed order, divided and rounded once. Long sequences are pooled and routed in one kernel where that is at hand (pool_route_sm90.cu), many
+// heads of shorter ones pooled, routed and grouped (pool_route_group_sm90.cu).
 // pool_backward: four threads per row of dq; they read the few windows that hold its token, and may add to what is there.
 #include "device.cuh"
 #include "launch.h"

@@ -1,5 +1,5 @@
-// What one warp does of a stage: shared by the kernel of that stage, by those of whole short sequences, and by that which pools
-// and routes long ones at once, so that all give the same bits.
+// What one warp does of a stage: shared by the kernel of that stage, by those of whole short sequences, and by those which pool
+// and route longer ones at once, so that all give the same bits.
 #pragma once
 #include "device.cuh"
 
@@ -90,17 +90,17 @@ template <class T, class Load> __device__ inline void sum_share(float (&sum)[kCh
 // The same mean by a pair of lanes, each of which gets half of the chunk, for windows of up to 256 tokens of up to eight chunks: i / width = i * inverse / 2^16. All
 // lanes of a warp.
 template <class T, class Load> __device__ inline Four<T> mean_by_pair(const PooledTokens& tokens, unsigned inverse, int shares, Load load) {
-  constexpr int kStrands = 4;
+  constexpr int kStrands = 4;  // two of a lane
   const int half = threadIdx.x % 2;
   float total[4] = {};
 #pragma unroll 1
   for (int share = 0; share < shares; ++share) {
     float sum[kStrands / 2][kChunk<T>] = {};
+    const auto add_token = [&](int r, int i) { add(sum[r], load(tokens.at(i, i * inverse >> 16))); };
+    int first = kStrands * share + kStrands / 2 * half;
 #pragma unroll 1
-    for (int first = kStrands * share + kStrands / 2 * half; first < tokens.area; first += kStrands * shares)
-#pragma unroll
-      for (int r = 0; r < kStrands / 2; ++r)
-        if (const int i = first + r; i < tokens.area) add(sum[r], load(tokens.at(i, i * inverse >> 16)));
+    for (; first + 1 < tokens.area; first += kStrands * shares) add_token(0, first), add_token(1, first + 1);
+    if (first < tokens.area) add_token(0, first);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const float lower = sum[0][e] + sum[1][e], upper = sum[0][e + 4] + sum[1][e + 4];

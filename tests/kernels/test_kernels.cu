@@ -268,6 +268,7 @@ const Case kCases[] = {
     {"packed_two_routes_fp32", Dtype::fp32, 3, 2, 1, 70, 80, 6, 10, 2, 32, true, Batch::packed},
     {"long_sequence", Dtype::bf16, 1, 1, 1, 2500, 3000, 65, 64, 1, 64},
     {"few_queries_of_an_expert", Dtype::fp16, 1, 4, 2, 1025, 700, 60, 64, 1, 64},
+    {"half_heads_of_16_warps", Dtype::bf16, 1, 2, 2, 1291, 200, 30, 20, 1, 64, true, Batch::full, false, {5, 6, 30, 43, 1}},
     {"many_queries_of_an_expert", Dtype::fp16, 2, 2, 1, 700, 90, 3, 40, 1, 40, true, Batch::padded},
     {"many_tokens", Dtype::bf16, 2, 8, 2, 4500, 100, 20, 8, 1, 64},
     {"many_tokens_fp16", Dtype::fp16, 1, 16, 16, 4710, 64, 71, 8, 1, 40, true, Batch::full, false, {1, 71, 1, 4600, 3}},
@@ -665,14 +666,28 @@ void run(const Case& c) {
       for (; segment < g->most_segments; ++segment) right &= is_work(segments[std::size_t(bh) * g->most_segments + segment], 0, 0, 0, 0);
     });
     expect(right, "queries grouped by expert, in order, tiles of " + std::to_string(g->tile_rows));
+    if (!c.integers && fits_pool_route_group(problem, windows)) {
+      const Output landmarks(dtype, B, H, M, D);
+      Buffer<std::int32_t> its_experts(routed.size());
+      const Grouping its(problem, g->tile_rows);
+      RUN(launch_pool_route_group({its.params(problem, its_experts.data), windows, q.rows, landmarks.memory.data, its_experts.data}, 0));
+      expect(landmarks.memory.get() == pooled.memory.get(), "one pass with groups: landmarks, bit for bit");
+      expect(its_experts.get() == routed, "one pass with groups: experts");
+      const auto bytes = [](const auto& x) {
+        const auto host = x.get();
+        return std::string(reinterpret_cast<const char*>(host.data()), host.size() * sizeof(host[0]));
+      };
+      const auto all = [&](const Grouping& x) { return bytes(x.entries) + bytes(x.segment_starts) + bytes(x.tiles) + bytes(x.segments) + bytes(x.taken); };
+      expect(all(its) == all(*g), "one pass with groups: groups");
+    }
     GroupParams by_passes = g->params(problem, experts.data);
-    by_passes.pass_rows = kSmallPassRows;
+    by_passes.pass_rows = parts_of(g->tile_rows, kMaxSmallTile) * kSmallPassRows;
     RUN(launch_group(by_passes, 0));
     const auto sorted = g->tiles.get();
     for (int bh = 0; bh < BH; ++bh) {
       const auto of_head = tiles.begin() + std::size_t(bh) * g->most_tiles, its = sorted.begin() + std::size_t(bh) * g->most_tiles;
       std::vector<Work> want(of_head, of_head + g->most_tiles);
-      std::stable_sort(want.begin(), want.end(), [](const Work& a, const Work& b) { return parts_of(a.entries, kSmallPassRows) > parts_of(b.entries, kSmallPassRows); });
+      std::stable_sort(want.begin(), want.end(), [&](const Work& a, const Work& b) { return parts_of(a.entries, by_passes.pass_rows) > parts_of(b.entries, by_passes.pass_rows); });
       for (int i = 0; i < g->most_tiles; ++i) want[i].place = want[i].entries ? i : 0;
       right &= std::memcmp(want.data(), &*its, want.size() * sizeof(Work)) == 0;
     }
