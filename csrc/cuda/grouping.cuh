@@ -23,7 +23,7 @@ template <int THREADS> struct Lists {
   typename Scan::TempStorage storage;
 
   struct Sums {
-    Pieces before, all;  // this thread's own experts
+    Pieces before, all;  // of the experts before this thread's own, and of all
   };
   // All threads must call it.
   template <class Size> __device__ Sums sum(const GroupParams& p, Size size) {
