@@ -130,7 +130,7 @@ struct GroupParams {
   std::int32_t* segment_starts;
   int tile_rows, segment_rows;
   bool counted;                // is the number of entries there?
-  int pass_rows = 0;           // divides tile_rows. Tiles of more passes of so many entries come first. None: tiles in the order of experts
+  int pass_rows = 0;           // a fifth of tile_rows or more. Tiles of more passes of so many entries come first. None: tiles in the order of experts
 };
 
 struct PoolRouteGroupParams {

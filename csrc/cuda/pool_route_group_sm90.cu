@@ -106,7 +106,7 @@ template <class T, int WARPS> __global__ void __launch_bounds__(32 * WARPS, WARP
 #pragma unroll 1
   for (int m = threadIdx.x; m < M; m += kThreads) {
     const PooledTokens tokens = PooledTokens::of<int>(p.windows, m);
-    window_of[m] = make_int4(tokens.first, tokens.width, tokens.area, (0xffff + tokens.width) / max(tokens.width, 1));
+    window_of[m] = make_int4(tokens.first, tokens.width, tokens.area, tokens.inverse_width());
   }
   wait_own_loads<0>();
   sync_cluster();

@@ -219,7 +219,7 @@ template <class T, bool ONCE> __global__ void __launch_bounds__(kThreads, 2) sho
     counts[m] = 0;
     if (!p.pool) continue;
     const auto tokens = PooledTokens::of<int>(windows, m);
-    window_of[m] = make_int4(tokens.first, tokens.width | pool_shares<T>(x, windows) << 16, tokens.area, (0xffff + tokens.width) / max(tokens.width, 1));
+    window_of[m] = make_int4(tokens.first, tokens.width | pool_shares<T>(x, windows) << 16, tokens.area, tokens.inverse_width());
   }
   if (warp < kLoaders) wait_loads<0>();
   __syncthreads();

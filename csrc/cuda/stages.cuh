@@ -16,6 +16,7 @@ struct PooledTokens {
     return {w.prefix + rows.first * w.gw + columns.first, width, (rows.last - rows.first) * width, w.gw};
   }
   __device__ int at(int i, int y) const { return first + i + y * (pitch - width); }
+  __device__ int inverse_width() const { return (0xffff + width) / max(width, 1); }  // for `mean_by_pair`
   __device__ Range pieces() const { return {first / kPoolPiece, ceil_div(first + area, kPoolPiece)}; }
   __device__ PooledTokens of_piece(int piece) const {
     const int start = piece * kPoolPiece;
