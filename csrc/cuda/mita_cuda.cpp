@@ -250,12 +250,13 @@ int64_t kept_ints(const Problem& x) {
   return heads(x) * (kWork * max_tiles(x, segment_rows(entries_per_expert(x))) + x.M + 1 + int64_t(x.queries.max_length) * x.s);
 }
 
-// The memory for them, and what is to be made of it by `p`. counts: of pool_route_stage, if there are any. kept: of the same experts, if it is known; then all
+// The memory for them, and what is to be made of it by `p`; none without experts. counts: of pool_route_stage, if there are any. kept: of the same experts, if it is known; then all
 // that may be wanted are tiles.
 Grouped allocate_groups(const Context& context, const Problem& x, const Tensor& experts, int tile_rows, int pass_rows, const Tensor& counts, const Tensor& kept, bool want_tiles, GroupParams& p) {
   Grouped result;
   result.groups.tile_rows = tile_rows;
   result.groups.segment_rows = segment_rows(entries_per_expert(x));
+  if (experts.numel() == 0) return result;
   const int64_t segments = heads(x) * max_tiles(x, result.groups.segment_rows), chunks = group_chunks(x);
   const bool known = kept.defined() && kept.numel() > 0 && reinterpret_cast<std::uintptr_t>(kept.const_data_ptr()) % alignof(Work) == 0, counted = counts.defined();
   result.kept = known ? kept : ints(experts, {kept_ints(x)});
@@ -282,11 +283,6 @@ Grouped allocate_groups(const Context& context, const Problem& x, const Tensor& 
 }
 
 Grouped group_stage(const Context& context, const Problem& x, const Tensor& experts, int tile_rows, int pass_rows = 0, const Tensor& counts = {}, const Tensor& kept = {}, bool want_tiles = true) {
-  if (experts.numel() == 0) {
-    Grouped none;
-    none.groups.tile_rows = tile_rows, none.groups.segment_rows = segment_rows(entries_per_expert(x));
-    return none;
-  }
   GroupParams p{};
   const Grouped result = allocate_groups(context, x, experts, tile_rows, pass_rows, counts, kept, want_tiles, p);
   if (p.tiles) context.run("mita_ext::group", launch_group, p);

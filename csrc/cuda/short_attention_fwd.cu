@@ -390,7 +390,7 @@ template <class T, bool ONCE> __global__ void __launch_bounds__(kThreads, 2) sho
   const float scale[2] = {p.landmark_scale * kLogit<T>, p.scale * kLogit<T>};
   for (int item = warp; item < tile_count; item += kWarps) {
     const Work work = tiles[item];
-    const std::uint32_t list = window.of(entries[work.first]), of_expert = window.address + layout.indices + 2 * work.expert * layout.chosen_pitch;
+    const std::uint32_t list = window.address + layout.entries + 2 * work.first, of_expert = window.address + layout.indices + 2 * work.expert * layout.chosen_pitch;
     const auto query = [&](int i) { return load_shared_short(list + 2 * min(i, work.entries - 1)); };  // behind the last one the same again
     const std::uint32_t own = q.chunk(query(lane & 7), lane >> 3);
     std::uint32_t rows[2][4];
@@ -409,7 +409,7 @@ template <class T, bool ONCE> __global__ void __launch_bounds__(kThreads, 2) sho
           place[0][r][i] = of_shared[r] + (first + 16 * i) * (kDP * 2);
           if (ONCE || counts_of[1] > 0) place[1][r][i] = (r ? v : k).chunk(load_shared_short(of_expert + 2 * (first + 16 * i + row_of[r])), chunk_of[r]);
         }
-      float s[2][2][4];
+      float s[2][2][4], factor[2];
 #pragma unroll
       for (int kind = 0; kind < 2; ++kind) {
         if (ONCE || counts_of[kind] > 0) {
@@ -425,31 +425,32 @@ template <class T, bool ONCE> __global__ void __launch_bounds__(kThreads, 2) sho
               else mma<T>(s[kind][i], a, b0, b1);
             }
         }
+        factor[kind] = positive_scale(s[kind], scale[kind]);
 #pragma unroll
         for (int i = 0; i < 2; ++i)
 #pragma unroll
-          for (int e = 0; e < 4; ++e) s[kind][i][e] = 16 * i + g + 8 * (e / 2) < counts_of[kind] ? s[kind][i][e] * scale[kind] : -kInfinity;
+          for (int e = 0; e < 4; ++e)
+            if (16 * i + g + 8 * (e / 2) >= counts_of[kind]) s[kind][i][e] = -kInfinity;
       }
       float rescale[2];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        float raised = maximum[j];
+        float highest[2];
 #pragma unroll
-        for (int kind = 0; kind < 2; ++kind)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) raised = fmaxf(raised, fmaxf(s[kind][i][j], s[kind][i][2 + j]));
+        for (int kind = 0; kind < 2; ++kind) highest[kind] = fmaxf(fmaxf(s[kind][0][j], s[kind][0][2 + j]), fmaxf(s[kind][1][j], s[kind][1][2 + j])) * factor[kind];
+        float raised = fmaxf(highest[0], highest[1]);
+        if (!ONCE) raised = fmaxf(raised, maximum[j]);
 #pragma unroll
         for (int d = 4; d < 32; d *= 2) raised = fmaxf(raised, __shfl_xor_sync(kAllLanes, raised, d));
         const float base = raised == -kInfinity ? 0.0f : raised;
-        rescale[j] = exponential<T>(maximum[j] - base);
+        if (!ONCE) rescale[j] = exponential<T>(maximum[j] - base), sum[j] *= rescale[j];
         maximum[j] = raised;
-        sum[j] *= rescale[j];
 #pragma unroll
         for (int kind = 0; kind < 2; ++kind)
 #pragma unroll
           for (int i = 0; i < 2; ++i)
 #pragma unroll
-            for (int e = j; e < 4; e += 2) sum[j] += s[kind][i][e] = exponential<T>(s[kind][i][e] - base);
+            for (int e = j; e < 4; e += 2) sum[j] += s[kind][i][e] = exponential<T>(fmaf(s[kind][i][e], factor[kind], -base));
       }
       if (!ONCE && first > 0)
 #pragma unroll
