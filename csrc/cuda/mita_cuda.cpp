@@ -331,7 +331,7 @@ Grouped attention_groups(const Context& context, const Problem& x, const Tensor&
   return group_stage(context, x, experts, tiles.rows, tiles.pass_rows, counts);
 }
 
-// Landmarks, experts and groups, where one kernel makes all. H200: 5 % less of forward at B2, 1.5 % at B, 4 to 8 % with 192 to 384 heads of 401 to 1025 queries. With fewer
+// Landmarks, experts and groups, where one kernel makes all. H200: 5 % less of forward at B2, 3 % at B, 4 to 8 % with 192 to 384 heads of 401 to 1025 queries. With fewer
 // blocks than multiprocessors, or experts of more keys, 2 to 10 % more.
 bool pools_routes_and_groups(const Problem& x, const Windows& w) { return fits_pool_route_group(x, w) && 2 * heads(x) >= kMultiprocessors && small_experts(x); }
 std::tuple<Tensor, Tensor, Grouped> pool_route_group_stage(const Context& context, const Problem& x, const Windows& w, const Tensor& query) {
