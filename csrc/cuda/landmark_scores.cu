@@ -147,13 +147,14 @@ template <class C> struct Layout : C {
     TileStorage<typename C::T, C::DP, rows_of_block<C>(32 * kWarps)> landmarks;  // last: only the rows in use are allocated
   };
   static_assert(sizeof(Shared) <= 96 * 1024);
+  // Bounds, for registers: of 64 columns five blocks of one warpgroup on a multiprocessor, or two of two.
+  static constexpr bool kMany = C::kGroups && C::DP == 64;
+  static constexpr int kThreads = kMany ? 320 : 32 * kWarps, kBlocks = kMany ? 2 : 1;
 };
 
 template <class C> using Exact = std::conditional_t<std::is_same_v<typename C::T, Tf32>, Config<float, C::DP>, C>;
 
-// Registers: five blocks of one warpgroup on a multiprocessor, or two of two.
-template <class C>
-__global__ void __launch_bounds__(C::kGroups && C::DP == 64 ? 320 : 32 * Layout<C>::kWarps, C::kGroups && C::DP == 64 ? 2 : 1) score_compress_kernel(const LandmarkParams p) {
+template <class C> __global__ void __launch_bounds__(Layout<C>::kThreads, Layout<C>::kBlocks) score_compress_kernel(const LandmarkParams p) {
   using L = Layout<C>;
   using T = typename C::T;
   constexpr int DP = C::DP, kRows = kKeys<C>;
