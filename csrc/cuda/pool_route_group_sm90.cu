@@ -39,10 +39,11 @@ struct Layout {
     return landmark_bytes(M) + round_up(kOfLandmark * M, kPanel);
   }
   template <int WARPS> int bytes(int M) const { return bytes_before_queries<WARPS>(M) + rows * kRowBytes; }
-  // Of a multiprocessor: three of 8 warps or two of 16, as far as registers go. One would have too little to do at a time. Where there are few heads, two of 8.
-  int blocks_at_once(int M) const {
-    constexpr int kMemory = 228 * 1024;
-    return 3 * (bytes<8>(M) + kReservedMemory) <= kMemory ? 3 : 2 * (bytes<16>(M) + kReservedMemory) <= kMemory ? 2 : 0;
+  // Of a block: three of 8 on a multiprocessor, or two of 16, as far as registers go; 0 where it has room for one, which would have too little to do at a time.
+  // H200, 1601 queries: with 96 heads, less than two blocks a multiprocessor, 2 % less of forward by 8 warps than by 16; with 192 heads 1 to 2 % more.
+  int warps(const Problem& x) const {
+    const auto fit = [](int blocks, int bytes) { return blocks * (bytes + kReservedMemory) <= 228 * 1024; };
+    return fit(3, bytes<8>(x.M)) ? 8 : !fit(2, bytes<16>(x.M)) ? 0 : x.B * x.H <= kMultiprocessors ? 8 : 16;
   }
 };
 
@@ -220,7 +221,7 @@ template <class T, int WARPS> __global__ void __launch_bounds__(32 * WARPS, WARP
 bool fits_pool_route_group(const Problem& x, const Windows& w) {
   const auto longest = [](int tokens, int windows) { return ceil_div(tokens, windows) + (tokens % windows != 0); };
   return has_warpgroups(x.dtype, x.D) && x.D <= kDP && x.s == 1 && x.M <= kMostLandmarks && x.queries.max_length > kShortKeys && !vary(x.queries) &&
-         longest(w.gh, w.mh) * longest(w.gw, w.mw) <= kMostTokens && Layout(x).blocks_at_once(x.M) > 0;
+         longest(w.gh, w.mh) * longest(w.gw, w.mw) <= kMostTokens && Layout(x).warps(x) > 0;
 }
 
 cudaError_t launch_pool_route_group(const PoolRouteGroupParams& p, cudaStream_t stream) {
@@ -238,9 +239,7 @@ cudaError_t launch_pool_route_group(const PoolRouteGroupParams& p, cudaStream_t 
     return cudaLaunchKernelEx(&how, kernel, p, layout);
   };
   return dispatch_dtype(x.dtype, [&](auto element) {
-    // H200, 1601 queries: with 96 heads, less than two blocks a multiprocessor, 2 % less of forward by 8 warps than by 16; with 192 heads 1 to 2 % more.
-    const bool few = Layout(x).blocks_at_once(x.M) == 3 || x.B * x.H <= kMultiprocessors;
-    if constexpr (sizeof(element) == 2) return few ? with(element, std::integral_constant<int, 8>{}) : with(element, std::integral_constant<int, 16>{});
+    if constexpr (sizeof(element) == 2) return Layout(x).warps(x) == 8 ? with(element, std::integral_constant<int, 8>{}) : with(element, std::integral_constant<int, 16>{});
     else return cudaErrorInvalidValue;
   });
 }
