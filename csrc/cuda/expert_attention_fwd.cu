@@ -180,40 +180,24 @@ __device__ inline void load_fragment(Fragment& x, const unsigned char* base, int
       : "=r"(x[0][0]), "=r"(x[0][1]), "=r"(x[0][2]), "=r"(x[0][3]), "=r"(x[1][0]), "=r"(x[1][1]), "=r"(x[1][2]), "=r"(x[1][3])
       : "r"(row), "r"(pitch), "l"(base + columns.bytes(0)), "l"(static_cast<std::int64_t>(columns.bytes(1) - columns.bytes(0))));
 }
-// The same into shared memory, as below, with zeros behind the last column.
-__device__ inline void copy_fragment(std::uint32_t address, const unsigned char* base, int row, std::uint32_t pitch, const Columns& columns) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i)
-    asm volatile("{ .reg .u64 from; mad.wide.u32 from, %1, %2, %3; cp.async.cg.shared.global [%0], [from], 16, %4; }" ::"r"(address + 512 * i), "r"(row), "r"(pitch),
-                 "l"(base + columns.bytes(i)), "r"(columns.has(i) ? 16 : 0)
+// Rows in shared memory, 128 bytes each, whose chunks of 16 are permuted: no bank conflicts among whole rows, nor among the lanes of a fragment, nor among eight
+// rows' parts of one column for `ldmatrix`. Eights of them are 1 KB each.
+constexpr int kRow = 128, kEight = 8 * kRow;
+__device__ inline int place_of(int row, int chunk) { return kRow * row + 16 * (chunk ^ (4 * (row & 1) + (row >> 1 & 3))); }
+// A lane's chunk of one of four rows there, zeros behind the last column.
+struct RowCopy {
+  int place, chunk, bytes;  // of the first four rows
+  __device__ RowCopy(int D, int lane) : place(place_of(lane / 8, lane % 8)), chunk(8 * (lane % 8) < D ? 16 * (lane % 8) : 0), bytes(8 * (lane % 8) < D ? 16 : 0) {}
+  // The fours from `to` on; row `row` of this lane behind `base`.
+  __device__ void operator()(std::uint32_t to, int four, const unsigned char* base, int row, std::uint32_t pitch) const {
+    asm volatile("{ .reg .u64 from; mad.wide.u32 from, %1, %2, %3; cp.async.cg.shared.global [%0], [from], 16, %4; }" ::"r"((to + place ^ four % 2 * 32) + 4 * kRow * four), "r"(row),
+                 "r"(pitch), "l"(base + chunk), "r"(bytes)
                  : "memory");
-}
-
-// Fragments in shared memory, each 1 KB: 16 bytes of a lane, and 512 bytes behind them 16 more. Of eight units, those of the keys lie before those of the values.
-constexpr int kEight = 2048, kValues = 1024;
+  }
+};
 __device__ inline void load_half(std::uint32_t (&x)[4], std::uint32_t address) {
   const float4 chunk = load_shared4(address);
   x[0] = __float_as_uint(chunk.x), x[1] = __float_as_uint(chunk.y), x[2] = __float_as_uint(chunk.z), x[3] = __float_as_uint(chunk.w);
-}
-// Rows that a product sums over are wanted in pairs: every 8 x 8 part transposed. Register i then has, of two rows, column
-// 2i of a chunk (even g) or 2i + 1 (odd g): chunk g / 2, or g / 2 + 4 for i >= 4.
-// So lie the values of two eights from then on, register i of one next to that of the other, as operands of one product, or those of a last one.
-__device__ inline void transpose_values(std::uint32_t address, bool two) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const std::uint32_t at = address + kValues + 512 * half;
-    std::uint32_t x[2][4];
-    load_half(x[0], at);
-    if (two) load_half(x[1], at + kEight);
-#pragma unroll
-    for (int i = 0; i < (two ? 8 : 4); ++i) x[i / 4][i % 4] = transposed(x[i / 4][i % 4]);
-    if (two) {
-      store_shared4(at, make_uint4(x[0][0], x[1][0], x[0][1], x[1][1]));
-      store_shared4(at + kEight, make_uint4(x[0][2], x[1][2], x[0][3], x[1][3]));
-    } else {
-      store_shared4(at, make_uint4(x[0][0], x[0][1], x[0][2], x[0][3]));
-    }
-  }
 }
 
 // Where the tensors of one head begin, and their sizes. In shared memory: registers.
@@ -227,7 +211,8 @@ struct Head {
   float* partial_out;
 };
 
-// What a warp works on next, asked for while it is busy with the tile before: first which tile, then its keys and its queries.
+// What a warp works on next, asked for while it is busy with the tile before: first which tile, then its keys and its queries. The keys lie in their order at first,
+// then by fours: those of the lanes that copy one row of every four are together.
 struct Coming {
   Work work;
   std::int32_t keys[kSmallExpertKeys], entries[kMaxSmallTile];
@@ -236,9 +221,9 @@ __device__ inline void load_number(std::uint32_t target, const std::int32_t* sou
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(source) : "memory");
 }
 
-// Shared memory: for every eight shared units a fragment of keys and one of values; for every warp the same of its expert's; and for every warp what comes.
+// Shared memory: the keys of the shared units, their values, those of every warp's expert, and for every warp what comes.
 template <int KT> int small_shared_tiles(const AttentionParams& p) { return p.units.shared ? ceil_div(p.problem.M, 8 * KT) : 0; }
-template <int KT> constexpr int kSmallBytes = kEight * KT + static_cast<int>(sizeof(Coming));  // of a warp
+template <int KT> constexpr int kSmallBytes = 2 * kEight * KT + static_cast<int>(sizeof(Coming));  // of a warp
 
 template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSmallWarps<KT, MANY>, 1) small_kernel(const AttentionParams p, const int parts, const int shared_tiles) {
   constexpr int kTiles = MANY ? 1 : 2;  // of a step
@@ -250,8 +235,10 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3, warps = blockDim.x / 32;
   const int slots = x.s;
   const Columns columns{x.D, t};
-  const std::uint32_t shared_units = window.address + 16 * lane, units = shared_units + kEight * KT * (shared_tiles + warp);
-  Coming& coming = *reinterpret_cast<Coming*>(memory + kEight * KT * (shared_tiles + warps) + sizeof(Coming) * warp);
+  constexpr int kPlace = 2 * kEight * KT;  // of a tile
+  const std::uint32_t shared_units = window.address, units = shared_units + kPlace * (shared_tiles + warp);
+  Coming& coming = *reinterpret_cast<Coming*>(memory + kPlace * (shared_tiles + warps) + sizeof(Coming) * warp);
+  const RowCopy copy_row(x.D, lane);
   wait_for_kernel_before();
   const std::uint32_t place = window.of(coming), keys = place + offsetof(Coming, keys), entries = place + offsetof(Coming, entries);
   const auto pitch_of = [](const Rows& rows) { return static_cast<std::uint32_t>(rows.row * 2); };
@@ -259,11 +246,12 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
     const int bh = blockIdx.x / parts, b = bh / x.H, h = bh % x.H;
     const Span queries = span(x.queries, b), all_keys = span(x.keys, b);
     const auto bytes_of = [](auto* rows) { return reinterpret_cast<unsigned char*>(rows); };
-    for (int n = warp; n < KT * shared_tiles; n += warps) {
+    for (int n = warp; n < 2 * KT * shared_tiles; n += warps) {
+      const int tile = n / (2 * KT), four = n % (2 * KT);
       const auto copy = [&](int tensor, const Rows& rows) {
-        copy_fragment(shared_units + kEight * n + tensor, bytes_of(head_rows<T>(rows, b, h, 0)), min(8 * n + g, x.M - 1), pitch_of(rows), columns);
+        copy_row(shared_units + kPlace * tile + tensor, four, bytes_of(head_rows<T>(rows, b, h, 0)), min(4 * n + lane / 8, x.M - 1), pitch_of(rows));
       };
-      copy(0, p.units.landmarks), copy(kValues, p.units.compressed);
+      copy(0, p.units.landmarks), copy(kEight * KT, p.units.compressed);
     }
     commit_loads();
     if (threadIdx.x == 0) {
@@ -298,18 +286,33 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
     commit_loads();
     return work.entries;
   };
-  const auto count_keys = [&] {
-    int count = 0;
+  // Puts the keys that have arrived by fours, the first one in the place of those that are not there; returns how many are.
+  const auto order_keys = [&] {
+    constexpr int kOfLane = ceil_div(KT, 4);
+    int key[kOfLane], count = 0;
+    bool valid[kOfLane];
 #pragma unroll
-    for (int i = 0; i < ceil_div(KT, 4); ++i)
-      count += __popc(__ballot_sync(kAllLanes, lane + 32 * i < x.K && static_cast<unsigned>(load_shared_int(keys + 4 * (lane + 32 * i))) < static_cast<unsigned>(head.keys)));
+    for (int i = 0; i < kOfLane; ++i) {
+      key[i] = load_shared_int(keys + 4 * (lane + 32 * i));
+      valid[i] = lane + 32 * i < x.K && static_cast<unsigned>(key[i]) < static_cast<unsigned>(head.keys);
+      count += __popc(__ballot_sync(kAllLanes, valid[i]));
+    }
+    const int first = __shfl_sync(kAllLanes, key[0], 0);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) store_shared(keys + 64 * (lane % 4) + 4 * (lane / 4) + 32 * i, valid[i] ? key[i] : first);
+    __syncwarp();
     return count;
   };
-  const auto bring = [&](int tensor, const unsigned char* rows, const Rows& from, int count) {  // the last one again where there are no more
-    const unsigned last = head.keys - 1, pitch = opaque(pitch_of(from));
+  const auto bring = [&](int tensor, const unsigned char* rows, const Rows& from) {
+    const std::uint32_t pitch = opaque(pitch_of(from));
 #pragma unroll
-    for (int n = 0; n < KT; ++n)
-      copy_fragment(units + kEight * n + tensor, rows, min(static_cast<unsigned>(load_shared_int(keys + 4 * min(8 * n + g, count - 1))), last), pitch, columns);
+    for (int n = 0; n < 2 * KT; n += 4) {
+      std::uint32_t row[4];
+      load_half(row, keys + 64 * (lane / 8) + 4 * n);
+#pragma unroll
+      for (int i = 0; i < 4 && n + i < 2 * KT; ++i) copy_row(units + tensor, n + i, rows, row[i], pitch);
+    }
   };
   Fragment q[2];
   const auto entry = [&](int i, int count) { return load_shared_int(entries + 4 * min(i, count - 1)); };
@@ -322,14 +325,12 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
   arrived();
   int size = look(), gathered = 0;
   __syncthreads();
-  for (int n = 2 * warp; n < KT * shared_tiles; n += 2 * warps) transpose_values(shared_units + kEight * n, KT % 2 == 0 || n + 1 < KT);
-  __syncthreads();
   if (size <= 0) return;
   arrived();
   take();
-  if (gathered = count_keys(); gathered > 0) bring(0, head.k, p.units.k, gathered);
+  if (gathered = order_keys(); gathered > 0) bring(0, head.k, p.units.k);
   commit_loads();
-  if (gathered > 0) bring(kValues, head.v, p.units.v, gathered);
+  if (gathered > 0) bring(kEight * KT, head.v, p.units.v);
   commit_loads();
   load_queries(0, size);
 
@@ -367,8 +368,12 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
         for (int i = 0; i < kTiles; ++i) {
           const int tile = kTiles * step + i - 1;  // of the shared ones
           count[i] = is_own(i) ? gathered : tile < shared_tiles ? x.M - 8 * KT * tile : 0;
-          from[i] = is_own(i) ? units : shared_units + kEight * KT * tile;
-          if (count[i] <= 0) continue;
+          from[i] = is_own(i) ? units : shared_units + kPlace * tile;
+          if (count[i] <= 0) {
+            clear(s[i]);  // else the compiler keeps registers for what is not there
+            continue;
+          }
+          const std::uint32_t rows = from[i] + place_of(g, t);
           // Four sums grow by turns, as each step waits for the one before.
 #pragma unroll
           for (int half = 0; half < 2; ++half)
@@ -376,7 +381,7 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
             for (int n = 0; n < KT; n += 4) {
               std::uint32_t k[4][4];
 #pragma unroll
-              for (int r = 0; r < 4 && n + r < KT; ++r) load_half(k[r], from[i] + kEight * (n + r) + 512 * half);
+              for (int r = 0; r < 4 && n + r < KT; ++r) load_half(k[r], (rows ^ 64 * half) + kEight * (n + r));
 #pragma unroll
               for (int j = 0; j < 2; ++j)
 #pragma unroll
@@ -406,13 +411,10 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
         }
         if (begins) {
           arrived();
-          if (first == 0 && gathered > 0)
-#pragma unroll
-            for (int n = 0; n < KT; n += 2) transpose_values(units + kEight * n, n + 1 < KT);
           if (last) {
             take();
             if (next_size > 0) {
-              if (next_gathered = count_keys(); next_gathered > 0) bring(0, head.k, p.units.k, next_gathered);
+              if (next_gathered = order_keys(); next_gathered > 0) bring(0, head.k, p.units.k);
             }
             commit_loads();
           }
@@ -421,29 +423,36 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
           if (count[i] > 0) {
+            const std::uint32_t rows = from[i] + kEight * KT + place_of(lane % 8, 0), pairs = (rows ^ lane / 16 * 16) + lane / 8 % 2 * kEight, last_rows = (rows ^ lane / 8 * 16) + kEight * (KT - 1);
+            const auto& w = weights[i].packed;
 #pragma unroll
-            for (int n = 0; n < KT; n += 2)
+            for (int n = 0; n + 1 < KT; n += 2)
 #pragma unroll
-              for (int half = 0; half < 2; ++half) {
-                std::uint32_t v[2][4];
+              for (int d = 0; d < 8; d += 2) {
+                std::uint32_t v[4];
+                ldmatrix_transposed(v, (pairs ^ 16 * d) + kEight * n);
 #pragma unroll
-                for (int r = 0; r < 2 && n + r < KT; ++r) load_half(v[r], from[i] + kEight * (n + r) + kValues + 512 * half);
-                const auto& w = weights[i].packed;
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                  float(&sum)[4] = out[4 * half + j];
-                  const auto add = [&](const float(&to)[4]) { mma<T>(sum, {w[n][0], w[n][1], w[n + 1][0], w[n + 1][1]}, v[j / 2][j % 2 * 2], v[j / 2][j % 2 * 2 + 1], to); };
-                  if (n + 1 == KT) mma<T>(sum, w[n][0], w[n][1], v[0][j]);
-                  else if (!MANY && i + n == 0) add(kZero);
+                for (int j = 0; j < 2; ++j) {
+                  float(&sum)[4] = out[d + j];
+                  const auto add = [&](const float(&to)[4]) { mma<T>(sum, {w[n][0], w[n][1], w[n + 1][0], w[n + 1][1]}, v[2 * j], v[2 * j + 1], to); };
+                  if (!MANY && i + n == 0) add(kZero);
                   else add(sum);
                 }
+              }
+            if constexpr (KT % 2 != 0)
+#pragma unroll
+              for (int d = 0; d < 8; d += 4) {
+                std::uint32_t v[4];
+                ldmatrix_transposed(v, last_rows ^ 16 * d);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) mma<T>(out[d + j], w[KT - 1][0], w[KT - 1][1], v[j]);
               }
           } else if (!MANY && i == 0) {
             clear(out);
           }
           if (is_own(i) && last) {
             __syncwarp();
-            if (next_gathered > 0) bring(kValues, head.v, p.units.v, next_gathered);
+            if (next_gathered > 0) bring(kEight * KT, head.v, p.units.v);
             commit_loads();
           }
         }
@@ -452,20 +461,25 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
 
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        if (first + g + 8 * i >= size) continue;
+        const bool present = first + g + 8 * i < size;
         const float factor = softmax.factor(i);
-        if (t == 0) head.lse[own[i]] = softmax.lse(i);
+        if (t == 0 && present) head.lse[own[i]] = softmax.lse(i);
+        if (x.s > 1) {
+          float* const to = head.partial_out + std::int64_t(own[i]) * x.D + 2 * t;
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          if (!columns.has(c)) continue;
-          const auto pair = [&](int j) { return make_float2(out[4 * c + j][2 * i] * factor, out[4 * c + j][2 * i + 1] * factor); };
-          if (x.s > 1) {
-            float* const to = head.partial_out + std::int64_t(own[i]) * x.D + 8 * t + 32 * c;
+          for (int d = 0; d < 8; ++d)
+            if (present && 8 * d < x.D) *reinterpret_cast<float2*>(to + 8 * d) = make_float2(out[d][2 * i] * factor, out[d][2 * i + 1] * factor);
+        } else {
+          // Of every two chunks a lane gives half of what it has for half of its neighbour's: so each has eight bytes of one of them.
+          const int odd = t & 1;
+          unsigned char* const to = head.out + own[i] * (p.out.row * 2) + 16 * odd + 4 * (t - odd);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) *reinterpret_cast<float2*>(to + 2 * j) = pair(j);
-          } else {
-            *reinterpret_cast<uint4*>(head.out + own[i] * (p.out.row * 2) + columns.bytes(c)) =
-                make_uint4(pack<T>(pair(0).x, pair(0).y), pack<T>(pair(1).x, pair(1).y), pack<T>(pair(2).x, pair(2).y), pack<T>(pair(3).x, pair(3).y));
+          for (int d = 0; d < 8; d += 2) {
+            std::uint32_t two[2];
+#pragma unroll
+            for (int j = 0; j < 2; ++j) two[j] = pack<T>(out[d + j][2 * i] * factor, out[d + j][2 * i + 1] * factor);
+            const std::uint32_t other = __shfl_xor_sync(kAllLanes, odd ? two[0] : two[1], 1);
+            if (present && 8 * (d + odd) < x.D) *reinterpret_cast<uint2*>(to + 16 * d) = odd ? make_uint2(other, two[1]) : make_uint2(two[0], other);
           }
         }
       }
@@ -478,7 +492,7 @@ template <class T, int KT, bool MANY> cudaError_t launch_small(const AttentionPa
   const Problem& x = p.problem;
   // As many warps of a multiprocessor as have room, in as many blocks as that leaves possible.
   constexpr int kReserved = kReservedMemory + sizeof(Head) + 16;  // of a block
-  const int shared_tiles = small_shared_tiles<KT>(p), shared_bytes = kEight * KT * shared_tiles;
+  const int shared_tiles = small_shared_tiles<KT>(p), shared_bytes = 2 * kEight * KT * shared_tiles;
   int memory, blocks = 1, warps = 0;
   if (cudaError_t status = device_attribute(memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor)) return status;
   for (int b = 1; b <= 4; ++b)
