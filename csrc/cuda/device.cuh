@@ -112,6 +112,10 @@ __device__ inline int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+__device__ inline const unsigned char* opaque(const unsigned char* x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
 
 // ---- rows and sequences --------------------------------------------------------------------------------------------
 

@@ -188,10 +188,10 @@ __device__ inline int place_of(int row, int chunk) { return kRow * row + 16 * (c
 struct RowCopy {
   int place, chunk, bytes;  // of the first four rows
   __device__ RowCopy(int D, int lane) : place(place_of(lane / 8, lane % 8)), chunk(8 * (lane % 8) < D ? 16 * (lane % 8) : 0), bytes(8 * (lane % 8) < D ? 16 : 0) {}
-  // The fours from `to` on; row `row` of this lane behind `base`.
+  // Of the fours from `to` on; the lane's row `row` behind `base`, its own chunk of the first one.
   __device__ void operator()(std::uint32_t to, int four, const unsigned char* base, int row, std::uint32_t pitch) const {
     asm volatile("{ .reg .u64 from; mad.wide.u32 from, %1, %2, %3; cp.async.cg.shared.global [%0], [from], 16, %4; }" ::"r"((to + place ^ four % 2 * 32) + 4 * kRow * four), "r"(row),
-                 "r"(pitch), "l"(base + chunk), "r"(bytes)
+                 "r"(pitch), "l"(base), "r"(bytes)
                  : "memory");
   }
 };
@@ -249,7 +249,7 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
     for (int n = warp; n < 2 * KT * shared_tiles; n += warps) {
       const int tile = n / (2 * KT), four = n % (2 * KT);
       const auto copy = [&](int tensor, const Rows& rows) {
-        copy_row(shared_units + kPlace * tile + tensor, four, bytes_of(head_rows<T>(rows, b, h, 0)), min(4 * n + lane / 8, x.M - 1), pitch_of(rows));
+        copy_row(shared_units + kPlace * tile + tensor, four, bytes_of(head_rows<T>(rows, b, h, 0)) + copy_row.chunk, min(4 * n + lane / 8, x.M - 1), pitch_of(rows));
       };
       copy(0, p.units.landmarks), copy(kEight * KT, p.units.compressed);
     }
@@ -278,11 +278,15 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
   };
   const auto look = [&] {  // at what has been taken; returns its queries
     const Work work = coming.work;
-#pragma unroll 1
-    for (int i = lane; i < work.entries; i += 32) load_number(entries + 4 * i, head.entries + work.first + i);
-    if (work.entries > 0)
-#pragma unroll 1
-      for (int i = lane; i < x.K; i += 32) load_number(keys + 4 * i, head.indices + work.expert * x.K + i);
+    const auto load_numbers = [&](std::uint32_t to, const std::int32_t* list, std::int64_t first, int count, auto most) {
+#pragma unroll
+      for (int i = 0; i < ceil_div(decltype(most)::value, 32); ++i)
+        if (lane + 32 * i < count) load_number(to + 4 * lane + 128 * i, list + first + lane + 32 * i);
+    };
+    if (work.entries > 0) {
+      load_numbers(entries, head.entries, work.first, work.entries, std::integral_constant<int, kMaxSmallTile>());
+      load_numbers(keys, head.indices, work.expert * x.K, x.K, std::integral_constant<int, 8 * KT>());
+    }
     commit_loads();
     return work.entries;
   };
@@ -306,19 +310,21 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
   };
   const auto bring = [&](int tensor, const unsigned char* rows, const Rows& from) {
     const std::uint32_t pitch = opaque(pitch_of(from));
+    const unsigned char* const base = opaque(rows + copy_row.chunk);
+    std::uint32_t row[ceil_div(KT, 2)][4];
 #pragma unroll
-    for (int n = 0; n < 2 * KT; n += 4) {
-      std::uint32_t row[4];
-      load_half(row, keys + 64 * (lane / 8) + 4 * n);
+    for (int n = 0; n < ceil_div(KT, 2); ++n) load_half(row[n], keys + 64 * (lane / 8) + 16 * n);
 #pragma unroll
-      for (int i = 0; i < 4 && n + i < 2 * KT; ++i) copy_row(units + tensor, n + i, rows, row[i], pitch);
-    }
+    for (int n = 0; n < 2 * KT; ++n) copy_row(units + tensor, n, base, row[n / 4][n % 4], pitch);
   };
   Fragment q[2];
-  const auto entry = [&](int i, int count) { return load_shared_int(entries + 4 * min(i, count - 1)); };
+  int coming_own[2];  // entries of its two rows
   const auto load_queries = [&](int first, int count) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) load_fragment(q[i], head.q, query_of(entry(first + g + 8 * i, count), slots), pitch_of(p.q), columns);
+    for (int i = 0; i < 2; ++i) {
+      coming_own[i] = load_shared_int(entries + 4 * min(first + g + 8 * i, count - 1));
+      load_fragment(q[i], head.q, query_of(coming_own[i], slots), pitch_of(p.q), columns);
+    }
   };
   take();
   commit_loads();
@@ -342,16 +348,22 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
 #pragma unroll 1
     for (int first = 0; first < size; first += kSmallPassRows) {
       const bool last = first + kSmallPassRows >= size;
-      const int own[2] = {entry(first + g, size), entry(first + g + 8, size)};
+      const int own[2] = {load_shared_int(entries + 4 * min(first + g, size - 1)), load_shared_int(entries + 4 * min(first + g + 8, size - 1))};
       if (last) {
         __syncwarp();  // all have read what is now replaced
         next_size = look();
       }
-      std::uint32_t a[4][4];  // queries as operands of one step each, zeros behind the last column. As copies of `q` they would be made again for every product
+      std::uint32_t a[4][4];  // queries as operands of one step each, zeros behind the last column
 #pragma unroll
       for (int k = 0; k < 4; ++k)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a[k][i] = q[i % 2][k / 2][2 * (k % 2) + i / 2] & (columns.has(k / 2) ? ~0u : 0);
+        for (int i = 0; i < 4; ++i) a[k][i] = q[i % 2][k / 2][2 * (k % 2) + i / 2];
+      if (x.D < 64)
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (!columns.has(k / 2)) a[k][i] = 0;
       OnlineSoftmax<T> softmax;
       float out[8][4];
       if (MANY) clear(out);
@@ -368,9 +380,13 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
         for (int i = 0; i < kTiles; ++i) {
           const int tile = kTiles * step + i - 1;  // of the shared ones
           count[i] = is_own(i) ? gathered : tile < shared_tiles ? x.M - 8 * KT * tile : 0;
-          from[i] = is_own(i) ? units : shared_units + kPlace * tile;
+          from[i] = is_own(i) || tile >= shared_tiles ? units : shared_units + kPlace * tile;  // products with what is not there do no harm
           if (count[i] <= 0) {
-            clear(s[i]);  // else the compiler keeps registers for what is not there
+            const float zero = static_cast<float>(opaque(0));
+#pragma unroll
+            for (int n = 0; n < KT; ++n)
+#pragma unroll
+              for (int j = 0; j < 4; ++j) s[i][n][j] = zero;
             continue;
           }
           const std::uint32_t rows = from[i] + place_of(g, t);
@@ -395,12 +411,17 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
         for (int i = 0; i < kTiles; ++i) {
           scale[i] = positive_scale(s[i], (is_own(i) ? p.scale : p.landmark_scale) * kLogit<T>);
           mask_last_logits(s[i], count[i], lane);
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            if (slots > 1 && !is_own(i) && own[h] % slots != 0) mask_row(s[i], h);  // only the first slot of a query has the shared units
-            highest[h] = fmaxf(highest[h], highest_of(s[i], h) * scale[i]);
-          }
         }
+        if (slots > 1)  // only the first slot of a query has the shared units
+#pragma unroll
+          for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+              if (!is_own(i) && own[h] % slots != 0) mask_row(s[i], h);
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) highest[h] = fmaxf(highest[h], highest_of(s[i], h) * scale[i]);
         const auto raised = softmax.raise(highest);
         if (MANY) softmax.rescale(raised, out);
         Weights<T, KT> weights[kTiles];
@@ -448,7 +469,11 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
                 for (int j = 0; j < 4; ++j) mma<T>(out[d + j], w[KT - 1][0], w[KT - 1][1], v[j]);
               }
           } else if (!MANY && i == 0) {
-            clear(out);
+            const float zero = static_cast<float>(opaque(0));  // else this is done in any case
+#pragma unroll
+            for (int d = 0; d < 8; ++d)
+#pragma unroll
+              for (int j = 0; j < 4; ++j) out[d][j] = zero;
           }
           if (is_own(i) && last) {
             __syncwarp();
