@@ -164,21 +164,16 @@ __global__ void __launch_bounds__(Layout<C>::kThreads, Layout<C>::kBlocks) atten
 // KT: eights of units in a tile, of the shared ones as of an expert's. MANY: are there more shared units than one tile has?
 template <int KT, bool MANY> constexpr int kSmallWarps = KT == 4 && !MANY ? 16 : 12;  // of a multiprocessor, by registers
 
-// The two chunks of a row of up to 64 columns that a lane holds of eight rows in an operand of `mma`: lane 4g + t the chunks t and t + 4 of
-// row g. Products so meet the columns in an order of their own, the same in both operands. Chunks behind the last column read the first one.
-struct Columns {
-  int D, t;
-  __device__ bool has(int second) const { return 8 * t + 32 * second < D; }
-  __device__ int bytes(int second) const { return has(second) ? 16 * t + 64 * second : 0; }
-};
+// The two chunks of row `row` behind `base` that a lane holds of eight rows in an operand of `mma`: lane 4g + t the chunks t and t + 4 of row g, zeros behind the
+// last column. Products so meet the columns in an order of their own, the same in both operands. pitch: bytes from row to row.
 using Fragment = std::uint32_t[2][4];  // of both chunks, two columns each
-
-// Row `row` behind `base`. pitch: bytes from row to row.
-__device__ inline void load_fragment(Fragment& x, const unsigned char* base, int row, std::uint32_t pitch, const Columns& columns) {
-  asm("{ .reg .u64 from; mad.wide.u32 from, %8, %9, %10; ld.global.nc.v4.u32 {%0,%1,%2,%3}, [from]; add.s64 from, from, %11; "
-      "ld.global.nc.v4.u32 {%4,%5,%6,%7}, [from]; }"
-      : "=r"(x[0][0]), "=r"(x[0][1]), "=r"(x[0][2]), "=r"(x[0][3]), "=r"(x[1][0]), "=r"(x[1][1]), "=r"(x[1][2]), "=r"(x[1][3])
-      : "r"(row), "r"(pitch), "l"(base + columns.bytes(0)), "l"(static_cast<std::int64_t>(columns.bytes(1) - columns.bytes(0))));
+__device__ inline void load_fragment(Fragment& x, const unsigned char* base, int row, std::uint32_t pitch, int D, int t) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i / 4][i % 4] = 0;
+  asm("{ .reg .u64 from; .reg .pred p; mad.wide.u32 from, %8, %9, %10; setp.gt.s32 p, %11, 0; @p ld.global.nc.v4.u32 {%0,%1,%2,%3}, [from]; "
+      "setp.gt.s32 p, %11, 32; @p ld.global.nc.v4.u32 {%4,%5,%6,%7}, [from + 64]; }"
+      : "+r"(x[0][0]), "+r"(x[0][1]), "+r"(x[0][2]), "+r"(x[0][3]), "+r"(x[1][0]), "+r"(x[1][1]), "+r"(x[1][2]), "+r"(x[1][3])
+      : "r"(row), "r"(pitch), "l"(base + 16 * t), "r"(D - 8 * t));
 }
 // Rows in shared memory, 128 bytes each, whose chunks of 16 are permuted: no bank conflicts among whole rows, nor among the lanes of a fragment, nor among eight
 // rows' parts of one column for `ldmatrix`. Eights of them are 1 KB each.
@@ -217,6 +212,12 @@ struct Coming {
   Work work;
   std::int32_t keys[kSmallExpertKeys], entries[kMaxSmallTile];
 };
+// Adds a number to one in shared memory; returns what it was. `atomicAdd` would ask which other lanes do the same.
+__device__ inline int add_shared(std::uint32_t address, int more) {
+  int before;
+  asm volatile("atom.shared.add.s32 %0, [%1], %2;" : "=r"(before) : "r"(address), "r"(more) : "memory");
+  return before;
+}
 __device__ inline void load_number(std::uint32_t target, const std::int32_t* source) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(source) : "memory");
 }
@@ -234,12 +235,12 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
   const Problem& x = p.problem;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3, warps = blockDim.x / 32;
   const int slots = x.s;
-  const Columns columns{x.D, t};
   constexpr int kPlace = 2 * kEight * KT;  // of a tile
   const std::uint32_t shared_units = window.address, units = shared_units + kPlace * (shared_tiles + warp);
   Coming& coming = *reinterpret_cast<Coming*>(memory + kPlace * (shared_tiles + warps) + sizeof(Coming) * warp);
   const RowCopy copy_row(x.D, lane);
   wait_for_kernel_before();
+  const std::uint32_t window_taken = static_cast<std::uint32_t>(__cvta_generic_to_shared(&taken));
   const std::uint32_t place = window.of(coming), keys = place + offsetof(Coming, keys), entries = place + offsetof(Coming, entries);
   const auto pitch_of = [](const Rows& rows) { return static_cast<std::uint32_t>(rows.row * 2); };
   {
@@ -271,7 +272,7 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
   };
   const auto take = [&] {
     if (lane == 0) {
-      const int item = head.part + parts * atomicAdd(&taken, 1);
+      const int item = head.part + parts * add_shared(window_taken, 1);
       if (item < head.tile_count) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(head.tiles + item) : "memory");
       else coming.work = {0, 0, 0, 0};
     }
@@ -318,13 +319,10 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
     for (int n = 0; n < 2 * KT; ++n) copy_row(units + tensor, n, base, row[n / 4][n % 4], pitch);
   };
   Fragment q[2];
-  int coming_own[2];  // entries of its two rows
+  const auto entry = [&](int i, int count) { return load_shared_int(entries + 4 * min(i, count - 1)); };
   const auto load_queries = [&](int first, int count) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      coming_own[i] = load_shared_int(entries + 4 * min(first + g + 8 * i, count - 1));
-      load_fragment(q[i], head.q, query_of(coming_own[i], slots), pitch_of(p.q), columns);
-    }
+    for (int i = 0; i < 2; ++i) load_fragment(q[i], head.q, query_of(entry(first + g + 8 * i, count), slots), pitch_of(p.q), x.D, t);
   };
   take();
   commit_loads();
@@ -348,7 +346,7 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
 #pragma unroll 1
     for (int first = 0; first < size; first += kSmallPassRows) {
       const bool last = first + kSmallPassRows >= size;
-      const int own[2] = {load_shared_int(entries + 4 * min(first + g, size - 1)), load_shared_int(entries + 4 * min(first + g + 8, size - 1))};
+      const int own[2] = {entry(first + g, size), entry(first + g + 8, size)};
       if (last) {
         __syncwarp();  // all have read what is now replaced
         next_size = look();
@@ -358,12 +356,6 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
       for (int k = 0; k < 4; ++k)
 #pragma unroll
         for (int i = 0; i < 4; ++i) a[k][i] = q[i % 2][k / 2][2 * (k % 2) + i / 2];
-      if (x.D < 64)
-#pragma unroll
-        for (int k = 0; k < 4; ++k)
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            if (!columns.has(k / 2)) a[k][i] = 0;
       OnlineSoftmax<T> softmax;
       float out[8][4];
       if (MANY) clear(out);
@@ -444,7 +436,7 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
           if (count[i] > 0) {
-            const std::uint32_t rows = from[i] + kEight * KT + place_of(lane % 8, 0), pairs = (rows ^ lane / 16 * 16) + lane / 8 % 2 * kEight, last_rows = (rows ^ lane / 8 * 16) + kEight * (KT - 1);
+            const std::uint32_t rows = from[i] + kEight * KT, pairs = rows + place_of(lane % 8, lane / 16) + lane / 8 % 2 * kEight, last_rows = rows + place_of(lane % 8, lane / 8) + kEight * (KT - 1);
             const auto& w = weights[i].packed;
 #pragma unroll
             for (int n = 0; n + 1 < KT; n += 2)

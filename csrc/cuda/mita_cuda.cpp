@@ -323,7 +323,7 @@ Units units(bool shared, const Tensor& landmarks, const Tensor& compressed, cons
 // 63 -> 58 us of attention; two, B2: 84 -> 87.
 struct AttentionTiles {
   int rows, pass_rows;
-  explicit AttentionTiles(const Problem& x) : rows(attention_tile_rows(x, entries_per_expert(x))), pass_rows(small_experts(x) && rows > 2 * kSmallPassRows ? kSmallPassRows : 0) {}
+  explicit AttentionTiles(const Problem& x) : rows(attention_tile_rows(x, entries_per_expert(x))), pass_rows(small_experts(x) && rows > kSmallPassRows ? kSmallPassRows : 0) {}
 };
 
 Grouped attention_groups(const Context& context, const Problem& x, const Tensor& experts, const Tensor& counts = {}) {
