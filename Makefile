@@ -40,13 +40,13 @@ kernels: $(VENV)/.ready
 	$(PY) -m bench.kernels $(NVCC)
 
 # racecheck follows no order between cp.async into a block's shared memory and reads of it by another block of a cluster (bench/NOTES.md).
-OPTIONS_racecheck = --kernel-name-exclude kns=pool_route_group_kernel
+ARGUMENTS_racecheck = -pool_route_group
 
 sanitize:
 	@test -n "$(GPU)" || { echo "make sanitize needs a GPU"; exit 1; }
 	@test -n "$(SANITIZER)" || { echo "make sanitize needs compute-sanitizer, a part of the CUDA toolkit"; exit 1; }
 	$(MAKE) build/test_kernels
-	$(foreach tool,memcheck racecheck synccheck initcheck,$(SANITIZER) --tool $(tool) $(OPTIONS_$(tool)) --error-exitcode 1 build/test_kernels &&) true
+	$(foreach tool,memcheck racecheck synccheck initcheck,$(SANITIZER) --tool $(tool) --error-exitcode 1 build/test_kernels $(ARGUMENTS_$(tool)) &&) true
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --report-api-errors no --error-exitcode 1 \
 	  $(PY) -m pytest -q -m gpu -k "$(SANITIZED)" tests/test_attention.py tests/test_gradients.py tests/test_errors.py
 

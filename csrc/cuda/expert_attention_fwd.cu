@@ -6,9 +6,9 @@
 //   first the shared units, as dense rows, then the expert's keys and values, gathered by index. Where all of them fit in shared
 //   memory they stay there; else they pass by for every pass. Queries are gathered and outputs scattered as whole rows. On sm_90a
 //   the kernel of expert_attention_sm90.cu takes its place, up to 128 columns.
-// small: experts of few keys (up to 64 of up to 64 columns) and few queries. A block holds the shared units of its head in shared memory, as operands; each of its
+// small: experts of few keys (up to 64 of up to 64 columns) and few queries. A block holds the shared units of its head in shared memory; each of its
 //   warps takes one tile of queries after the other, and walks through it 16 at a time, with the expert's keys and values in a place of its own, which fills
-//   again while the warp ends its last 16. Rows go from memory straight into operands and back.
+//   again while the warp ends its last 16. Queries go from memory straight into operands, outputs straight back.
 // merge: with s > 1 experts per query every (query, slot) entry leaves a partial output and lse (slot 0 has the shared units);
 //   one warp per query combines its s parts in slot order.
 #include "device.cuh"
@@ -181,11 +181,11 @@ constexpr int kRow = 128, kEight = 8 * kRow;
 __device__ inline int place_of(int row, int chunk) { return kRow * row + 16 * (chunk ^ (4 * (row & 1) + (row >> 1 & 3))); }
 // A lane's chunk of one of four rows there, zeros behind the last column.
 struct RowCopy {
-  int place, chunk, bytes;  // of the first four rows
+  int place, chunk, bytes;  // where it lies in the first four, where in a row of the source, and how much of it is there
   __device__ RowCopy(int D, int lane) : place(place_of(lane / 8, lane % 8)), chunk(8 * (lane % 8) < D ? 16 * (lane % 8) : 0), bytes(8 * (lane % 8) < D ? 16 : 0) {}
-  // Of the fours from `to` on; the lane's row `row` behind `base`, its own chunk of the first one.
+  // To the `four`-th four rows behind `to`. base: this chunk of the source's first row; row: that of this lane.
   __device__ void operator()(std::uint32_t to, int four, const unsigned char* base, int row, std::uint32_t pitch) const {
-    asm volatile("{ .reg .u64 from; mad.wide.u32 from, %1, %2, %3; cp.async.cg.shared.global [%0], [from], 16, %4; }" ::"r"((to + place ^ four % 2 * 32) + 4 * kRow * four), "r"(row),
+    asm volatile("{ .reg .u64 from; mad.wide.u32 from, %1, %2, %3; cp.async.cg.shared.global [%0], [from], 16, %4; }" ::"r"(((to + place) ^ (32 * (four % 2))) + 4 * kRow * four), "r"(row),
                  "r"(pitch), "l"(base), "r"(bytes)
                  : "memory");
   }
@@ -193,6 +193,15 @@ struct RowCopy {
 __device__ inline void load_half(std::uint32_t (&x)[4], std::uint32_t address) {
   const float4 chunk = load_shared4(address);
   x[0] = __float_as_uint(chunk.x), x[1] = __float_as_uint(chunk.y), x[2] = __float_as_uint(chunk.z), x[3] = __float_as_uint(chunk.w);
+}
+
+// `clear`, which the compiler else does in any case where it is seldom wanted.
+template <int N> __device__ inline void clear_here(float (&acc)[N][4]) {
+  const float zero = static_cast<float>(opaque(0));
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) acc[n][i] = zero;
 }
 
 // Where the tensors of one head begin, and their sizes. In shared memory: registers.
@@ -212,12 +221,6 @@ struct Coming {
   Work work;
   std::int32_t keys[kSmallExpertKeys], entries[kMaxSmallTile];
 };
-// Adds a number to one in shared memory; returns what it was. `atomicAdd` would ask which other lanes do the same.
-__device__ inline int add_shared(std::uint32_t address, int more) {
-  int before;
-  asm volatile("atom.shared.add.s32 %0, [%1], %2;" : "=r"(before) : "r"(address), "r"(more) : "memory");
-  return before;
-}
 __device__ inline void load_number(std::uint32_t target, const std::int32_t* source) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(source) : "memory");
 }
@@ -230,7 +233,7 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
   constexpr int kTiles = MANY ? 1 : 2;  // of a step
   extern __shared__ __align__(kPanel) unsigned char memory[];
   __shared__ Head head;
-  __shared__ int taken;
+  __shared__ unsigned taken;
   const Window window(memory);
   const Problem& x = p.problem;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3, warps = blockDim.x / 32;
@@ -240,7 +243,6 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
   Coming& coming = *reinterpret_cast<Coming*>(memory + kPlace * (shared_tiles + warps) + sizeof(Coming) * warp);
   const RowCopy copy_row(x.D, lane);
   wait_for_kernel_before();
-  const std::uint32_t window_taken = static_cast<std::uint32_t>(__cvta_generic_to_shared(&taken));
   const std::uint32_t place = window.of(coming), keys = place + offsetof(Coming, keys), entries = place + offsetof(Coming, entries);
   const auto pitch_of = [](const Rows& rows) { return static_cast<std::uint32_t>(rows.row * 2); };
   {
@@ -272,7 +274,7 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
   };
   const auto take = [&] {
     if (lane == 0) {
-      const int item = head.part + parts * add_shared(window_taken, 1);
+      const int item = head.part + parts * static_cast<int>(atomicInc(&taken, 1u << 31));  // an addition would first ask which other lanes add as well
       if (item < head.tile_count) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(head.tiles + item) : "memory");
       else coming.work = {0, 0, 0, 0};
     }
@@ -372,13 +374,9 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
         for (int i = 0; i < kTiles; ++i) {
           const int tile = kTiles * step + i - 1;  // of the shared ones
           count[i] = is_own(i) ? gathered : tile < shared_tiles ? x.M - 8 * KT * tile : 0;
-          from[i] = is_own(i) || tile >= shared_tiles ? units : shared_units + kPlace * tile;  // products with what is not there do no harm
+          from[i] = is_own(i) ? units : shared_units + kPlace * tile;
           if (count[i] <= 0) {
-            const float zero = static_cast<float>(opaque(0));
-#pragma unroll
-            for (int n = 0; n < KT; ++n)
-#pragma unroll
-              for (int j = 0; j < 4; ++j) s[i][n][j] = zero;
+            clear_here(s[i]);
             continue;
           }
           const std::uint32_t rows = from[i] + place_of(g, t);
@@ -461,11 +459,7 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
                 for (int j = 0; j < 4; ++j) mma<T>(out[d + j], w[KT - 1][0], w[KT - 1][1], v[j]);
               }
           } else if (!MANY && i == 0) {
-            const float zero = static_cast<float>(opaque(0));  // else this is done in any case
-#pragma unroll
-            for (int d = 0; d < 8; ++d)
-#pragma unroll
-              for (int j = 0; j < 4; ++j) out[d][j] = zero;
+            clear_here(out);
           }
           if (is_own(i) && last) {
             __syncwarp();
@@ -507,17 +501,22 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
 
 template <class T, int KT, bool MANY> cudaError_t launch_small(const AttentionParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
-  // As many warps of a multiprocessor as have room, in as many blocks as that leaves possible.
   constexpr int kReserved = kReservedMemory + sizeof(Head) + 16;  // of a block
   const int shared_tiles = small_shared_tiles<KT>(p), shared_bytes = 2 * kEight * KT * shared_tiles;
-  int memory, blocks = 1, warps = 0;
+  int memory;
   if (cudaError_t status = device_attribute(memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor)) return status;
-  for (int b = 1; b <= 4; ++b)
-    if (const int w = std::min(kSmallWarps<KT, MANY> / b, (memory / b - kReserved - shared_bytes) / kSmallBytes<KT>); b * w >= blocks * warps) blocks = b, warps = w;
   const int heads = x.B * x.H, entries = x.queries.max_length * x.s;
   const int tiles = std::min(max_tiles(x, p.groups.tile_rows), entries / p.groups.tile_rows + ceil_div(x.M, 2));  // of a head, on average
-  // The start of a block takes as long as a tile.
-  const int parts = least_busy_parts(heads, tiles, warps, blocks * kMultiprocessors, 2);
+  // So many blocks of a multiprocessor that it all takes least long; where that is the same, as many warps as have room, in as many blocks as that leaves possible.
+  int blocks = 1, warps = 0, parts = 1;
+  std::int64_t least = 0;
+  for (int b = 1; b <= 4; ++b) {
+    const int w = std::min(kSmallWarps<KT, MANY> / b, (memory / b - kReserved - shared_bytes) / kSmallBytes<KT>), start = 2;  // as long as a tile
+    if (w <= 0) break;
+    const int cut = least_busy_parts(heads, tiles, w, b * kMultiprocessors, start);
+    const std::int64_t time = busy_time(heads, tiles, w, b * kMultiprocessors, start, cut);
+    if (warps == 0 || time < least || (time == least && b * w >= blocks * warps)) blocks = b, warps = w, parts = cut, least = time;
+  }
   return launch(p.early, small_kernel<T, KT, MANY>, static_cast<unsigned>(heads) * parts, 32 * warps, shared_bytes + kSmallBytes<KT> * warps, stream, p, parts, shared_tiles);
 }
 

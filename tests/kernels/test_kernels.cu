@@ -182,14 +182,17 @@ std::string context;
 std::vector<std::string> wanted;
 
 // Is this what the arguments ask for? Parts of names, or with a minus parts of those to leave out.
-bool begin(const std::string& name) {
-  context = name;
+bool asked_for(const std::string& name) {
   bool any = false, found = false;
   for (const auto& part : wanted) {
     if (part[0] == '-' && name.find(part.substr(1)) != std::string::npos) return false;
     any |= part[0] != '-', found |= part[0] != '-' && name.find(part) != std::string::npos;
   }
   return found || !any;
+}
+bool begin(const std::string& name) {
+  context = name;
+  return asked_for(name);
 }
 
 void expect(bool right, const std::string& what) {
@@ -667,7 +670,7 @@ void run(const Case& c) {
       for (; segment < g->most_segments; ++segment) right &= is_work(segments[std::size_t(bh) * g->most_segments + segment], 0, 0, 0, 0);
     });
     expect(right, "queries grouped by expert, in order, tiles of " + std::to_string(g->tile_rows));
-    if (!c.integers && fits_pool_route_group(problem, windows)) {
+    if (!c.integers && fits_pool_route_group(problem, windows) && asked_for(context + " pool_route_group")) {
       const Output landmarks(dtype, B, H, M, D);
       Buffer<std::int32_t> its_experts(routed.size());
       const Grouping its(problem, g->tile_rows);
