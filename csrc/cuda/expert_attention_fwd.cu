@@ -501,7 +501,7 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
 
 template <class T, int KT, bool MANY> cudaError_t launch_small(const AttentionParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
-  constexpr int kReserved = kReservedMemory + sizeof(Head) + 16;  // of a block
+  constexpr int kReserved = kReservedMemory + kPanel;  // of a block, with its static memory, behind which the other one is aligned
   const int shared_tiles = small_shared_tiles<KT>(p), shared_bytes = 2 * kEight * KT * shared_tiles;
   int memory;
   if (cudaError_t status = device_attribute(memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor)) return status;
