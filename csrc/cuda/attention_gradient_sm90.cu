@@ -306,7 +306,7 @@ template <class T, int SLOTS> __global__ void __launch_bounds__(kThreads, 1) gra
       // What is counted, and what was computed of it, is not kept in registers over products.
       const auto counts = [&] { return window.of(shared.counts[this_thread() / 32]); };
       store_shared2(counts(), __uint_as_float(queries), __uint_as_float(keys));
-      __syncwarp();
+      __syncwarp();  // of all lanes, the same
       const auto forget = [&] { queries = load_shared_int(counts()), keys = load_shared_int(counts() + 4), thread = this_thread(); };
       const auto address_of = [&](const auto& tile) { return tile.in(window).from_row(16 * warp()).chunk(lane() & 15, lane() >> 4); };
       float lse[2];

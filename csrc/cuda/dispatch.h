@@ -19,17 +19,17 @@ __host__ __device__ constexpr int round_up(int a, int step) { return ceil_div(a,
 // A large GPU's multiprocessors, and blocks that fill them once, four each. Constants, so that results do not depend on the device.
 constexpr int kMultiprocessors = 132, kBlocksOfAWave = 4 * kMultiprocessors;
 
-// How long the pieces of every head, cut into parts, busy a large GPU, in halves of a piece: it runs so many `blocks` at a time, a block takes so many
-// pieces `at_once`, and its start takes as long as `start`.
-inline std::int64_t busy_time(std::int64_t heads, int pieces, int at_once, int blocks, int start, int parts) {
-  return (heads * parts + blocks - 1) / blocks * (2 * ceil_div(ceil_div(pieces, parts), at_once) + start);
-}
-// The parts with which that is least.
-inline int least_busy_parts(std::int64_t heads, int pieces, int at_once, int blocks, int start) {
-  const auto time = [&](int parts) { return busy_time(heads, pieces, at_once, blocks, start, parts); };
-  int best = 1;
+// Parts into which the pieces of every head are cut so that they busy a large GPU least long, and how long that is, in halves of a piece: it runs so many
+// `blocks` at a time, a block takes so many pieces `at_once`, and its start takes as long as `start`.
+struct LeastBusy {
+  int parts;
+  std::int64_t time;
+};
+inline LeastBusy least_busy(std::int64_t heads, int pieces, int at_once, int blocks, int start) {
+  const auto time = [&](int parts) { return (heads * parts + blocks - 1) / blocks * (2 * ceil_div(ceil_div(pieces, parts), at_once) + start); };
+  LeastBusy best{1, time(1)};
   for (int parts = 2; parts <= std::min(ceil_div(pieces, at_once), blocks); ++parts)
-    if (time(parts) < time(best)) best = parts;
+    if (time(parts) < best.time) best = {parts, time(parts)};
   return best;
 }
 

@@ -508,16 +508,15 @@ template <class T, int KT, bool MANY> cudaError_t launch_small(const AttentionPa
   const int heads = x.B * x.H, entries = x.queries.max_length * x.s;
   const int tiles = std::min(max_tiles(x, p.groups.tile_rows), entries / p.groups.tile_rows + ceil_div(x.M, 2));  // of a head, on average
   // So many blocks of a multiprocessor that it all takes least long; where that is the same, as many warps as have room, in as many blocks as that leaves possible.
-  int blocks = 1, warps = 0, parts = 1;
-  std::int64_t least = 0;
+  int blocks = 1, warps = 0;
+  LeastBusy least{};
   for (int b = 1; b <= 4; ++b) {
-    const int w = std::min(kSmallWarps<KT, MANY> / b, (memory / b - kReserved - shared_bytes) / kSmallBytes<KT>), start = 2;  // as long as a tile
+    const int w = std::min(kSmallWarps<KT, MANY> / b, (memory / b - kReserved - shared_bytes) / kSmallBytes<KT>);
     if (w <= 0) break;
-    const int cut = least_busy_parts(heads, tiles, w, b * kMultiprocessors, start);
-    const std::int64_t time = busy_time(heads, tiles, w, b * kMultiprocessors, start, cut);
-    if (warps == 0 || time < least || (time == least && b * w >= blocks * warps)) blocks = b, warps = w, parts = cut, least = time;
+    const LeastBusy busy = least_busy(heads, tiles, w, b * kMultiprocessors, 2);  // the start of a block takes as long as a tile
+    if (warps == 0 || busy.time < least.time || (busy.time == least.time && b * w >= blocks * warps)) blocks = b, warps = w, least = busy;
   }
-  return launch(p.early, small_kernel<T, KT, MANY>, static_cast<unsigned>(heads) * parts, 32 * warps, shared_bytes + kSmallBytes<KT> * warps, stream, p, parts, shared_tiles);
+  return launch(p.early, small_kernel<T, KT, MANY>, static_cast<unsigned>(heads) * least.parts, 32 * warps, shared_bytes + kSmallBytes<KT> * warps, stream, p, least.parts, shared_tiles);
 }
 
 constexpr int kMergeWarps = 4;

@@ -458,7 +458,7 @@ UnitGradientParams unit_gradient_params(const Problem& x, UnitRole role, const S
 
 // Parts of the rows that pass by the landmarks of every head: specialists are alone on their multiprocessors, with 128 landmarks.
 int parts_by_landmarks(const Problem& x, int64_t rows, bool by_specialists) {
-  return by_specialists ? least_busy_parts(heads(x) * ceil_div(x.M, 128), ceil_div(rows, kPassRows), 1, kMultiprocessors, 3) : parts(heads(x) * ceil_div(x.M, 64), rows);
+  return by_specialists ? least_busy(heads(x) * ceil_div(x.M, 128), ceil_div(rows, kPassRows), 1, kMultiprocessors, 3).parts : parts(heads(x) * ceil_div(x.M, 64), rows);
 }
 
 // Of the shared units.
@@ -568,7 +568,7 @@ std::pair<SharedSums, std::optional<RoutedSums>> specialist_gradient_stage(const
                                                                        const Tensor& lse, const Units& units, const Groups& groups, bool want_routed, float scale,
                                                                        float landmark_scale, const Tensor& dquery) {
   // One block on each multiprocessor, its start like a pass. Of an expert's slots the last one is half empty, on the average.
-  const int splits = least_busy_parts(heads(x), ceil_div(x.queries.max_length, kPassRows) + x.M / (2 * gradient_slots(x)), 1, kMultiprocessors, 2);
+  const int splits = least_busy(heads(x), ceil_div(x.queries.max_length, kPassRows) + x.M / (2 * gradient_slots(x)), 1, kMultiprocessors, 2).parts;
   const SharedSums shared(x, query, splits);
   std::optional<RoutedSums> routed;
   if (want_routed) routed.emplace(x, query, groups);

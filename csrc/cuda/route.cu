@@ -189,7 +189,7 @@ cudaError_t launch_route(const RouteParams& p, cudaStream_t stream) {
     using C = decltype(config);
     if constexpr (C::kGroups) {
       const std::int64_t heads = std::int64_t(x.B) * x.H;
-      const int parts = least_busy_parts(heads, ceil_div(x.queries.max_length, kPassRows), 1, kMultiprocessors, 2);
+      const int parts = least_busy(heads, ceil_div(x.queries.max_length, kPassRows), 1, kMultiprocessors, 2).parts;
       return launch_specialists(route_specialists_kernel<C>, kThreads, sizeof(typename Specialists<C>::Shared), heads * parts, stream, p, parts);
     } else {
       using L = Layout<C>;
