@@ -71,10 +71,9 @@ template <class C> struct Compression {
   float values[C::kColumns / 8][4];
 
   // From the scores of landmarks m and m + 8 (a lane's two rows) to what is stored of them, and to weights. halves: those of `p`, or a constant.
-  __device__ Weights<T, kTiles> add(const LandmarkParams& p, bool halves, float (&s)[kTiles][4], std::int64_t bh, int m, int tile, int length) {
+  __device__ Weights<T, kTiles> add(const LandmarkParams& p, bool halves, float (&s)[kTiles][4], std::uint32_t bh, int m, int tile, int length) {
     const Problem& x = p.problem;
     const bool all_scores = p.group == 1;
-    const std::int64_t pitch = score_pitch(x.keys.max_length, p.group);
     const int first_key = tile * kKeys<C>, t = threadIdx.x % 4, lane_key = first_key + key_of_column<C>(all_scores, t, 0, 0);
     const auto each_absent = [&](auto&& f) {
       if ((tile + 1) * kKeys<C> > length)
@@ -91,7 +90,7 @@ template <class C> struct Compression {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const bool stored = column_of_warp<C>() == 0 && m + 8 * i < x.M;
-      float* scores = p.scores + (bh * x.M + m + 8 * i) * pitch + (all_scores ? lane_key : lane_key / kGroupKeys * 2);
+      float* scores = p.scores + std::uint64_t(bh * x.M + m + 8 * i) * p.pitch + (all_scores ? lane_key : lane_key / kGroupKeys * 2);
       if (halves) {
         const float factor = p.scale == 0.0f ? 1.0f : fabsf(p.scale);
         __half* const logits = reinterpret_cast<__half*>(scores - lane_key) + lane_key;

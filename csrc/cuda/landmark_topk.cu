@@ -439,8 +439,7 @@ template <class T, class S, int LANES, int MOST> __global__ void __launch_bounds
   const bool exists = row < rows;
   const unsigned bh = row / x.M;
   const int length = exists ? span(x.keys, bh / x.H).length : 0, k = min(x.K, length);
-  const std::int64_t pitch = score_pitch(x.keys.max_length, 1);
-  float* const scores = p.scores + row * pitch;
+  float* const scores = p.scores + row * p.pitch;
   std::int32_t* indices = p.indices + std::int64_t(row) * x.K;
   if (exists)
     for (int i = k + threadIdx.x % LANES; i < x.K; i += LANES) indices[i] = -1;
@@ -467,7 +466,7 @@ template <class T, class S, int LANES, int MOST> __global__ void __launch_bounds
   } else {
     select();
   }
-  if (exists) discard<LANES>(scores, pitch * sizeof(S));
+  if (exists) discard<LANES>(scores, p.pitch * sizeof(S));
 }
 
 template <int WARPS> __device__ void wait_for_warps() {
@@ -514,8 +513,7 @@ template <class C, int WARPS> __global__ void __launch_bounds__(kThreads, C::DP 
   if (first_warp)
     for (int i = k + lane; i < x.K; i += 32) indices[i] = -1;
   if (k == 0) return;
-  const std::int64_t pitch = score_pitch(x.keys.max_length, kGroupKeys);
-  const float* pairs = p.scores + row * pitch;
+  const float* pairs = p.scores + row * p.pitch;
   const auto maximum = [&](int i) { return pairs[2 * i]; };
   const auto four_maxima = [&](int i) {
     const float4 one = *reinterpret_cast<const float4*>(pairs + 2 * i), other = *reinterpret_cast<const float4*>(pairs + 2 * i + 4);
@@ -546,7 +544,7 @@ template <class C, int WARPS> __global__ void __launch_bounds__(kThreads, C::DP 
     if (lane == 0) its.count = count;
   }
   wait_for_warps<WARPS>();
-  discard<32 * WARPS>(pairs, pitch * sizeof(float));
+  discard<32 * WARPS>(pairs, p.pitch * sizeof(float));
   const int count = its.count;
   const auto emit = [&](int i, int j) { indices[i] = its.keys[j]; };
   if (count == k) {
@@ -759,11 +757,10 @@ template <class C> __global__ void __launch_bounds__(kThreads, C::DP == 64 ? 8 :
   const int k = min(x.K, keys.length), row_groups = ceil_div(keys.length, p.group), groups = min(x.K, row_groups);
   for (int i = k + threadIdx.x; i < x.K; i += kThreads) indices[i] = -1;
   if (k == 0) return;
-  const std::int64_t pitch = score_pitch(x.keys.max_length, p.group);
-  const float* numbers = p.scores + row * pitch;
+  const float* numbers = p.scores + row * p.pitch;
   choose_groups(selection, lists, reinterpret_cast<u64*>(memory), numbers, p.group > 1, row_groups, groups, plan);
   const u32* chosen = p.group == 1 ? lists : choose_keys<C>(selection, lists, groups, k, reinterpret_cast<u32*>(memory), layout.round, numbers, p, bh, m);
-  discard<kThreads>(numbers, pitch * sizeof(float));
+  discard<kThreads>(numbers, p.pitch * sizeof(float));
 
   if (x.K <= kCountedTopk) {
     for (int i = threadIdx.x; i < k; i += kThreads) {

@@ -217,7 +217,7 @@ struct LandmarkStage {
     p.scale = scale;
     p.landmarks = rows(landmarks), p.k = rows(key), p.v = rows(value);
     p.splits = splits;
-    p.group = group, p.halves = stores_halves(x);
+    p.group = group, p.halves = stores_halves(x), p.pitch = score_pitch(L, group);
     p.scores = scores.data_ptr<float>();
     p.partial_values = values.data_ptr<float>();
     p.partial_state = state.data_ptr<float>();

@@ -60,7 +60,8 @@ struct LandmarkParams {
   int splits;                  // parts of the key range, each with its own partial softmax
   int group;                   // group_keys(L, K, D)
   bool halves;                 // stores_halves(problem)
-  float* scores;               // [BH, M, score_pitch(L, group)], unscaled, every bit of fp32; pairs where group > 1; until keys are chosen by them. Of
+  std::int64_t pitch;          // score_pitch(L, group)
+  float* scores;               // [BH, M, pitch], unscaled, every bit of fp32; pairs where group > 1; until keys are chosen by them. Of
                                // halves a row begins with fp16 numbers instead, which are logits but for a sign of the scale: one may be more than another only if its score is
   float* partial_values;       // [BH, splits, M, D], not yet divided by the sums
   float* partial_state;        // [BH, splits, M, 2]: maximum, sum

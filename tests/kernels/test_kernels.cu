@@ -542,7 +542,7 @@ void run(const Case& c) {
   Buffer<float> landmark_lse(std::size_t(BH) * M);
   const Output compressed(dtype, B, H, M, D);
   const bool halves = stores_halves(problem);
-  const LandmarkParams landmark{problem, scale, z_rows, k.rows, v.rows, kSplits, group, halves, scores.data, partial_values.data, partial_state.data,
+  const LandmarkParams landmark{problem, scale, z_rows, k.rows, v.rows, kSplits, group, halves, pitch, scores.data, partial_values.data, partial_state.data,
                                 indices.data, compressed.memory.data, landmark_lse.data};
   RUN(launch_landmark_scores(landmark, 0));
   const auto got_scores = scores.get();
@@ -997,7 +997,7 @@ void run_topk(const char* name, int L, int K, int group, const std::function<flo
   const Problem problem{dtype, B, 1, 1, 1, K, 1, D, {L, nullptr, nullptr}, {L, nullptr, nullptr}};
   const bool halves = group == 1 && stores_halves(problem);
   if (dtype != Dtype::fp32) expect(halves, "scores in fp16");
-  const LandmarkParams p{problem, 1.0f, rows(landmark, 1), rows(keys, L), rows(keys, L), splits, group, halves,
+  const LandmarkParams p{problem, 1.0f, rows(landmark, 1), rows(keys, L), rows(keys, L), splits, group, halves, pitch,
                          scores.data, values.data, state.data, indices.data, compressed.data, lse.data};
   RUN(launch_landmark_scores(p, 0));
   if (!combines_with_topk(p)) RUN(launch_landmark_combine(p, 0));
