@@ -54,14 +54,14 @@ constexpr int kPassRows = 64;
 template <int BYTES, int DP> constexpr int kAttentionRows = BYTES * DP <= 512 ? kPassRows : 32;
 template <int BYTES, int DP> constexpr int kRowGradientRows = BYTES * DP <= 256 ? kPassRows : BYTES * DP <= 512 ? 32 : 16;
 
-// Experts whose keys and values fit beside the shared units, for three warps or more, in the 99 KB that every block may have; and with few queries. H100, time
-// against that of specialists, of a version that took a sixth to a third longer: with 64 keys 83 % at 32 queries of an expert, 115 % at 64; with 25 keys 60 % at 32,
-// 92 % at 64, 97 to 110 % at 128.
+// Experts whose keys and values fit beside the shared units, for three warps or more, in the 99 KB that every block may have; and with few queries. H200, forward with
+// 24 to 192 heads against that by specialists: with 49 and 64 keys 71 to 96 % at 64 queries of an expert, 83 to 99 % at 96 (25 landmarks 90 to 101 %), 88 to 107 % at 128;
+// with 16 to 32 keys 57 to 94 % at 64, 88 to 102 % at 192, 88 to 103 % at 256.
 constexpr int kSmallExpertKeys = 64, kSmallPassRows = 16;  // queries that a warp holds at a time
 inline bool small_experts(const Problem& x) {
   const bool half = x.K <= kSmallExpertKeys / 2;
   return x.dtype != Dtype::fp32 && x.D <= 64 && x.D % kCudaHeadDimStep == 0 && x.M <= (half ? 256 : 192) && x.s > 0 && x.K <= kSmallExpertKeys &&
-         std::int64_t(x.queries.max_length) * x.s <= std::int64_t(half ? 64 : 48) * x.M;
+         std::int64_t(x.queries.max_length) * x.s <= std::int64_t(half ? 192 : 96) * x.M;
 }
 
 // Queries of one block, or warp: the smallest tile that takes most experts whole (two standard deviations above the average load), as
@@ -85,18 +85,21 @@ inline int attention_tile_rows(const Problem& x, int entries_per_expert) {
 
 // Keys of a group. It leaves two numbers, its largest score (NaN where none is a number) and 32 bits: the place of that among its keys in the lowest
 // four, the second largest score in the others, as `ordered` has it, and all ones where a score is not finite. Or every key is a group, which leaves
-// its score alone, where computing scores again would move more than storing all of them.
+// its score alone, where computing scores again would move more than storing all of them. H200, forward with all of them against that with groups, 12 to 96 heads: 46 to
+// 101 % for up to 2048 keys; for 2401, of 64 columns 98 to 135 % with K up to 64, 86 to 92 % with 96, of 128 columns 91 to 119 % up to 32, 81 to 96 % with 64; for 4096 the
+// last two 97 and 85 to 105 %.
 constexpr int kGroupKeys = 16;
-constexpr int kShortKeys = 256;        // so many scores eight lanes select from
-constexpr int kSpecialistKeys = 4096;  // from here on, specialists score 16-bit keys
-inline int group_keys(int L, int K, int D) { return L <= kShortKeys || (L <= 4096 && L <= K * D) ? 1 : kGroupKeys; }
-// Rows of up to so many scores are chosen from by a warp or less; more warps of that launch put the landmarks' compressed values together.
-constexpr int kWarpScores = 2048;
+constexpr int kShortKeys = 256;    // so many scores eight lanes select from
+constexpr int kWarpScores = 2048;  // and a warp; more warps of that launch then put the landmarks' compressed values together
+constexpr int kFewTopk = 64;       // so many of them are few to choose
+inline int group_keys(int L, int K, int D) {
+  const int most = D > 64 ? 64 * K : K > kFewTopk ? 48 * K : 0;
+  return L <= std::max(kWarpScores, std::min(most, 8192)) ? 1 : kGroupKeys;
+}
 inline bool combines_with_topk(const LandmarkParams& p) { return p.group == 1 && p.problem.keys.max_length <= kWarpScores; }
 // Scores of such rows are stored as fp16 where that is half of their bytes and few keys are chosen, for which those that fp16 does not tell apart are computed again.
-constexpr int kFewTopk = 64;
 inline bool stores_halves(const Problem& x) {
-  return x.dtype != Dtype::fp32 && x.D <= 64 && x.K <= kFewTopk && x.keys.max_length > kShortKeys && x.keys.max_length <= kWarpScores && group_keys(x.keys.max_length, x.K, x.D) == 1;
+  return x.dtype != Dtype::fp32 && x.D <= 64 && x.K <= kFewTopk && x.keys.max_length > kShortKeys && x.keys.max_length <= kWarpScores;
 }
 
 // Rows of many groups are first cut down by a sample of them: one of every `stride`, at a hashed place, as contiguous structure

@@ -13,6 +13,7 @@ cudaError_t launch_pool_route(const PoolRouteParams&, cudaStream_t);  // the sam
 bool fits_pool_route_group(const Problem&, const Windows&);
 cudaError_t launch_pool_route_group(const PoolRouteGroupParams&, cudaStream_t);  // and these grouped
 cudaError_t launch_pool_backward(const PoolBackwardParams&, cudaStream_t);
+int score_splits(const Problem&);  // parts of the keys, with what the current device has
 cudaError_t launch_landmark_scores(const LandmarkParams&, cudaStream_t);    // scores, and the softmax over parts of the keys
 cudaError_t launch_landmark_combine(const LandmarkParams&, cudaStream_t);   // compressed, lse
 cudaError_t launch_landmark_topk(const LandmarkParams&, cudaStream_t);      // scores -> indices

@@ -204,13 +204,7 @@ struct LandmarkStage {
 
   LandmarkStage(const Problem& x, const Tensor& landmarks, const Tensor& key, const Tensor& value, float scale) {
     const int64_t BH = heads(x);
-    const int L = x.keys.max_length, group = group_keys(L, x.K, x.D);
-    // The warpgroups of a specialists' block that own the same landmarks share a piece of the keys, a part each: so parts come by fours. Above 64
-    // columns there are two warpgroups, which share where there are few landmarks, and one piece for every multiprocessor is enough. Fewer keys are scored by blocks;
-    // those of up to 64 landmarks are one warpgroup, of which five fit a multiprocessor. H200, five instead of up to four: N = 1024, M = 25 70 -> 66 us of forward, B2 134.6 -> 133.
-    const bool by_blocks = x.dtype == Dtype::fp32 || L < kSpecialistKeys, by_one_group = by_blocks && x.dtype != Dtype::fp32 && x.D <= 64 && x.M <= 64;
-    const int wave = by_one_group ? 5 * kMultiprocessors : by_blocks || x.D <= 64 ? kBlocksOfAWave : x.M > 64 ? kMultiprocessors : 2 * kMultiprocessors;
-    const int most_splits = parts(BH * ceil_div(x.M, 128), L, wave, by_one_group ? 256 : 512), splits = by_one_group || most_splits < 4 ? most_splits : most_splits / 4 * 4;
+    const int L = x.keys.max_length, group = group_keys(L, x.K, x.D), splits = score_splits(x);
     indices = ints(landmarks, {x.B, x.H, x.M, x.K}), compressed = at::empty({x.B, x.H, x.M, x.D}, landmarks.options()), lse = floats(landmarks, {x.B, x.H, x.M});
     scores = floats(landmarks, {BH, x.M, score_pitch(L, group)}), values = floats(landmarks, {BH, splits, x.M, x.D}), state = floats(landmarks, {BH, splits, x.M, 2});
     p.problem = x;

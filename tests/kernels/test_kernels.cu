@@ -312,6 +312,8 @@ const Case kCases[] = {
     {"small_experts_most_landmarks", Dtype::fp16, 1, 2, 1, 400, 150, 192, 64, 1, 64},
     {"small_experts_in_one_tile", Dtype::fp16, 2, 2, 1, 600, 300, 60, 60, 1, 64},
     {"small_experts_in_a_small_tile", Dtype::bf16, 1, 4, 2, 700, 350, 49, 49, 2, 40},
+    {"small_experts_most_queries", Dtype::bf16, 1, 2, 1, 1100, 200, 6, 25, 1, 64},
+    {"small_experts_most_queries_padded", Dtype::fp16, 3, 2, 2, 540, 150, 6, 60, 1, 56, true, Batch::padded},
     {"small_experts_without_shared", Dtype::bf16, 1, 2, 2, 500, 200, 9, 64, 1, 64, false},
     // whole heads in shared memory
     {"short_images", Dtype::bf16, 3, 2, 2, 197, 197, 25, 25, 1, 64, true, Batch::full, false, {5, 5, 14, 14, 1}},
@@ -341,6 +343,10 @@ const Case kCases[] = {
     // long parts of keys
     {"many_keys", Dtype::bf16, 3, 2, 1, 40, 4500, 60, 40, 1, 64, true, Batch::padded},
     {"many_keys_more_landmarks", Dtype::fp16, 1, 2, 2, 40, 4500, 130, 40, 1, 56},
+    {"many_keys_all_scores", Dtype::fp16, 1, 1, 1, 40, 5000, 70, 128, 1, 64},
+    {"many_keys_all_scores_wide_heads", Dtype::bf16, 2, 1, 1, 40, 3000, 20, 64, 1, 128, true, Batch::padded},
+    {"most_keys", Dtype::bf16, 2, 2, 1, 20, 16500, 60, 20, 1, 64, true, Batch::packed},
+    {"most_keys_wide_heads", Dtype::fp16, 1, 1, 1, 20, 16400, 50, 20, 1, 128},
     {"many_keys_wide_heads", Dtype::bf16, 2, 2, 1, 40, 4200, 150, 33, 1, 128, true, Batch::packed},
     {"nearly_equal_keys", Dtype::bf16, 1, 2, 2, 150, 150, 20, 24, 1, 64, true, Batch::full, false, {}, 0.1},
     {"nearly_equal_keys_many_queries", Dtype::bf16, 1, 1, 1, 700, 300, 5, 64, 1, 128, true, Batch::full, false, {}, 0.1},
