@@ -113,9 +113,15 @@ CASES = [
     *(Case(f"queries_{N}", B=1, N=N, L=100, M=5) for N in (15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1025)),
     *(Case(f"queries_{N}", B=1, N=N, L=100, M=5) for N in (224, 225)),
     # all scores stored, or what groups of them leave; by blocks, or by specialists
-    *(Case(f"keys_{L}_topk_{K}", B=1, N=40, L=L, D=64, M=66, K=K) for L, K in ((3168, 66), (3169, 66), (8192, 200), (8193, 200))),
+    *(
+        Case(f"keys_{L}_topk_{K}", B=1, N=40, L=L, D=64, M=66, K=K)
+        for L, K in ((3168, 66), (3169, 66), (8192, 200), (8193, 200))
+    ),
     *(Case(f"keys_{L}_wide_heads", B=1, N=40, L=L, D=128, M=49, K=64) for L in (4096, 4097, 16383, 16384)),
-    *(Case(f"keys_{L}_landmarks_{M}", B=1, N=40, L=L, D=64, M=M, K=20) for L, M in ((16383, 64), (16384, 64), (16384, 48), (2049, 65))),
+    *(
+        Case(f"keys_{L}_landmarks_{M}", B=1, N=40, L=L, D=64, M=M, K=20)
+        for L, M in ((16383, 64), (16384, 64), (16384, 48), (2049, 65))
+    ),
     Case("long", B=1, H=1, N=4096, D=64, M=64, K=64, pooled=True),
     *(Case(f"landmarks_{M}", B=1, N=70, L=300, D=16, M=M) for M in (15, 16, 17, 63, 64, 65, 100, 200, 1024)),
     *(Case(f"topk_{K}", B=1, H=1, N=33, L=2500, D=16, M=3, K=K) for K in (1, 2, 63, 64, 65, 100, 256, 300, 1024, 2048)),
@@ -131,7 +137,10 @@ CASES = [
     # the same, 16 queries of an expert at a time, or 64
     *(Case(f"one_pass_queries_{N}", B=1, H=4, Hkv=2, N=N, L=300, D=64, M=5, K=50) for N in (200, 201, 320, 1300)),
     # the most queries of small experts, and one more
-    *(Case(f"small_experts_queries_{N}", B=1, H=4, Hkv=2, N=N, L=300, D=64, M=5, K=K) for N, K in ((480, 64), (481, 64), (480, 33), (960, 32), (961, 32))),
+    *(
+        Case(f"small_experts_queries_{N}_topk_{K}", B=1, H=4, Hkv=2, N=N, L=300, D=64, M=5, K=K)
+        for N, K in ((480, 64), (481, 64), (480, 33), (960, 32), (961, 32))
+    ),
     Case("small_experts_one_expert", H=4, Hkv=2, N=900, L=300, D=40, M=5, K=25, values="one_expert"),
     Case("one_pass_many_queries_one_expert", H=4, Hkv=2, N=700, L=300, D=40, M=5, K=64, values="one_expert"),
     # logits of hundreds: of thousands, one near tie decides the largest error, by the order of its sums
