@@ -7,7 +7,7 @@
 //   online softmax over scale * S, O += P v  -> partial values, maximum and sum of this part
 // Where fp32 may be rounded to TF32, the values are, and S is not.
 // The keys of a tile are permuted, so that the columns of one lane are consecutive keys; where all scores are stored, four by four of four lanes.
-// On sm_90a, where 16-bit sequences are long, specialists do the same: four warps bring keys and values, a share of the rows each, whole
+// On sm_90a, in 16 bits with many landmarks or keys, specialists do the same: four warps bring keys and values, a share of the rows each, whole
 // warpgroups own 64 landmarks, or share them, each with a part of the key range of its own.
 // combine: a warp per landmark, or half of one, unless that is done beside the choice of its keys (combines_with_topk).
 #include "launch.h"

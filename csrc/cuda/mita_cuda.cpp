@@ -173,9 +173,7 @@ Tensor lse_of(const Problem& x, const Tensor& like) {
 }
 
 // Parts into which the rows that a sum runs over are cut: enough blocks for one wave, not so many that the partial sums weigh.
-int parts(int64_t blocks, int64_t rows, int64_t wave = kBlocksOfAWave, int64_t least_rows = 512) {
-  return static_cast<int>(std::max<int64_t>(1, std::min(wave / std::max<int64_t>(blocks, 1), (rows + least_rows - 1) / least_rows)));
-}
+int parts(int64_t blocks, int64_t rows) { return static_cast<int>(std::max<int64_t>(1, std::min(kBlocksOfAWave / std::max<int64_t>(blocks, 1), (rows + 511) / 512))); }
 int64_t heads(const Problem& x) { return int64_t(x.B) * x.H; }
 int entries_per_expert(const Problem& x) { return x.s == 0 ? x.queries.max_length : int(int64_t(x.queries.max_length) * x.s / x.M); }
 
