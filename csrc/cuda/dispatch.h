@@ -91,13 +91,14 @@ inline int attention_tile_rows(const Problem& x, int entries_per_expert) {
 constexpr int kGroupKeys = 16;
 constexpr int kShortKeys = 256;    // so many scores eight lanes select from
 constexpr int kWarpScores = 2048;  // and a warp; more warps of that launch then put the landmarks' compressed values together
-constexpr int kFewTopk = 64;       // so many of them are few to choose
+constexpr int kWarpTopk = 64;      // of groups, a warp chooses so many keys
 inline int group_keys(int L, int K, int D) {
-  const int most = D > 64 ? 64 * K : K > kFewTopk ? 48 * K : 0;
+  const int most = D > 64 ? 64 * K : K > kWarpTopk ? 48 * K : 0;
   return L <= std::max(kWarpScores, std::min(most, 8192)) ? 1 : kGroupKeys;
 }
 inline bool combines_with_topk(const LandmarkParams& p) { return p.group == 1 && p.problem.keys.max_length <= kWarpScores; }
 // Scores of such rows are stored as fp16 where that is half of their bytes and few keys are chosen, for which those that fp16 does not tell apart are computed again.
+constexpr int kFewTopk = 64;
 inline bool stores_halves(const Problem& x) {
   return x.dtype != Dtype::fp32 && x.D <= 64 && x.K <= kFewTopk && x.keys.max_length > kShortKeys && x.keys.max_length <= kWarpScores;
 }
@@ -114,7 +115,7 @@ __host__ __device__ inline int sampled_group(int i, int stride) {
   return i * stride + static_cast<int>((hash ^ (hash >> 13)) % stride);
 }
 // Numbers between the rows of scores: whole tiles of the scoring kernel.
-__host__ __device__ inline std::int64_t score_pitch(int L, int group) { return (std::int64_t(L) + 63) / 64 * 64 / group * (group > 1 ? 2 : 1); }
+inline std::int64_t score_pitch(int L, int group) { return (std::int64_t(L) + 63) / 64 * 64 / group * (group > 1 ? 2 : 1); }
 
 // Queries whose key gradients one block sums: twice the average load, so that usual experts are one segment, and one expert
 // with all queries is still the work of many blocks.
@@ -172,6 +173,8 @@ inline cudaError_t device_attribute(int& value, cudaDeviceAttr attribute) {
   return cudaDeviceGetAttribute(&value, attribute, device);
 }
 constexpr int kReservedMemory = 1024;  // of a block's shared memory, by the system
+// So many blocks of `bytes` each have room on a multiprocessor of sm_90. The same everywhere, as results may depend on it.
+inline int blocks_by_memory(std::size_t bytes) { return static_cast<int>(228 * 1024 / (bytes + kReservedMemory)); }
 
 // Is the sm_90a code of this build what runs here?
 static inline bool runs_on_hopper() {

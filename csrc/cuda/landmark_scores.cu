@@ -159,7 +159,7 @@ template <class C> struct Layout : C {
       : warps(std::min(kWarps, C::kGroups ? ceil_div(M, 64) * 4 : ceil_div(M, 16) * C::kSharers)),
         groups(ceil_div(M, rows_of_block<C>(32 * warps))),
         bytes(sizeof(Shared) - rows_of_block<C>(32 * (kWarps - warps)) * C::DP * sizeof(typename C::T)) {}
-  int at_once() const { return std::min(kWarpsAtOnce / warps, static_cast<int>(228 * 1024 / (bytes + kReservedMemory))); }  // blocks of a multiprocessor
+  int at_once() const { return std::min(kWarpsAtOnce / warps, blocks_by_memory(bytes)); }  // blocks of a multiprocessor
 };
 
 template <class C> using Exact = std::conditional_t<std::is_same_v<typename C::T, Tf32>, Config<float, C::DP>, C>;
@@ -338,9 +338,7 @@ template <class C> __global__ void __launch_bounds__(Specialists<C>::kThreads, 1
 // H200, scores and choice of keys by specialists, against blocks: of up to 64 landmarks 93 to 116 % below 16384 keys, 93 to 100 % of 20000; of more, 86 to 104 % at 64 columns
 // and 77 to 112 % at 128, least with many heads or keys.
 constexpr int kManyKeys = 16384;
-bool by_specialists(const Problem& x) {
-  return x.M > kGroupLandmarks && (x.M > 64 || x.keys.max_length >= kManyKeys) && !stores_halves(x) && has_warpgroups(x.dtype, x.D);
-}
+bool by_specialists(const Problem& x) { return (x.M > 64 || x.keys.max_length >= kManyKeys) && !stores_halves(x); }  // where whole warpgroups suit
 
 constexpr int kCombineThreads = 128;
 

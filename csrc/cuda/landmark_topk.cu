@@ -143,7 +143,7 @@ template <int LANES, int MOST, class Four, class Emit> __device__ void select_ro
 }
 
 constexpr int kThreads = 128;  // few: most of the time is latency, and many rows hide it
-constexpr int kWarpTopk = 64, kPartGroups = 1024;
+constexpr int kPartGroups = 1024;
 
 // The second number of a group, next to the least of the K best maxima.
 __device__ bool is_open(u32 others, u32 least) { return (others | (kGroupKeys - 1)) >= max(least, u32(kGroupKeys)) - kGroupKeys; }  // -0 there is +0 here

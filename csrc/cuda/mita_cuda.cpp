@@ -172,8 +172,6 @@ Tensor lse_of(const Problem& x, const Tensor& like) {
   return vary(x.queries) ? lse.fill_(-std::numeric_limits<float>::infinity()) : lse;
 }
 
-// Parts into which the rows that a sum runs over are cut: enough blocks for one wave, not so many that the partial sums weigh.
-int parts(int64_t blocks, int64_t rows) { return static_cast<int>(std::max<int64_t>(1, std::min(kBlocksOfAWave / std::max<int64_t>(blocks, 1), (rows + 511) / 512))); }
 int64_t heads(const Problem& x) { return int64_t(x.B) * x.H; }
 int entries_per_expert(const Problem& x) { return x.s == 0 ? x.queries.max_length : int(int64_t(x.queries.max_length) * x.s / x.M); }
 
@@ -201,15 +199,15 @@ struct LandmarkStage {
   LandmarkParams p{};
 
   LandmarkStage(const Problem& x, const Tensor& landmarks, const Tensor& key, const Tensor& value, float scale) {
-    const int64_t BH = heads(x);
     const int L = x.keys.max_length, group = group_keys(L, x.K, x.D), splits = score_splits(x);
+    const int64_t BH = heads(x), pitch = score_pitch(L, group);
     indices = ints(landmarks, {x.B, x.H, x.M, x.K}), compressed = at::empty({x.B, x.H, x.M, x.D}, landmarks.options()), lse = floats(landmarks, {x.B, x.H, x.M});
-    scores = floats(landmarks, {BH, x.M, score_pitch(L, group)}), values = floats(landmarks, {BH, splits, x.M, x.D}), state = floats(landmarks, {BH, splits, x.M, 2});
+    scores = floats(landmarks, {BH, x.M, pitch}), values = floats(landmarks, {BH, splits, x.M, x.D}), state = floats(landmarks, {BH, splits, x.M, 2});
     p.problem = x;
     p.scale = scale;
     p.landmarks = rows(landmarks), p.k = rows(key), p.v = rows(value);
     p.splits = splits;
-    p.group = group, p.halves = stores_halves(x), p.pitch = score_pitch(L, group);
+    p.group = group, p.halves = stores_halves(x), p.pitch = pitch;
     p.scores = scores.data_ptr<float>();
     p.partial_values = values.data_ptr<float>();
     p.partial_state = state.data_ptr<float>();
@@ -448,9 +446,11 @@ UnitGradientParams unit_gradient_params(const Problem& x, UnitRole role, const S
   return p;
 }
 
-// Parts of the rows that pass by the landmarks of every head: specialists are alone on their multiprocessors, with 128 landmarks.
+// Parts of the rows that pass by the landmarks of every head: specialists are alone on their multiprocessors, with 128 landmarks. Of other blocks, with 64, enough for one
+// wave, not so many that the partial sums weigh.
 int parts_by_landmarks(const Problem& x, int64_t rows, bool by_specialists) {
-  return by_specialists ? least_busy(heads(x) * ceil_div(x.M, 128), ceil_div(rows, kPassRows), 1, kMultiprocessors, 3).parts : parts(heads(x) * ceil_div(x.M, 64), rows);
+  if (by_specialists) return least_busy(heads(x) * ceil_div(x.M, 128), ceil_div(rows, kPassRows), 1, kMultiprocessors, 3).parts;
+  return static_cast<int>(std::max<int64_t>(1, std::min(kBlocksOfAWave / std::max<int64_t>(heads(x) * ceil_div(x.M, 64), 1), (rows + 511) / 512)));
 }
 
 // Of the shared units.

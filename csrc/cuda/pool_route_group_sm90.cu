@@ -42,8 +42,7 @@ struct Layout {
   // Of a block: three of 8 on a multiprocessor, or two of 16, as far as registers go; 0 where it has room for one, which would have too little to do at a time.
   // H200, 1601 queries: with 96 heads, less than two blocks a multiprocessor, 2 % less of forward by 8 warps than by 16; with 192 heads 1 to 2 % more.
   int warps(const Problem& x) const {
-    const auto fit = [](int blocks, int bytes) { return blocks * (bytes + kReservedMemory) <= 228 * 1024; };
-    return fit(3, bytes<8>(x.M)) ? 8 : !fit(2, bytes<16>(x.M)) ? 0 : x.B * x.H <= kMultiprocessors ? 8 : 16;
+    return blocks_by_memory(bytes<8>(x.M)) >= 3 ? 8 : blocks_by_memory(bytes<16>(x.M)) < 2 ? 0 : x.B * x.H <= kMultiprocessors ? 8 : 16;
   }
 };
 
