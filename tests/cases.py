@@ -130,6 +130,21 @@ CASES = [
     Case("short_landmarks_of_few_queries", N=3, L=40, D=64, M=200, K=5, pooled=True),
     Case("short_negative_scales", N=70, L=100, D=64, M=9, K=20, scale=-0.2, landmark_scale=-0.1),
     Case("short_scale_0", N=70, L=100, D=64, M=9, K=40, scale=0.0, landmark_scale=0.1),
+    # whole heads in blocks that are alone on a multiprocessor: up to the most tokens, with few units or with many of enough heads
+    *(
+        Case(f"short_alone_{N}", B=1, N=N, D=64, M=(3, 4), K=K, grid=(1, N - 1), prefix=1, values=values, pooled=True, layout="fused_qkv")
+        for N, K, values in ((257, 25, "clustered"), (273, 32, "normal"), (320, 16, "large"), (321, 32, "normal"), (449, 20, "normal"))
+    ),
+    Case("short_alone_most", B=1, N=448, D=64, M=10, K=20, pooled=True),
+    Case("short_alone_most_keys", N=60, L=448, D=40, M=30, K=32),
+    Case("short_alone_most_keys_and_one", N=60, L=449, D=40, M=30, K=32),
+    Case("short_alone_duplicate_keys", N=300, L=440, D=64, M=9, K=30, values="duplicate_keys"),
+    Case("short_alone_duplicate_landmarks", N=400, L=100, D=64, M=9, K=30, values="duplicate_landmarks"),
+    Case("short_alone_one_expert", N=400, D=64, M=17, K=32, values="one_expert"),
+    Case("short_alone_no_shared_expert", N=330, D=64, M=17, K=32, shared_expert=False),
+    *(Case(f"short_alone_units_{M}_heads_{H}", B=1, H=H, N=300, D=64, M=M, K=32) for M, H in ((32, 2), (33, 32), (33, 33))),
+    *(Case(f"short_alone_many_units_{N}", B=1, H=33, Hkv=11, N=N, D=64, M=36, K=40, values="clustered", pooled=True) for N in (320, 321)),
+    Case("short_alone_many_keys", B=1, H=33, Hkv=11, N=100, L=257, D=64, M=34, K=200),
     # gradients of queries and units in one pass: several segments of an expert, keys of several heads
     Case("one_pass_one_expert", H=4, Hkv=2, N=700, L=300, D=64, M=33, K=50, values="one_expert"),
     Case("one_pass_clustered", H=4, Hkv=2, N=600, D=64, M=64, K=64, values="clustered", pooled=True, layout="heads_last"),
@@ -161,8 +176,8 @@ CASES = [
     Case("many_units_many_queries_no_shared_expert", N=700, L=300, D=80, M=5, K=65, shared_expert=False),
     Case("many_units_logits_of_hundreds", B=1, N=900, L=300, D=128, M=6, K=128, values="large", scale=0.01),
     # enough heads for landmarks, experts and groups in one kernel, and one head less
-    Case("many_heads", B=33, N=300, L=200, D=64, M=9, K=20, pooled=True, layout="heads_last"),
-    Case("many_heads_less_one", B=65, H=1, N=300, L=200, D=64, M=9, K=20, pooled=True),
+    Case("many_heads", B=33, N=450, L=200, D=64, M=9, K=20, pooled=True, layout="heads_last"),
+    Case("many_heads_less_one", B=65, H=1, N=450, L=200, D=64, M=9, K=20, pooled=True),
     Case(
         "many_heads_image",
         B=17,
@@ -225,6 +240,8 @@ VARLEN = [
     Case("more_landmarks_than_queries", **SAME, M=70, pooled=True),
     Case("one_landmark", **SIX, M=1),
     Case("images", B=4, N=197, D=64, M=25, K=25, lengths_q=(197, 0, 100, 24), lengths_k=(197, 0, 100, 24), pooled=True),
+    Case("short_alone", B=4, N=400, L=448, D=64, M=12, K=20, lengths_q=(400, 0, 99, 320), lengths_k=(300, 448, 257, 0), pooled=True),
+    Case("short_alone_images", B=4, N=257, D=64, M=25, K=25, lengths_q=(257, 0, 100, 24), lengths_k=(257, 0, 100, 24), pooled=True),
     Case("wide_heads", B=3, H=1, N=300, L=280, D=128, M=17, K=40, lengths_q=(64, 300, 129), lengths_k=(280, 65, 128)),
     Case("wider_heads", B=3, H=2, Hkv=1, N=150, D=256, M=17, K=40, lengths_q=(64, 150, 0), lengths_k=(150, 65, 9), pooled=True),
     Case("wider_heads_routes_2", B=3, H=1, N=150, D=136, M=9, K=20, lengths_q=(150, 3, 129), lengths_k=(100, 150, 0), routes=2),

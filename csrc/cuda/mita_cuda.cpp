@@ -240,6 +240,20 @@ int64_t kept_ints(const Problem& x) {
   return heads(x) * (kWork * max_tiles(x, segment_rows(entries_per_expert(x))) + x.M + 1 + int64_t(x.queries.max_length) * x.s);
 }
 
+// What is kept of them, in `memory`, as what is to be made by `p`.
+void place_kept(const Problem& x, const Tensor& memory, GroupParams& p) {
+  p.problem = x;
+  p.segment_rows = segment_rows(entries_per_expert(x));
+  p.segments = reinterpret_cast<Work*>(memory.data_ptr<int>());
+  p.segment_starts = reinterpret_cast<int*>(p.segments + heads(x) * max_tiles(x, p.segment_rows));
+  p.entries = p.segment_starts + heads(x) * (x.M + 1);
+}
+Tensor allocate_kept(const Context& context, const Problem& x, const Tensor& experts) {
+  const Tensor kept = ints(experts, {kept_ints(x)});
+  if (vary(x.queries)) C10_CUDA_CHECK(cudaMemsetAsync(kept.data_ptr(), 0, kept.nbytes(), context.stream));
+  return kept;
+}
+
 // The memory for them, and what is to be made of it by `p`; none without experts. counts: of pool_route_stage, if there are any. kept: of the same experts, if it is known; then all
 // that may be wanted are tiles.
 Grouped allocate_groups(const Context& context, const Problem& x, const Tensor& experts, int tile_rows, int pass_rows, const Tensor& counts, const Tensor& kept, bool want_tiles, GroupParams& p) {
@@ -247,18 +261,13 @@ Grouped allocate_groups(const Context& context, const Problem& x, const Tensor& 
   result.groups.tile_rows = tile_rows;
   result.groups.segment_rows = segment_rows(entries_per_expert(x));
   if (experts.numel() == 0) return result;
-  const int64_t segments = heads(x) * max_tiles(x, result.groups.segment_rows), chunks = group_chunks(x);
+  const int64_t chunks = group_chunks(x);
   const bool known = kept.defined() && kept.numel() > 0 && reinterpret_cast<std::uintptr_t>(kept.const_data_ptr()) % alignof(Work) == 0, counted = counts.defined();
-  result.kept = known ? kept : ints(experts, {kept_ints(x)});
-  if (!known && vary(x.queries)) C10_CUDA_CHECK(cudaMemsetAsync(result.kept.data_ptr(), 0, result.kept.nbytes(), context.stream));
-  p.problem = x;
+  result.kept = known ? kept : allocate_kept(context, x, experts);
+  place_kept(x, result.kept, p);
   p.experts = known ? nullptr : experts.const_data_ptr<int>();
   p.chunks = static_cast<int>(chunks);
-  p.segments = reinterpret_cast<Work*>(result.kept.data_ptr<int>());
-  p.segment_starts = reinterpret_cast<int*>(p.segments + segments);
-  p.entries = p.segment_starts + heads(x) * (x.M + 1);
   p.tile_rows = result.groups.tile_rows;
-  p.segment_rows = result.groups.segment_rows;
   p.pass_rows = pass_rows;
   if (!known || want_tiles) {
     const int64_t tiles = heads(x) * max_tiles(x, tile_rows);
@@ -358,7 +367,7 @@ std::tuple<Tensor, Tensor> attention_stage(const Context& context, const Problem
 
 // All of it, for short sequences with one expert per query. `landmarks` are given, or made from the queries.
 struct Attended {
-  Tensor out, lse, landmarks, indices, experts, compressed, landmark_lse;
+  Tensor out, lse, landmarks, indices, experts, compressed, landmark_lse, groups;
 };
 
 Attended short_attention_stage(const Context& context, const Problem& x, const Windows* pooling, const OptionalTensor& landmarks, const Tensor& query, const Tensor& key,
@@ -366,11 +375,13 @@ Attended short_attention_stage(const Context& context, const Problem& x, const W
   const int N = x.queries.max_length;
   const auto per_landmark = [&] { return at::empty({x.B, x.H, x.M, x.D}, query.options()); };
   Attended result{per_token(x.queries, query),   lse_of(x, query), landmarks ? *landmarks : per_landmark(), ints(query, {x.B, x.H, x.M, x.K}),
-                  ints(query, {x.B, x.H, N, 1}), per_landmark(),   floats(query, {x.B, x.H, x.M})};
+                  ints(query, {x.B, x.H, N, 1}), per_landmark(),   floats(query, {x.B, x.H, x.M}), ints(query, {0})};
+  GroupParams groups{};
+  if (keeps_groups(x)) result.groups = allocate_kept(context, x, result.experts), place_kept(x, result.groups, groups);
   context.run("mita_ext::short_attention", launch_short_attention,
               {x, pooling ? *pooling : Windows{}, pooling != nullptr, shared, scale, landmark_scale, rows(query), rows(key), rows(value), rows(result.landmarks),
                rows(result.compressed), result.landmark_lse.data_ptr<float>(), result.indices.data_ptr<int>(), result.experts.data_ptr<int>(), rows(result.out),
-               result.lse.data_ptr<float>()});
+               result.lse.data_ptr<float>(), groups});
   return result;
 }
 
@@ -649,7 +660,7 @@ struct Heads {
 // So many heads at a time that their routed sums, 2 K rows for every segment of queries, fit in some memory.
 // H100: launches of fewer blocks cost more than 3 %, and sums that fit in the L2 gain nothing.
 std::vector<Heads> heads_at_a_time(const Problem& x) {
-  constexpr int64_t kMostBytes = 144 << 20, kLeastBlocks = 3500;
+  constexpr int64_t kMostBytes = 288 << 20, kLeastBlocks = 3500;
   const int64_t group = x.H / x.Hkv, most_segments = max_tiles(x, segment_rows(entries_per_expert(x))), bytes = std::max<int64_t>(1, most_segments * x.K * 2 * (rounds_routed_sums(x) ? 2 * routed_pitch(x.D) + 4 : 4 * routed_pitch(x.D)));
   const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(int64_t(x.M) * ceil_div(x.K, 64), ceil_div(x.keys.max_length, kKeyBlock) / group));  // of one head
   const int64_t most = std::max<int64_t>(kMostBytes / bytes, (kLeastBlocks + blocks - 1) / blocks);
@@ -856,7 +867,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> atten
   if (fits_short_attention(x)) {
     Attended a = short_attention_stage(context, x, landmarks ? nullptr : &w, landmarks ? aligned(*landmarks) : landmarks, q, k, v, shared_expert, static_cast<float>(scale),
                                        static_cast<float>(landmark_scale));
-    return {a.out, a.lse, landmarks ? none() : a.landmarks, a.indices, a.experts, ints(query, {0}), a.compressed, a.landmark_lse};
+    return {a.out, a.lse, landmarks ? none() : a.landmarks, a.indices, a.experts, a.groups, a.compressed, a.landmark_lse};
   }
   // Experts and groups beside the scores, where one kernel does not make them with the landmarks. And compressed values beside the choice of keys.
   const bool all = !landmarks && pools_routes_and_groups(x, w), both = !all && !landmarks && fits_pool_route(x, w);

@@ -177,6 +177,7 @@ struct ShortParams {
   std::int32_t* experts;       // [B, H, N]
   Rows out;                    // [B, H, N, D]
   float* lse;                  // [B, H, N], natural logarithm
+  GroupParams groups;          // entries and segments, for the backward pass; none where entries are null
 };
 
 // Its whole backward pass, of those that are short enough: with H = Hkv, shared units, and few units.

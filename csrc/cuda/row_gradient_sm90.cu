@@ -364,7 +364,7 @@ template <class T, bool LANDMARK> __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 bool fits_row_specialists(const Problem& x, RowRole role) {
-  return has_warpgroups(x.dtype, x.D) && x.D > kDP / 2 && (role == RowRole::attention ? x.s == 1 : x.M > kPassRows);
+  return has_warpgroups(x.dtype, x.D) && x.D > kDP / 2 && (role == RowRole::attention ? x.s == 1 : x.M > 48);
 }
 
 cudaError_t launch_row_specialists(const RowGradientParams& p, cudaStream_t stream) {

@@ -1,9 +1,9 @@
 // Short sequences: the whole forward pass of one (batch, head) by one block, which holds its queries, keys and values in shared memory;
-// two blocks fill a multiprocessor. The warps of a block take items of one phase after the other, and meet between phases:
+// two blocks fill a multiprocessor, or a larger one alone. The warps of a block take items of one phase after the other, and meet between phases:
 //   1. pool: 16 bytes of a landmark, the mean of its tokens, by two threads
 //   2. route: the experts of 16 queries; score: 16 landmarks and 32 keys
 //   3. select: the keys of two experts, and what all keys weigh in their landmarks' compressed values; order the queries by expert
-//   4. compress: 16 columns of the values of 16 landmarks; the keys of an expert in ascending order
+//   4. compress: 16 columns of the values of 16 landmarks; the keys of an expert in ascending order; the order of the queries, for the backward pass
 //   5. attend: up to 8 queries of one expert, which are the columns of all products, as experts have few. The output replaces the queries
 #include "device.cuh"
 #include "launch.h"
@@ -12,13 +12,15 @@
 namespace mita {
 namespace {
 
-// Of the usual 25 rows of scores 13 warps take two each, while one orders the queries. H200: with 12 or 16 warps 4 to 7 % more time.
-constexpr int kWarps = 14, kThreads = 32 * kWarps, kDP = 64;
-constexpr int kLoaders = 4;                      // warps that bring queries, or keys, or values; the last ones prepare what else is wanted
-static_assert(kWarps > 3 * kLoaders);
+// Warps of a block. One of two: of the usual 25 rows of scores 13 take two each, while one orders the queries; H200: with 12 or 16 warps 4 to 7 % more time. Alone, with
+// 256 keys: 14 warps take 1 to 10 % longer, 28 as long.
+constexpr int kWarps = 14, kWarpsAlone = 20, kDP = 64;
 constexpr int kUnits = 32, kTiles = kUnits / 8;  // of one tile
 constexpr int kQueries = 8;                      // of one expert at a time
 constexpr int kRowLanes = 16;                    // of a warp that select from one row of scores
+// Queries, or keys, of one head at most. H200, forward with 12 to 3072 heads against that by other kernels: a block alone takes 53 to 92 % at 256 tokens with up to 49 units of
+// each kind, 71 to 102 % at 289 with 64; with 144 heads, the second wave of which is a few, up to 107 %. At 325 and more 65 to 107 % with up to 25, 77 to 127 % with 36 and 49.
+constexpr int kMostRows = 448, kMostRowsOfMany = 320, kKeysOfTwo = 256;
 
 // Shared memory of a block: where what begins, in bytes; queries at 0. Tiles are read in whole pieces of 16 or 32 rows: what lies behind
 // queries, keys and landmarks is masked, but behind values must be zeros.
@@ -26,9 +28,9 @@ constexpr int kRowLanes = 16;                    // of a warp that select from o
 //   compressed: before there are any, the windows of the landmarks
 //   heads [3]: where landmarks, compressed values and outputs of this head begin
 //   counts [M]: the queries of every expert; experts [N]; entries [N]: the queries in the order of their experts, of which a tile is a piece
-//   members [M, kRowLanes]: bit l of the j-th is set where key l + kRowLanes j is an expert's
+//   members [M, kRowLanes]: bit l of the j-th is set where key l + kRowLanes j is an expert's, bit l + kRowLanes where key l + kRowLanes (j + kRowLanes) is
 //   indices [M, chosen_pitch]: its keys, in an order with few bank conflicts, and behind them the last one again
-// Members, indices, experts and entries have 16 bits.
+// Indices, experts and entries have 16 bits.
 struct Memory {
   int k, v, scores, landmarks, compressed, tiles, heads, tile_count, counts, factors, members, indices, experts, entries, bytes;
   int pitch;  // floats: no bank conflicts in storing scores
@@ -49,7 +51,7 @@ struct Memory {
     counts = tile_count + 4;
     factors = counts + x.M * 4;
     members = factors + x.M * 4;
-    indices = members + x.M * kRowLanes * 2;
+    indices = members + x.M * kRowLanes * 4;
     experts = indices + x.M * chosen_pitch * 2;
     entries = experts + N * 2;
     bytes = entries + N * 2;
@@ -72,9 +74,9 @@ struct Selection {
 
 // The k best of a row of scores, of which lane l of kRowLanes has those of keys l, l + kRowLanes, ...: bit j for key l + kRowLanes j. The other lanes do the same with
 // another row; one that is not `present` has none. Behind the last key scores are -infinity. members: bits of lane j, of the other row in the upper half, for the j-th keys
-// of all lanes. A threshold is looked for by how many scores too many, or too few, reach the one before; where that is one, it is behind the lowest of those, or at the
+// of all lanes, then for those kRowLanes further. A threshold is looked for by how many scores too many, or too few, reach the one before; where that is one, it is behind the lowest of those, or at the
 // highest of the others. Where this leads nowhere, as there are equal scores or some that are not finite, bits are bisected.
-template <class T, int SLOTS> __device__ inline unsigned select(const float (&score)[SLOTS], bool present, const Selection& s, unsigned& members) {
+template <class T, int SLOTS> __device__ inline unsigned select(const float (&score)[SLOTS], bool present, const Selection& s, unsigned (&members)[ceil_div(SLOTS, kRowLanes)]) {
   constexpr int kRounds = 16, kInterpolations = 6;
   const int lane = threadIdx.x % 32, own = lane % kRowLanes, keys = present ? s.length - own : 0, k = present ? s.k : 0;
   const unsigned expected = s.k + (__all_sync(kAllLanes, present) ? s.k << 16 : 0);
@@ -99,11 +101,11 @@ template <class T, int SLOTS> __device__ inline unsigned select(const float (&sc
     return count([&](int& n, int j) { asm("{ .reg .pred p; setp.ge.f32 p, %1, %2; @p add.s32 %0, %0, 1; }" : "+r"(n) : "f"(score[j]), "f"(least)); });
   };
   unsigned all = ~expected, chosen = 0;
-  members = 0;
+  for (unsigned& its : members) its = 0;
   const auto take = [&](int j, bool its) {
     const unsigned together = __ballot_sync(kAllLanes, its);
     if (its) chosen += 1u << j;
-    if (own == j) members = together;
+    if (own == j % kRowLanes) members[j / kRowLanes] = together;
   };
   if (s.k < s.length) {
 #pragma unroll 1
@@ -175,8 +177,10 @@ __device__ inline void list_by_banks(std::uint32_t list, unsigned chosen) {
 }
 
 // ONCE: there are shared units, and a tile has room for them all, as for the keys of an expert. Nothing is kept from one tile of units to the next then: 5 % less time.
-template <class T, bool ONCE> __global__ void __launch_bounds__(kThreads, 2) short_attention_kernel(const ShortParams p, const Memory layout) {
+template <class T, bool ONCE, int WARPS> __global__ void __launch_bounds__(32 * WARPS, WARPS == kWarps ? 2 : 1) short_attention_kernel(const ShortParams p, const Memory layout) {
   using C = Config<T, kDP>;
+  constexpr int kThreads = 32 * WARPS;
+  constexpr int kLoaders = (WARPS - 1) / 3;  // warps that bring queries, or keys, or values; the last ones prepare what else is wanted
   constexpr int kChunks = kDP / kChunk<T>;
   extern __shared__ __align__(kPanel) unsigned char memory[];
   const Window window(memory);
@@ -246,7 +250,7 @@ template <class T, bool ONCE> __global__ void __launch_bounds__(kThreads, 2) sho
 
   // 2. route and score
   const int landmark_tiles = ceil_div(M, 16), key_tiles = ceil_div(L, kUnits), query_tiles = ceil_div(N, 16);
-  for (int item = warp; item < query_tiles + landmark_tiles * key_tiles; item += kWarps) {
+  for (int item = warp; item < query_tiles + landmark_tiles * key_tiles; item += WARPS) {
     SharedRows<T, kDP> rows;
     float s[kTiles][4];
     if (item < query_tiles) {
@@ -317,16 +321,18 @@ template <class T, bool ONCE> __global__ void __launch_bounds__(kThreads, 2) sho
     for (int j = 0; j < kSlots; ++j)
       if (kRowLanes * j < columns) store_shared_short(first + 2 * kRowLanes * j, pack<T>(weight[j], 0.0f));
 
-    unsigned members;
+    unsigned members[ceil_div(kSlots, kRowLanes)], both = 0;
     const unsigned its = select<T>(score, m < M, selection, members);
-    if (m < M) store_shared_short(window.address + layout.members + 2 * (m * kRowLanes + own), members >> (lane & 16));
+#pragma unroll
+    for (int i = 0; i < ceil_div(kSlots, kRowLanes); ++i) both |= (members[i] >> (lane & 16) & 0xffff) << kRowLanes * i;
+    if (m < M) store_shared(window.address + layout.members + 4 * (m * kRowLanes + own), both);
     const std::uint32_t list = window.address + layout.indices + 2 * m * layout.chosen_pitch;
     list_by_banks(list, its);
     __syncwarp();
     if (m < M && chosen > 0)
       for (int i = chosen + own; i < layout.chosen_pitch; i += kRowLanes) store_shared_short(list + 2 * i, load_shared_short(list + 2 * (chosen - 1)));
   };
-  for (int item = warp; item <= round_up(M, 4) / 2; item += kWarps) {
+  for (int item = warp; item <= round_up(M, 4) / 2; item += WARPS) {
     if (item == 0) {
       const int made = order_by_expert(experts, N, kQueries, counts, M, entries, tiles);
       if (lane == 0) tile_count = made;
@@ -336,20 +342,30 @@ template <class T, bool ONCE> __global__ void __launch_bounds__(kThreads, 2) sho
     const int m0 = (item - 1) / 2 * 4 + (item - 1) % 2, m = m0 + 2 * (lane / kRowLanes);
     if (m0 >= M) continue;
     if (L <= kRowLanes * 13) select_rows(m, std::integral_constant<int, 13>{});  // 197 keys are usual
-    else select_rows(m, std::integral_constant<int, kShortKeys / kRowLanes>{});
+    else if (WARPS == kWarps || L <= kKeysOfTwo) select_rows(m, std::integral_constant<int, kKeysOfTwo / kRowLanes>{});
+    else if (L <= kRowLanes * 20) select_rows(m, std::integral_constant<int, 20>{});
+    else select_rows(m, std::integral_constant<int, kMostRows / kRowLanes>{});
   }
   __syncthreads();
 
   // 4. compress
   const int compressions = landmark_tiles * (kDP / 16);
-  for (int item = warp; item < compressions + ceil_div(M, 2); item += kWarps) {
+  for (int item = warp; item < compressions + ceil_div(M, 2) + (p.groups.entries != nullptr); item += WARPS) {
+    if (item == compressions + ceil_div(M, 2)) {
+      write_groups(p.groups, bh, entries, counts);
+      continue;
+    }
     if (item >= compressions) {
       const int own = lane % kRowLanes, m = 2 * (item - compressions) + lane / kRowLanes;
-      unsigned left = m < M ? load_shared_short(window.address + layout.members + 2 * (m * kRowLanes + own)) : 0;
+      const unsigned both = m < M ? load_shared_int(window.address + layout.members + 4 * (m * kRowLanes + own)) : 0;
       std::int32_t* const to = p.indices + (std::int64_t(bh) * M + m) * x.K;
-      const int here = __popc(left);
+      for (int i = 0, before = 0; i < (WARPS == kWarps ? 1 : 2); ++i) {
+        unsigned left = both >> kRowLanes * i & 0xffff;
+        const int here = __popc(left), through = before + sum_through_lane<kRowLanes>(here);
 #pragma unroll 1
-      for (std::int32_t* next = to + (sum_through_lane<kRowLanes>(here) - here); left; left &= left - 1) *next++ = kRowLanes * own + __ffs(left) - 1;
+        for (std::int32_t* next = to + (through - here); left; left &= left - 1) *next++ = kRowLanes * (own + kRowLanes * i) + __ffs(left) - 1;
+        before = __shfl_sync(kAllLanes, through, kRowLanes - 1, kRowLanes);
+      }
       for (int i = chosen + own; m < M && i < x.K; i += kRowLanes) to[i] = -1;
       continue;
     }
@@ -388,7 +404,7 @@ template <class T, bool ONCE> __global__ void __launch_bounds__(kThreads, 2) sho
   const int row_of[2] = {lane & 15, (lane & 7) + (lane >> 4 << 3)}, chunk_of[2] = {lane >> 4, lane >> 3 & 1};
   const std::uint32_t of_shared[2] = {z.chunk(row_of[0], chunk_of[0]), c.chunk(row_of[1], chunk_of[1])};
   const float scale[2] = {p.landmark_scale * kLogit<T>, p.scale * kLogit<T>};
-  for (int item = warp; item < tile_count; item += kWarps) {
+  for (int item = warp; item < tile_count; item += WARPS) {
     const Work work = tiles[item];
     const std::uint32_t list = window.address + layout.entries + 2 * work.first, of_expert = window.address + layout.indices + 2 * work.expert * layout.chosen_pitch;
     const auto query = [&](int i) { return load_shared_short(list + 2 * min(i, work.entries - 1)); };  // behind the last one the same again
@@ -502,13 +518,21 @@ template <class T, bool ONCE> __global__ void __launch_bounds__(kThreads, 2) sho
   }
 }
 
+// Has the current device room for two such blocks on a multiprocessor?
+bool fit_two(const Problem& x) {
+  int most;
+  return x.keys.max_length <= kKeysOfTwo && device_attribute(most, cudaDevAttrMaxSharedMemoryPerMultiprocessor) == cudaSuccess && 2 * (Memory(x).bytes + kReservedMemory) <= most;
+}
+
 }  // namespace
 
-// Two blocks must fit on a multiprocessor: alone, a block waits too often.
 bool fits_short_attention(const Problem& x) {
-  if (x.dtype == Dtype::fp32 || x.D > kDP || x.D % kCudaHeadDimStep != 0 || x.s != 1 || x.keys.max_length > kShortKeys || x.queries.max_length > kShortKeys) return false;
-  int most;
-  return device_attribute(most, cudaDevAttrMaxSharedMemoryPerMultiprocessor) == cudaSuccess && 2 * (Memory(x).bytes + kReservedMemory) <= most;
+  const bool few = x.M <= kUnits && x.K <= kUnits;
+  if (x.dtype == Dtype::fp32 || x.D > kDP || x.D % kCudaHeadDimStep != 0 || x.s != 1 || std::max(x.queries.max_length, x.keys.max_length) > (few ? kMostRows : kMostRowsOfMany))
+    return false;
+  if (fit_two(x)) return true;
+  int most;  // many landmarks of few heads, each by one block, would take longer than by many
+  return (x.M <= kUnits || 4 * x.B * x.H >= kMultiprocessors) && device_attribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin) == cudaSuccess && Memory(x).bytes <= most;
 }
 
 cudaError_t launch_short_attention(const ShortParams& p, cudaStream_t stream) {
@@ -519,7 +543,10 @@ cudaError_t launch_short_attention(const ShortParams& p, cudaStream_t stream) {
     if constexpr (sizeof(T) == 2) {
       const Memory layout(x);
       const bool once = p.shared && x.M <= kUnits && x.K <= kUnits && x.keys.max_length > 0 && !vary(x.keys);
-      return launch(once ? short_attention_kernel<T, true> : short_attention_kernel<T, false>, static_cast<unsigned>(x.B) * x.H, kThreads, layout.bytes, stream, p, layout);
+      const auto with = [&](auto warps) {
+        return launch(once ? short_attention_kernel<T, true, warps> : short_attention_kernel<T, false, warps>, static_cast<unsigned>(x.B) * x.H, 32 * warps, layout.bytes, stream, p, layout);
+      };
+      return fit_two(x) ? with(std::integral_constant<int, kWarps>{}) : with(std::integral_constant<int, kWarpsAlone>{});
     } else {
       return cudaErrorInvalidValue;
     }

@@ -277,4 +277,23 @@ __device__ inline int order_by_expert(const std::uint16_t* experts, int N, int r
   return before >> 16;
 }
 
+// Queries so ordered, where those of every expert end, as a head's entries and segments in `groups`. For one warp.
+__device__ inline void write_groups(const GroupParams& groups, int bh, const std::uint16_t* ordered, const int* ends) {
+  const Problem& x = groups.problem;
+  const int lane = threadIdx.x % 32, rows = groups.segment_rows, most = max_tiles(x, rows);
+  Work* const segments = groups.segments + std::int64_t(bh) * most;
+  std::int32_t *const starts = groups.segment_starts + std::int64_t(bh) * (x.M + 1), *const entries = groups.entries + std::int64_t(bh) * x.queries.max_length;
+  int before = 0;
+  for (int first = 0; first < x.M; first += 32) {
+    const int m = first + lane, begin = 0 < m && m < x.M ? ends[m - 1] : 0, own = m < x.M ? ends[m] - begin : 0, pieces = ceil_div(own, rows);
+    const int through = sum_through_lane<32>(pieces), start = before + through - pieces;
+    if (m < x.M) starts[m] = start;
+    for (int i = 0; i < pieces; ++i) segments[start + i] = Work{m, begin + rows * i, min(rows, own - rows * i), start + i};
+    before += __shfl_sync(kAllLanes, through, 31);
+  }
+  if (lane == 0) starts[x.M] = before;
+  for (int i = before + lane; i < most; i += 32) segments[i] = Work{};
+  for (int i = lane; i < ends[x.M - 1]; i += 32) entries[i] = ordered[i];
+}
+
 }  // namespace mita

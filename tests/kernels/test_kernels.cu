@@ -326,6 +326,15 @@ const Case kCases[] = {
     {"short_few_keys", Dtype::bf16, 3, 2, 2, 190, 30, 32, 32, 1, 64, true, Batch::padded},
     {"short_given_landmarks", Dtype::fp16, 2, 2, 2, 150, 140, 20, 30, 1, 16, true, Batch::full, true},
     {"short_all_keys", Dtype::bf16, 2, 1, 1, 40, 70, 3, 70, 1, 64, false},
+    // whose blocks are alone on a multiprocessor
+    {"short_alone_images", Dtype::bf16, 3, 2, 1, 257, 257, 25, 25, 1, 64, true, Batch::full, false, {5, 5, 16, 16, 1}},
+    {"short_alone_padded", Dtype::fp16, 3, 2, 2, 330, 448, 9, 32, 1, 48, true, Batch::padded},
+    {"short_alone_most", Dtype::bf16, 2, 2, 2, 448, 448, 10, 20, 1, 64, true, Batch::full, false, {2, 5, 16, 28, 0}},
+    {"short_alone_ties", Dtype::fp16, 1, 2, 2, 300, 448, 12, 30, 1, 64, true, Batch::full, true},
+    {"short_alone_many_units", Dtype::bf16, 17, 2, 1, 320, 300, 50, 49, 1, 64, true, Batch::packed},
+    {"short_alone_many_landmarks", Dtype::fp16, 17, 2, 2, 150, 140, 130, 20, 1, 64, true, Batch::full},
+    {"short_alone_all_keys", Dtype::bf16, 17, 2, 2, 60, 310, 33, 310, 1, 64, true, Batch::padded},
+    {"short_alone_without_shared", Dtype::bf16, 1, 2, 2, 400, 360, 20, 32, 1, 64, false},
     // more units than shared memory holds
     {"passing_units", Dtype::bf16, 1, 1, 1, 1500, 600, 5, 300, 1, 128},
     {"passing_units_narrow", Dtype::bf16, 1, 1, 1, 900, 700, 3, 400, 2, 64},
@@ -428,6 +437,11 @@ std::vector<int> best(const std::vector<double>& scores, int k) {
 constexpr int kSplits = 3;        // some of them empty on small problems
 constexpr int kSegmentRows = 32;  // small, so that experts have several segments
 
+template <class T> std::string bytes(const Buffer<T>& x) {
+  const auto host = x.get();
+  return std::string(reinterpret_cast<const char*>(host.data()), host.size() * sizeof(T));
+}
+
 struct Grouping {
   int tile_rows, chunks, most_tiles, most_segments;  // of a head
   Buffer<std::int32_t> counts, entries, segment_starts;
@@ -441,6 +455,7 @@ struct Grouping {
     return {x, experts, chunks, counts.data, entries.data, tiles.data, taken.data, segments.data, segment_starts.data, tile_rows, kSegmentRows, false};
   }
   Groups view() const { return {entries.data, tiles.data, taken.data, segments.data, segment_starts.data, tile_rows, kSegmentRows, nullptr, nullptr}; }
+  std::string kept() const { return bytes(entries) + bytes(segment_starts) + bytes(segments); }
 };
 
 struct KeyLists {
@@ -683,12 +698,7 @@ void run(const Case& c) {
       RUN(launch_pool_route_group({its.params(problem, its_experts.data), windows, q.rows, landmarks.memory.data, its_experts.data}, 0));
       expect(landmarks.memory.get() == pooled.memory.get(), "one pass with groups: landmarks, bit for bit");
       expect(its_experts.get() == routed, "one pass with groups: experts");
-      const auto bytes = [](const auto& x) {
-        const auto host = x.get();
-        return std::string(reinterpret_cast<const char*>(host.data()), host.size() * sizeof(host[0]));
-      };
-      const auto all = [&](const Grouping& x) { return bytes(x.entries) + bytes(x.segment_starts) + bytes(x.tiles) + bytes(x.segments) + bytes(x.taken); };
-      expect(all(its) == all(*g), "one pass with groups: groups");
+      expect(its.kept() == g->kept() && bytes(its.tiles) + bytes(its.taken) == bytes(g->tiles) + bytes(g->taken), "one pass with groups: groups");
     }
     GroupParams by_passes = g->params(problem, experts.data);
     by_passes.pass_rows = parts_of(g->tile_rows, kMaxSmallTile) * kSmallPassRows;
@@ -778,11 +788,14 @@ void run(const Case& c) {
     const Output landmarks(dtype, B, H, M, D), values(dtype, B, H, M, D), short_out(dtype, B, H, N, D, &queries);
     Buffer<std::int32_t> keys_too(indices.count), experts_too(experts.count);
     Buffer<float> landmark_lse_too(landmark_lse.count), lse_too(lse.count);
+    const Grouping groups_too(problem, grouping.tile_rows);
     RUN(launch_short_attention({problem, windows, !c.integers, c.shared, scale, landmark_scale, q.rows, k.rows, v.rows, c.integers ? given.rows : landmarks.view(),
-                                values.view(), landmark_lse_too.data, keys_too.data, experts_too.data, short_out.view(), lse_too.data}, 0));
+                                values.view(), landmark_lse_too.data, keys_too.data, experts_too.data, short_out.view(), lse_too.data,
+                                groups_too.params(problem, nullptr)}, 0));
     if (!c.integers) expect(landmarks.memory.get() == pooled.memory.get(), "one kernel: landmarks, bit for bit");
     expect(keys_too.get() == chosen_keys, "one kernel: indices, exactly");
     expect(experts_too.get() == routed, "one kernel: experts, exactly");
+    expect(groups_too.kept() == grouping.kept(), "one kernel: queries grouped by expert");
     expect_close("one kernel: compressed values", values.get().x, want_compressed.x, tolerance);
     expect_close("one kernel: landmark lse", widen(landmark_lse_too.get()), want_landmark_lse, 1e-5);
     expect_close("one kernel: out", valid(short_out.get(), queries), want_out.x, tolerance);
