@@ -7,6 +7,8 @@
 //   3. compress: 16 keys weigh all landmarks; their own gradients are complete then, and leave dS for those of the landmarks
 //   4. sum over the keys: the gradients of the landmarks as queries
 //   5. dq, with what queries receive as parts of pooled landmarks: a product with 0 and 1
+// A longer sequence has no room for all of that at once: incoming gradients are first where the weights of the landmarks will be, and once the queries are weighed in the place
+// of the values, which come to where the weights of the landmarks have been; dq waits where it belongs. The keys behind the first 256 are summed by all warps, some columns each.
 // Where keys are nearly the same, dq and the landmarks' gradients are what is left when dS cancels, and its rounding to 16 bits does not
 // cancel with it: in their sums dS has 32 bits, a rounded part and the rounded rest.
 #include "device.cuh"
@@ -17,7 +19,8 @@ namespace mita {
 namespace {
 
 constexpr int kWarps = 16, kThreads = 32 * kWarps, kDP = 64;
-constexpr int kMostRows = 16 * kWarps;           // queries, or keys: a warp keeps the gradients of 16 keys
+constexpr int kKeys = 16 * kWarps;               // a warp keeps the gradients of 16 of them
+constexpr int kMoreKeys = 2 * 16;                // behind them: of each 16, half of the warps keep the gradients of some columns
 constexpr int kUnits = 32, kTiles = kUnits / 8;  // landmarks, or keys of an expert: at most
 constexpr int kPitch = kUnits + 4;               // words of a query's routed weights; column kUnits is 0, for keys that are not chosen
 constexpr int kSumPitch = kDP + 8;               // floats: free of bank conflicts
@@ -26,26 +29,27 @@ constexpr int kSumPitch = kDP + 8;               // floats: free of bank conflic
 //   shared_weights [N, 2, 32]: P, then dS, of the landmarks; later [L, 2, 32]: dS of the keys' compression, and its rest
 //   routed_weights [N, kPitch]: P in the lower half of a word, dS in the upper one, of the keys of the query's expert
 //   slots [M, rows]: 4 times the place of a key among those of an expert, 4 * kUnits if it is none of them; slot_rows [N]: the expert's row there
-//   sums [32, kSumPitch]: the landmarks' gradients, fp32; deltas [kWarps, 32, 2]: what the landmarks' deltas are made of, each warp's share
-//   lse, dlse, members [N]: of the queries; the last one a bit for every pooling window that a query is in
+//   sums [32, kSumPitch]: the landmarks' gradients, fp32; deltas [rows / 16, 32, 2]: what the landmarks' deltas are made of, the share of 16 keys
+//   lse, dlse, members [N]: of the queries; later, in the place of the first two, P of the keys behind the first ones, as a warp has it in registers; the last one a bit for
+//   every pooling window that a query is in
 struct Memory {
   int rows, k, v, dout, dq, landmarks, compressed, shared_weights, routed_weights, sums, deltas, landmark_lse, lse, dlse, members, slots, tiles, tile_count, lengths, counts,
       indices, experts, slot_rows, entries, bytes;
-  explicit Memory(const Problem& x) {
+  Memory(const Problem& x, bool is_long) {
     constexpr int kRow = kDP * 2;
     const int N = x.queries.max_length;
     rows = round_up(std::max(N, x.keys.max_length), 16);
     k = rows * kRow;
     v = 2 * k;
-    dout = 3 * k;
+    dout = (is_long ? 2 : 3) * k;
     dq = 4 * k;
-    landmarks = 5 * k;
+    landmarks = (is_long ? 3 : 5) * k;
     compressed = landmarks + kUnits * kRow;
     shared_weights = compressed + kUnits * kRow;
     routed_weights = shared_weights + rows * kRow;
     sums = routed_weights + rows * kPitch * 4;
     deltas = sums + kUnits * kSumPitch * 4;
-    landmark_lse = deltas + kWarps * kUnits * 8;
+    landmark_lse = deltas + rows / 16 * kUnits * 8;
     lse = landmark_lse + kUnits * 4;
     dlse = lse + rows * 4;
     members = dlse + rows * 4;
@@ -129,7 +133,39 @@ __device__ inline void add_split_rows(float (&acc)[kDP / 8][4], const Weights<T,
     }
 }
 
-template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient_kernel(const ShortGradientParams p, const Memory layout) {
+// Of 16 keys, and of 16 queries at a time, the weights of the keys as the queries' experts have chosen them: of queries 2t, 2t + 1, 2t + 8, 2t + 9 the experts' rows of slots,
+// there the slots of keys g and g + 8, and their weights. Each look-up needs the one before, so those of the next step go on beside the products of one.
+struct RoutedWeights {
+  std::uint32_t slot_rows, slots, weights;  // where they are
+  std::uint32_t slot_row[2], slot[2][4], w[2][4] = {};
+  __device__ RoutedWeights(const Window& window, const Memory& layout, int key0) {
+    const int lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
+    slot_rows = window.address + layout.slot_rows + 4 * t, slots = window.address + layout.slots + key0 + g, weights = window.address + layout.routed_weights + 4 * kPitch * 2 * t;
+  }
+  __device__ void find_rows(int step) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) slot_row[i] = load_shared_int(slot_rows + 32 * step + 16 * i);
+  }
+  __device__ void find_slots() {
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) slot[r][j] = load_shared_byte(slots + (j & 1 ? slot_row[j / 2] >> 16 : slot_row[j / 2] & 0xffff) + 8 * r);
+  }
+  __device__ void find_weights(int step) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) w[r][j] = load_shared_int(weights + 4 * kPitch * 16 * step + slot[r][j] + 4 * kPitch * (8 * (j / 2) + j % 2));
+  }
+  __device__ void take(std::uint32_t (&a)[4], unsigned half) const {  // kWeights of the words, or kGradients
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = __byte_perm(w[i & 1][i & 2], w[i & 1][(i & 2) + 1], half);
+  }
+};
+constexpr unsigned kWeights = 0x5410, kGradients = 0x7632;
+
+template <class T, bool LONG> __global__ void __launch_bounds__(kThreads, 1) short_gradient_kernel(const ShortGradientParams p, const Memory layout) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using C = Config<T, kDP>;        // products by warps, but in phase 2
   using G = Config<T, kDP, true>;  // by warpgroups, whose four warps read the queries' rows at once
@@ -172,7 +208,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient
       load_sequence<T, kDP, kThreads>(to, rows, b, h, from, x.D, count);
     };
     load(q, f.q, queries, layout.rows);
-    load(dout, p.dout, queries, layout.rows);
+    load(LONG ? shared_weights : dout, p.dout, queries, layout.rows);
     load(z, f.landmarks, {0, M}, kUnits);
     load(c, f.compressed, {0, M}, kUnits);
     load(k, f.k, keys, layout.rows);
@@ -187,7 +223,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient
       store_shared4(window.address + layout.slots + 16 * i, make_uint4(kNone, kNone, kNone, kNone));
     }
     for (int i = threadIdx.x; i < layout.rows * kPitch / 4; i += kThreads) zero(window.address + layout.routed_weights + 16 * i);
-    for (int i = queries.length * kChunks + threadIdx.x; i < layout.rows * kChunks; i += kThreads) zero(shared_weights.chunk(i / kChunks, i % kChunks));
+    for (int i = queries.length * kChunks + threadIdx.x; !LONG && i < layout.rows * kChunks; i += kThreads) zero(shared_weights.chunk(i / kChunks, i % kChunks));
     __syncthreads();
     // Where a row attended to nothing, or is not there, infinity. Probabilities are shifted from the start.
     const auto offset_of = [](float lse) { return lse == -kInfinity ? kInfinity : lse * kLogit<T> - kProbabilityShift<T>; };
@@ -217,6 +253,9 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient
   wait_loads<0>();
   __syncthreads();
 
+  // Columns 2t and 2t + 1 of query n; the next eight columns are four further.
+  const auto dq_of = [&](int n) { return reinterpret_cast<std::uint32_t*>(row_behind(rows_of(p.dq, span(x.queries, batch()).start) + 2 * t, p.dq.row * sizeof(T), n)); };
+
   // 1. weigh
 #pragma unroll 1
   for (int item = warp; item < *ints_at(layout.tile_count); item += kWarps) {
@@ -225,7 +264,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient
     const auto query = [&](int i) { return load_shared_short(list + 2 * min(g + 8 * i, work.entries - 1)); };  // of the lane's two rows
     SharedRows<T, kDP> own, given;
     own.load(ListedRows<T, kDP, 16>{q, list, work.entries}, lane);
-    given.load(ListedRows<T, kDP, 16>{dout, list, work.entries}, lane);
+    given.load(ListedRows<T, kDP, 16>{LONG ? shared_weights : dout, list, work.entries}, lane);
     const int chosen = min(x.K, L);
     const ListedRows<T, kDP, kUnits> expert_keys{k, of_expert, chosen}, expert_values{v, of_expert, chosen};
     const float lse[2] = {floats_at(layout.lse)[query(0)], floats_at(layout.lse)[query(1)]};
@@ -273,6 +312,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient
           for (int j = 0; j < kTiles; ++j) store(n, j, probabilities.packed[j][i], dlogits.packed[j][i]);
       add_split_rows(sum, dlogits, rest, unit_keys);
     };
+    if (LONG) __syncwarp();
     differentiate(0, z, [&](int n, int j, std::uint32_t probability, std::uint32_t dlogit) {
       store_shared(shared_weights.chunk(n, j) + 4 * t, probability);
       store_shared(shared_weights.chunk(n, kTiles + j) + 4 * t, dlogit);
@@ -289,11 +329,27 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient
       });
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      if (const int n = query(i); g + 8 * i < work.entries)
+      if (const int n = query(i); g + 8 * i < work.entries) {
+        std::uint32_t* const in_place = LONG ? dq_of(n) : nullptr;
 #pragma unroll
-        for (int d = 0; d < kDP / 8; ++d) store_shared(dq.chunk(n, d) + 4 * t, pack<T>(sum[d][2 * i] * last, sum[d][2 * i + 1] * last));
+        for (int d = 0; d < kDP / 8; ++d) {
+          const std::uint32_t two = pack<T>(sum[d][2 * i] * last, sum[d][2 * i + 1] * last);
+          if (!LONG) store_shared(dq.chunk(n, d) + 4 * t, two);
+          else if (8 * d < x.D) in_place[4 * d] = two;
+        }
+      }
   }
   __syncthreads();
+  const auto load_again = [&](const Tile<T, kDP>& to, const Rows& rows, const Sequences& sequences) {
+    const int b = batch();
+    load_sequence<T, kDP, kThreads>(to, rows, b, head() - b * x.H, span(sequences, b), x.D, layout.rows);
+    commit_loads();
+  };
+  if (LONG) {
+    load_again(dout, p.dout, x.queries);
+    wait_loads<0>();
+    __syncthreads();
+  }
 
   // 2. sum over the queries. The compressed values are not needed any more: their gradients take their place.
   {
@@ -316,63 +372,44 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient
         }
       }
   }
+  if (LONG) {
+    __syncthreads();
+    load_again(shared_weights, f.v, x.keys);
+  }
   const int key0 = 16 * (opaque(threadIdx.x) / 32);  // of this warp's keys
   float dk[kDP / 8][4], dv[kDP / 8][4];
   clear(dk);
   clear(dv);
   if (p.dk.data && key0 / 64 * 64 < L) {
-    const std::uint32_t slot_rows_of = window.address + layout.slot_rows + 4 * t, slots_of = window.address + layout.slots + key0 + g,
-                        weights_of = window.address + layout.routed_weights + 4 * kPitch * 2 * t;
-    // Of queries 2t, 2t + 1, 2t + 8, 2t + 9 the experts' rows of slots, there the slots of keys g and g + 8, and their weights: each look-up needs the
-    // one before, so those of the next step go on beside the products of this one.
-    std::uint32_t slot_row[2], slot[2][4], w[2][4] = {};
+    RoutedWeights routed(window, layout, key0);
     const bool has_keys = key0 < L;  // of a warpgroup's last warps some have none
-    const auto find_rows = [&](int step) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) slot_row[i] = load_shared_int(slot_rows_of + 32 * step + 16 * i);
-    };
-    const auto find_slots = [&] {
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-#pragma unroll
-        for (int r = 0; r < 2; ++r) slot[r][j] = load_shared_byte(slots_of + (j & 1 ? slot_row[j / 2] >> 16 : slot_row[j / 2] & 0xffff) + 8 * r);
-    };
-    const auto find_weights = [&](int step) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-#pragma unroll
-        for (int r = 0; r < 2; ++r) w[r][j] = load_shared_int(weights_of + 4 * kPitch * 16 * step + slot[r][j] + 4 * kPitch * (8 * (j / 2) + j % 2));
-    };
-    const auto take = [&](Operand& a, unsigned half) {  // of the words
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = __byte_perm(w[i & 1][i & 2], w[i & 1][(i & 2) + 1], half);
-    };
     const int steps = layout.rows / 16;  // behind the queries zeros; not N, as the same for all threads for certain
-    if (has_keys) find_rows(0), find_slots(), find_weights(0);
+    if (has_keys) routed.find_rows(0), routed.find_slots(), routed.find_weights(0);
     const Matrix<kDP> queries_of(q.address, true), gradients_of(dout.address, true);
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       const int next = min(step + 1, steps - 1);
-      if (has_keys) find_rows(next);
+      if (has_keys) routed.find_rows(next);
       std::uint32_t halves[2][4];  // dS, P
-      take(halves[0], 0x7632), take(halves[1], 0x5410);
+      routed.take(halves[0], kGradients), routed.take(halves[1], kWeights);
       begin_products(dk, dv, halves);
       wgmma<T>(dk, halves[0], queries_of.at(step * 16 * kDP * sizeof(T)));
       wgmma<T>(dv, halves[1], gradients_of.at(step * 16 * kDP * sizeof(T)));
       commit_products();
-      if (has_keys) find_slots(), find_weights(next);
+      if (has_keys) routed.find_slots(), routed.find_weights(next);
       wait_products<G, 0>(dk, dv);
     }
   }
+  if (LONG) wait_loads<0>();
   __syncthreads();
 
   // 3. compress
   float weight[kTiles][4], gradient[kTiles][4];
-  if (key0 < L) {
+  const auto weigh_landmarks = [&](int key0) {
     SharedRows<T, kDP> rows;
     rows.load(k.from_row(key0), lane);
     product<C>(weight, rows, z, lane);
-    rows.load(v.from_row(key0), lane);
+    rows.load((LONG ? shared_weights : v).from_row(key0), lane);
     product<C>(gradient, rows, c, lane);
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
@@ -384,6 +421,8 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient
         weight[j][i] = exponential<T>(weight[j][i]);
       }
     }
+  };
+  const auto share_deltas = [&](int keys) {  // the how many-th 16
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
       float share[2], total[2];
@@ -393,12 +432,16 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient
 #pragma unroll
         for (int d = 4; d < 32; d *= 2) share[i] += __shfl_xor_sync(kAllLanes, share[i], d), total[i] += __shfl_xor_sync(kAllLanes, total[i], d);
       }
-      if (g == 0) *reinterpret_cast<float4*>(floats_at(layout.deltas) + 2 * (warp * kUnits + 8 * j + 2 * t)) = make_float4(share[0], total[0], share[1], total[1]);
+      if (g == 0) *reinterpret_cast<float4*>(floats_at(layout.deltas) + 2 * (keys * kUnits + 8 * j + 2 * t)) = make_float4(share[0], total[0], share[1], total[1]);
       __syncwarp();  // else the next sums are begun, and spill
     }
-  }
+  };
+  if (LONG && kKeys + key0 < L) weigh_landmarks(kKeys + key0), share_deltas(kWarps + warp);
+  if (key0 < L) weigh_landmarks(key0), share_deltas(warp);
   __syncthreads();
-  if (const int own = 16 * (opaque(threadIdx.x) / 32); own < L) {  // key0 again: registers
+  const auto more_weights = [&](int tile, int k) { return window.address + layout.lse + 16 * (32 * (kTiles / 2 * tile + k) + lane); };
+  // take(P, dS): of 16 keys from `own` on, as they are rounded. dS and its rest are left for the landmarks.
+  const auto differentiate_landmarks = [&](int own, auto&& take) {
     const int lane = opaque(threadIdx.x) % 32, g = lane >> 2, t = lane & 3;
     float2 sum = {0.0f, 0.0f};  // of landmark `lane`
     for (int w = 0; 16 * w < L; ++w) {
@@ -421,10 +464,72 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient
         store_shared(shared_weights.chunk(own + g + 8 * i, j) + 4 * t, dlogits.packed[j][i]);
         store_shared(shared_weights.chunk(own + g + 8 * i, kTiles + j) + 4 * t, rest.packed[j][i]);
       }
-    add_weighted_rows<C>(dk, dlogits, z, lane);
-    add_weighted_rows<C>(dv, probabilities, c, lane);
+    take(probabilities, dlogits);
+  };
+  if (const int own = 16 * (opaque(threadIdx.x) / 32); own < L)  // key0 again: registers
+    differentiate_landmarks(own, [&](auto& probabilities, auto& dlogits) {
+      add_weighted_rows<C>(dk, dlogits, z, lane);
+      add_weighted_rows<C>(dv, probabilities, c, lane);
+    });
+  if (const int own = 16 * (opaque(threadIdx.x) / 32); LONG && kKeys + own < L) {
+    weigh_landmarks(kKeys + own);
+    differentiate_landmarks(kKeys + own, [&](auto& probabilities, auto&) {
+#pragma unroll
+      for (int k = 0; k < kTiles / 2; ++k)
+        store_shared4(more_weights(own / 16, k), make_uint4(probabilities.packed[2 * k][0], probabilities.packed[2 * k][1], probabilities.packed[2 * k + 1][0], probabilities.packed[2 * k + 1][1]));
+    });
   }
   __syncthreads();
+
+  // The keys behind the first ones: of each 16 a warp sums 16 columns of dk, or of dv.
+  if (LONG && L > kKeys) {
+    if (const int tile = warp / 8, first = kKeys + 16 * tile, column = warp % 4 * 16; p.dk.data && first < L) {
+      const bool of_values = warp & 4;
+      const auto rows = operand(of_values ? dout : q, lane & 15, column / 8 + (lane >> 4)), units = operand(of_values ? c : z, lane & 15, column / 8 + (lane >> 4));
+      float sum[2][4];
+      clear(sum);
+      const auto add = [&](const std::uint32_t (&a)[4], std::uint32_t of_rows) {
+        std::uint32_t b[4];
+        ldmatrix_transposed(b, of_rows);
+        mma<T>(sum[0], a, b[0], b[1]);
+        mma<T>(sum[1], a, b[2], b[3]);
+      };
+      SharedRows<T, kDP> dlogits;
+      dlogits.load(shared_weights.from_row(first), lane);
+#pragma unroll
+      for (int k = 0; k < kTiles / 2; ++k) {
+        std::uint32_t a[4];
+        if (of_values) {
+          const float4 four = load_shared4(more_weights(tile, k));
+          a[0] = __float_as_uint(four.x), a[1] = __float_as_uint(four.y), a[2] = __float_as_uint(four.z), a[3] = __float_as_uint(four.w);
+        } else {
+          dlogits.fragment(a, k);
+        }
+        add(a, units(0, k));
+      }
+      RoutedWeights routed(window, layout, first);
+      const int steps = layout.rows / 16;
+      routed.find_rows(0), routed.find_slots(), routed.find_weights(0);
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step) {
+        const int next = min(step + 1, steps - 1);
+        std::uint32_t a[4];
+        routed.take(a, of_values ? kWeights : kGradients);
+        routed.find_rows(next);
+        add(a, rows(0, step));
+        routed.find_slots(), routed.find_weights(next);
+      }
+      const Rows& to = of_values ? p.dv : p.dk;
+      const float factor = of_values ? power_of_2(-kProbabilityShift<T>) : f.scale * kUnshifted;
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int d = 0; d < 2; ++d)
+          if (const int key = first + g + 8 * i, at = column + 8 * d; key < L && at < x.D)
+            *reinterpret_cast<std::uint32_t*>(row_behind(rows_of(to, span(x.keys, batch()).start) + at + 2 * t, to.row * sizeof(T), key)) = pack<T>(sum[d][2 * i] * factor, sum[d][2 * i + 1] * factor);
+    }
+    __syncthreads();
+  }
 
   // 4. sum over the keys. The landmarks and the compressed values are not needed any more: what their tokens receive takes their place, rounded, and the
   // rounded rest.
@@ -462,15 +567,18 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient
   __syncthreads();
 
   // 5. dq
-  for (int first = 16 * warp; first < N; first += 16 * kWarps) {
+  for (int first = 16 * warp; first < (LONG && !f.pool ? 0 : N); first += 16 * kWarps) {
     float sum[kDP / 8][4];
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < 2; ++i) {
+      const int n = first + g + 8 * i;
+      const std::uint32_t* const in_place = LONG ? dq_of(min(n, N - 1)) : nullptr;
 #pragma unroll
       for (int d = 0; d < kDP / 8; ++d) {
-        const float2 two = unpack<T>(load_shared_int(dq.chunk(first + g + 8 * i, d) + 4 * t));
+        const float2 two = unpack<T>(!LONG ? load_shared_int(dq.chunk(n, d) + 4 * t) : 8 * d < x.D ? in_place[4 * d] : 0);
         sum[d][2 * i] = two.x, sum[d][2 * i + 1] = two.y;
       }
+    }
     if (f.pool) {
       float member[kTiles][4];
 #pragma unroll
@@ -485,7 +593,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient
     }
     const float one[2] = {1.0f, 1.0f};
     __syncwarp();
-    store_rows<C>(dq.from_row(first), sum, one, x.D, lane, rows_of(p.dq, span(x.queries, batch()).start), p.dq.row, [&](int i) { return first + i < N ? first + i : -1; });
+    store_rows<C>((LONG ? q : dq).from_row(first), sum, one, x.D, lane, rows_of(p.dq, span(x.queries, batch()).start), p.dq.row, [&](int i) { return first + i < N ? first + i : -1; });
   }
 #endif
 }
@@ -496,10 +604,10 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) short_gradient
 // heads, it has none here either.
 bool fits_short_gradient(const Problem& x, bool shared, float scale, float landmark_scale) {
   if (!has_warpgroups(x.dtype, x.D) || x.D > kDP || x.D % kCudaHeadDimStep != 0 || x.s != 1 || x.H != x.Hkv || !shared || x.M > kUnits || x.K > kUnits ||
-      x.queries.max_length > kMostRows || x.keys.max_length > kMostRows || !have_ratio(landmark_scale, scale))
+      x.queries.max_length > kThreads || x.keys.max_length > kKeys + kMoreKeys || !have_ratio(landmark_scale, scale))
     return false;
   int most;
-  return device_attribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin) == cudaSuccess && Memory(x).bytes <= most;
+  return device_attribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin) == cudaSuccess && Memory(x, true).bytes <= most;
 }
 
 cudaError_t launch_short_gradient(const ShortGradientParams& p, cudaStream_t stream) {
@@ -508,8 +616,13 @@ cudaError_t launch_short_gradient(const ShortGradientParams& p, cudaStream_t str
   return dispatch_dtype(x.dtype, [&](auto element) {
     using T = decltype(element);
     if constexpr (sizeof(T) == 2) {
-      const Memory layout(x);
-      return launch(short_gradient_kernel<T>, static_cast<unsigned>(x.B) * x.H, kThreads, layout.bytes, stream, p, layout);
+      int most;
+      if (cudaError_t status = device_attribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin)) return status;
+      const auto with = [&](auto is_long) {
+        const Memory layout(x, is_long);
+        return launch(short_gradient_kernel<T, is_long>, static_cast<unsigned>(x.B) * x.H, kThreads, layout.bytes, stream, p, layout);
+      };
+      return x.keys.max_length <= kKeys && Memory(x, false).bytes <= most ? with(std::false_type()) : with(std::true_type());
     } else {
       return cudaErrorInvalidValue;
     }
