@@ -130,11 +130,13 @@ CASES = [
     Case("short_landmarks_of_few_queries", N=3, L=40, D=64, M=200, K=5, pooled=True),
     Case("short_negative_scales", N=70, L=100, D=64, M=9, K=20, scale=-0.2, landmark_scale=-0.1),
     Case("short_scale_0", N=70, L=100, D=64, M=9, K=40, scale=0.0, landmark_scale=0.1),
-    # whole heads in blocks that are alone on a multiprocessor: up to the most tokens, with few units or with many of enough heads
+    # whole heads in blocks that are alone on a multiprocessor: up to the most tokens, with few units or many
     *(
-        Case(f"short_alone_{N}", B=1, N=N, D=64, M=(3, 4), K=K, grid=(1, N - 1), prefix=1, values=values, pooled=True, layout="fused_qkv")
-        for N, K, values in ((257, 25, "clustered"), (273, 32, "normal"), (320, 16, "large"), (321, 32, "normal"), (449, 20, "normal"))
+        Case(f"short_alone_{N}", B=1, N=N, D=64, M=(3, 4), K=32, grid=(1, N - 1), prefix=1, pooled=True)
+        for N in (273, 321, 449)
     ),
+    Case("short_alone_clustered", N=257, D=64, M=12, K=25, values="clustered", pooled=True, layout="fused_qkv"),
+    Case("short_alone_large", N=320, D=64, M=12, K=16, values="large", pooled=True, layout="fused_qkv"),
     Case("short_alone_most", B=1, N=448, D=64, M=10, K=20, pooled=True),
     Case("short_alone_most_keys", N=60, L=448, D=40, M=30, K=32),
     Case("short_alone_most_keys_and_one", N=60, L=449, D=40, M=30, K=32),
@@ -143,13 +145,14 @@ CASES = [
     Case("short_alone_one_expert", N=400, D=64, M=17, K=32, values="one_expert"),
     Case("short_alone_no_shared_expert", N=330, D=64, M=17, K=32, shared_expert=False),
     *(Case(f"short_alone_units_{M}_heads_{H}", B=1, H=H, N=300, D=64, M=M, K=32) for M, H in ((32, 2), (33, 32), (33, 33))),
-    *(Case(f"short_alone_many_units_{N}", B=1, H=33, Hkv=11, N=N, D=64, M=36, K=40, values="clustered", pooled=True) for N in (320, 321)),
+    *(Case(f"short_alone_many_units_{N}", B=1, H=33, Hkv=11, N=N, D=64, M=36, K=40, pooled=True) for N in (320, 321)),
+    Case("short_alone_many_units_clustered", B=3, H=11, N=260, D=64, M=36, K=40, values="clustered", pooled=True),
     Case("short_alone_many_keys", B=1, H=33, Hkv=11, N=100, L=257, D=64, M=34, K=200),
     # gradients of whole heads, with room for all rows and not, or for none
     *(Case(f"short_gradient_{N}", N=N, D=64, M=32, K=32, pooled=True, layout="heads_last") for N in (208, 209, 256, 288, 289)),
     *(Case(f"short_gradient_{N}_few_landmarks", N=N, D=64, M=4, K=20, values="clustered") for N in (255, 304, 305)),
     Case("short_gradient_image", N=257, D=64, M=(5, 5), K=25, grid=(16, 16), prefix=1, pooled=True, layout="fused_qkv"),
-    Case("short_gradient_clustered_image", N=261, D=64, M=(4, 4), K=16, grid=(16, 16), prefix=5, values="clustered", pooled=True),
+    Case("short_gradient_clustered", N=261, D=64, M=(4, 4), K=16, grid=(16, 16), prefix=5, values="clustered", pooled=True),
     Case("short_gradient_few_queries", N=40, L=280, D=40, M=9, K=32, values="clustered"),
     Case("short_gradient_few_keys", N=280, L=40, D=56, M=9, K=32, pooled=True),
     Case("short_gradient_large", N=270, D=64, M=9, K=32, values="large"),
@@ -250,9 +253,9 @@ VARLEN = [
     Case("more_landmarks_than_queries", **SAME, M=70, pooled=True),
     Case("one_landmark", **SIX, M=1),
     Case("images", B=4, N=197, D=64, M=25, K=25, lengths_q=(197, 0, 100, 24), lengths_k=(197, 0, 100, 24), pooled=True),
-    Case("short_alone", B=4, N=400, L=448, D=64, M=12, K=20, lengths_q=(400, 0, 99, 320), lengths_k=(300, 448, 257, 0), pooled=True),
+    Case("short_alone", B=3, N=400, L=448, D=64, M=12, K=20, lengths_q=(400, 0, 99), lengths_k=(300, 448, 257), pooled=True),
     Case("short_gradient", B=4, N=270, L=288, D=64, M=25, K=32, lengths_q=(270, 0, 3, 256), lengths_k=(288, 9, 257, 100)),
-    Case("short_alone_images", B=4, N=257, D=64, M=25, K=25, lengths_q=(257, 0, 100, 24), lengths_k=(257, 0, 100, 24), pooled=True),
+    Case("images_256", B=3, N=257, D=64, M=25, K=25, lengths_q=(257, 100, 24), lengths_k=(257, 100, 24), pooled=True),
     Case("wide_heads", B=3, H=1, N=300, L=280, D=128, M=17, K=40, lengths_q=(64, 300, 129), lengths_k=(280, 65, 128)),
     Case("wider_heads", B=3, H=2, Hkv=1, N=150, D=256, M=17, K=40, lengths_q=(64, 150, 0), lengths_k=(150, 65, 9), pooled=True),
     Case("wider_heads_routes_2", B=3, H=1, N=150, D=136, M=9, K=20, lengths_q=(150, 3, 129), lengths_k=(100, 150, 0), routes=2),
