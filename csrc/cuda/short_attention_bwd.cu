@@ -135,12 +135,13 @@ __device__ inline void add_split_rows(float (&acc)[kDP / 8][4], const Weights<T,
 
 // Of 16 keys, and of 16 queries at a time, the weights of the keys as the queries' experts have chosen them: of queries 2t, 2t + 1, 2t + 8, 2t + 9 the experts' rows of slots,
 // there the slots of keys g and g + 8, and their weights. Each look-up needs the one before, so those of the next step go on beside the products of one.
-struct RoutedWeights {
+template <int PITCH> struct RoutedWeights {  // PITCH: words of a query
+  static constexpr unsigned kProbabilities = 0x5410, kGradients = 0x7632;  // halves of the words
   std::uint32_t slot_rows, slots, weights;  // where they are
   std::uint32_t slot_row[2], slot[2][4], w[2][4] = {};
   __device__ RoutedWeights(const Window& window, const Memory& layout, int key0) {
     const int lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
-    slot_rows = window.address + layout.slot_rows + 4 * t, slots = window.address + layout.slots + key0 + g, weights = window.address + layout.routed_weights + 4 * kPitch * 2 * t;
+    slot_rows = window.address + layout.slot_rows + 4 * t, slots = window.address + layout.slots + key0 + g, weights = window.address + layout.routed_weights + 4 * PITCH * 2 * t;
   }
   __device__ void find_rows(int step) {
 #pragma unroll
@@ -156,14 +157,13 @@ struct RoutedWeights {
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll
-      for (int r = 0; r < 2; ++r) w[r][j] = load_shared_int(weights + 4 * kPitch * 16 * step + slot[r][j] + 4 * kPitch * (8 * (j / 2) + j % 2));
+      for (int r = 0; r < 2; ++r) w[r][j] = load_shared_int(weights + 4 * PITCH * 16 * step + slot[r][j] + 4 * PITCH * (8 * (j / 2) + j % 2));
   }
-  __device__ void take(std::uint32_t (&a)[4], unsigned half) const {  // kWeights of the words, or kGradients
+  __device__ void take(std::uint32_t (&a)[4], unsigned half) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[i] = __byte_perm(w[i & 1][i & 2], w[i & 1][(i & 2) + 1], half);
   }
 };
-constexpr unsigned kWeights = 0x5410, kGradients = 0x7632;
 
 template <class T, bool LONG> __global__ void __launch_bounds__(kThreads, 1) short_gradient_kernel(const ShortGradientParams p, const Memory layout) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -381,7 +381,7 @@ template <class T, bool LONG> __global__ void __launch_bounds__(kThreads, 1) sho
   clear(dk);
   clear(dv);
   if (p.dk.data && key0 / 64 * 64 < L) {
-    RoutedWeights routed(window, layout, key0);
+    RoutedWeights<kPitch> routed(window, layout, key0);
     const bool has_keys = key0 < L;  // of a warpgroup's last warps some have none
     const int steps = layout.rows / 16;  // behind the queries zeros; not N, as the same for all threads for certain
     if (has_keys) routed.find_rows(0), routed.find_slots(), routed.find_weights(0);
@@ -391,7 +391,7 @@ template <class T, bool LONG> __global__ void __launch_bounds__(kThreads, 1) sho
       const int next = min(step + 1, steps - 1);
       if (has_keys) routed.find_rows(next);
       std::uint32_t halves[2][4];  // dS, P
-      routed.take(halves[0], kGradients), routed.take(halves[1], kWeights);
+      routed.take(halves[0], routed.kGradients), routed.take(halves[1], routed.kProbabilities);
       begin_products(dk, dv, halves);
       wgmma<T>(dk, halves[0], queries_of.at(step * 16 * kDP * sizeof(T)));
       wgmma<T>(dv, halves[1], gradients_of.at(step * 16 * kDP * sizeof(T)));
@@ -507,14 +507,14 @@ template <class T, bool LONG> __global__ void __launch_bounds__(kThreads, 1) sho
         }
         add(a, units(0, k));
       }
-      RoutedWeights routed(window, layout, first);
+      RoutedWeights<kPitch> routed(window, layout, first);
       const int steps = layout.rows / 16;
       routed.find_rows(0), routed.find_slots(), routed.find_weights(0);
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
         const int next = min(step + 1, steps - 1);
         std::uint32_t a[4];
-        routed.take(a, of_values ? kWeights : kGradients);
+        routed.take(a, of_values ? routed.kProbabilities : routed.kGradients);
         routed.find_rows(next);
         add(a, rows(0, step));
         routed.find_slots(), routed.find_weights(next);
