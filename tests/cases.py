@@ -188,6 +188,13 @@ CASES = [
     Case("many_units_many_queries_clustered", H=4, Hkv=2, N=900, D=128, M=6, K=128, values="clustered", layout="heads_last"),
     Case("many_units_many_queries_no_shared_expert", N=700, L=300, D=80, M=5, K=65, shared_expert=False),
     Case("many_units_logits_of_hundreds", B=1, N=900, L=300, D=128, M=6, K=128, values="large", scale=0.01),
+    # more columns than small experts have, the most queries of few units, and more
+    *(Case(f"few_queries_{N}_of_wide_heads", N=N, D=80, M=20, K=25, pooled=True) for N in (440, 460)),
+    *(
+        Case(f"few_queries_of_wide_units_{M}_{K}", N=150, D=104, M=M, K=K, values="clustered")
+        for M, K in ((32, 32), (33, 32), (32, 33))
+    ),
+    Case("few_queries_two_routes", N=150, D=128, M=30, K=32, routes=2, layout="heads_last"),
     # enough heads for landmarks, experts and groups in one kernel, and one head less
     Case("many_heads", B=33, N=450, L=200, D=64, M=9, K=20, pooled=True, layout="heads_last"),
     Case("many_heads_less_one", B=65, H=1, N=450, L=200, D=64, M=9, K=20, pooled=True),
