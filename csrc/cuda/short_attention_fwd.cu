@@ -532,7 +532,7 @@ bool fits_short_attention(const Problem& x) {
     return false;
   if (fit_two(x)) return true;
   int most;  // many landmarks of few heads, each by one block, would take longer than by many
-  return (x.M <= kUnits || 4 * x.B * x.H >= kMultiprocessors) && device_attribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin) == cudaSuccess && Memory(x).bytes <= most;
+  return (x.M <= kUnits || std::int64_t(x.B) * x.H * 4 >= kMultiprocessors) && device_attribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin) == cudaSuccess && Memory(x).bytes <= most;
 }
 
 cudaError_t launch_short_attention(const ShortParams& p, cudaStream_t stream) {
