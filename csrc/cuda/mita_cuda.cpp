@@ -240,18 +240,16 @@ int64_t kept_ints(const Problem& x) {
   return heads(x) * (kWork * max_tiles(x, segment_rows(entries_per_expert(x))) + x.M + 1 + int64_t(x.queries.max_length) * x.s);
 }
 
-// What is kept of them, in `memory`, as what is to be made by `p`.
-void place_kept(const Problem& x, const Tensor& memory, GroupParams& p) {
+// The memory for what is kept of them, as what `p` is to make there; `known`: it has been made.
+Tensor place_kept(const Context& context, const Problem& x, const Tensor& experts, const Tensor& known, GroupParams& p) {
+  const Tensor memory = known.defined() ? known : ints(experts, {kept_ints(x)});
+  if (!known.defined() && vary(x.queries)) C10_CUDA_CHECK(cudaMemsetAsync(memory.data_ptr(), 0, memory.nbytes(), context.stream));
   p.problem = x;
   p.segment_rows = segment_rows(entries_per_expert(x));
   p.segments = reinterpret_cast<Work*>(memory.data_ptr<int>());
   p.segment_starts = reinterpret_cast<int*>(p.segments + heads(x) * max_tiles(x, p.segment_rows));
   p.entries = p.segment_starts + heads(x) * (x.M + 1);
-}
-Tensor allocate_kept(const Context& context, const Problem& x, const Tensor& experts) {
-  const Tensor kept = ints(experts, {kept_ints(x)});
-  if (vary(x.queries)) C10_CUDA_CHECK(cudaMemsetAsync(kept.data_ptr(), 0, kept.nbytes(), context.stream));
-  return kept;
+  return memory;
 }
 
 // The memory for them, and what is to be made of it by `p`; none without experts. counts: of pool_route_stage, if there are any. kept: of the same experts, if it is known; then all
@@ -263,8 +261,7 @@ Grouped allocate_groups(const Context& context, const Problem& x, const Tensor& 
   if (experts.numel() == 0) return result;
   const int64_t chunks = group_chunks(x);
   const bool known = kept.defined() && kept.numel() > 0 && reinterpret_cast<std::uintptr_t>(kept.const_data_ptr()) % alignof(Work) == 0, counted = counts.defined();
-  result.kept = known ? kept : allocate_kept(context, x, experts);
-  place_kept(x, result.kept, p);
+  result.kept = place_kept(context, x, experts, known ? kept : Tensor(), p);
   p.experts = known ? nullptr : experts.const_data_ptr<int>();
   p.chunks = static_cast<int>(chunks);
   p.tile_rows = result.groups.tile_rows;
@@ -377,7 +374,7 @@ Attended short_attention_stage(const Context& context, const Problem& x, const W
   Attended result{per_token(x.queries, query),   lse_of(x, query), landmarks ? *landmarks : per_landmark(), ints(query, {x.B, x.H, x.M, x.K}),
                   ints(query, {x.B, x.H, N, 1}), per_landmark(),   floats(query, {x.B, x.H, x.M}), ints(query, {0})};
   GroupParams groups{};
-  if (keeps_groups(x)) result.groups = allocate_kept(context, x, result.experts), place_kept(x, result.groups, groups);
+  if (keeps_groups(x)) result.groups = place_kept(context, x, result.experts, {}, groups);
   context.run("mita_ext::short_attention", launch_short_attention,
               {x, pooling ? *pooling : Windows{}, pooling != nullptr, shared, scale, landmark_scale, rows(query), rows(key), rows(value), rows(result.landmarks),
                rows(result.compressed), result.landmark_lse.data_ptr<float>(), result.indices.data_ptr<int>(), result.experts.data_ptr<int>(), rows(result.out),

@@ -138,7 +138,7 @@ __device__ inline void add_split_rows(float (&acc)[kDP / 8][4], const Weights<T,
 template <int PITCH> struct RoutedWeights {  // PITCH: words of a query
   static constexpr unsigned kProbabilities = 0x5410, kGradients = 0x7632;  // halves of the words
   std::uint32_t slot_rows, slots, weights;  // where they are
-  std::uint32_t slot_row[2], slot[2][4], w[2][4] = {};
+  std::uint32_t slot_row[2], w[2][4] = {};
   __device__ RoutedWeights(const Window& window, const Memory& layout, int key0) {
     const int lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
     slot_rows = window.address + layout.slot_rows + 4 * t, slots = window.address + layout.slots + key0 + g, weights = window.address + layout.routed_weights + 4 * PITCH * 2 * t;
@@ -147,13 +147,12 @@ template <int PITCH> struct RoutedWeights {  // PITCH: words of a query
 #pragma unroll
     for (int i = 0; i < 2; ++i) slot_row[i] = load_shared_int(slot_rows + 32 * step + 16 * i);
   }
-  __device__ void find_slots() {
+  __device__ void find_weights(int step) {
+    std::uint32_t slot[2][4];
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll
       for (int r = 0; r < 2; ++r) slot[r][j] = load_shared_byte(slots + (j & 1 ? slot_row[j / 2] >> 16 : slot_row[j / 2] & 0xffff) + 8 * r);
-  }
-  __device__ void find_weights(int step) {
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll
@@ -384,7 +383,7 @@ template <class T, bool LONG> __global__ void __launch_bounds__(kThreads, 1) sho
     RoutedWeights<kPitch> routed(window, layout, key0);
     const bool has_keys = key0 < L;  // of a warpgroup's last warps some have none
     const int steps = layout.rows / 16;  // behind the queries zeros; not N, as the same for all threads for certain
-    if (has_keys) routed.find_rows(0), routed.find_slots(), routed.find_weights(0);
+    if (has_keys) routed.find_rows(0), routed.find_weights(0);
     const Matrix<kDP> queries_of(q.address, true), gradients_of(dout.address, true);
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
@@ -396,7 +395,7 @@ template <class T, bool LONG> __global__ void __launch_bounds__(kThreads, 1) sho
       wgmma<T>(dk, halves[0], queries_of.at(step * 16 * kDP * sizeof(T)));
       wgmma<T>(dv, halves[1], gradients_of.at(step * 16 * kDP * sizeof(T)));
       commit_products();
-      if (has_keys) routed.find_slots(), routed.find_weights(next);
+      if (has_keys) routed.find_weights(next);
       wait_products<G, 0>(dk, dv);
     }
   }
@@ -509,7 +508,7 @@ template <class T, bool LONG> __global__ void __launch_bounds__(kThreads, 1) sho
       }
       RoutedWeights<kPitch> routed(window, layout, first);
       const int steps = layout.rows / 16;
-      routed.find_rows(0), routed.find_slots(), routed.find_weights(0);
+      routed.find_rows(0), routed.find_weights(0);
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
         const int next = min(step + 1, steps - 1);
@@ -517,7 +516,7 @@ template <class T, bool LONG> __global__ void __launch_bounds__(kThreads, 1) sho
         routed.take(a, of_values ? routed.kProbabilities : routed.kGradients);
         routed.find_rows(next);
         add(a, rows(0, step));
-        routed.find_slots(), routed.find_weights(next);
+        routed.find_weights(next);
       }
       const Rows& to = of_values ? p.dv : p.dk;
       const float factor = of_values ? power_of_2(-kProbabilityShift<T>) : f.scale * kUnshifted;
@@ -598,16 +597,18 @@ template <class T, bool LONG> __global__ void __launch_bounds__(kThreads, 1) sho
 #endif
 }
 
+bool has_room(const Problem& x, bool is_long) {
+  int most;
+  return device_attribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin) == cudaSuccess && Memory(x, is_long).bytes <= most;
+}
+
 }  // namespace
 
 // sm_90a: elsewhere a block has no memory for what this is made for. H100: for more units, queries or keys than this, or keys and values of several
 // heads, it has none here either.
 bool fits_short_gradient(const Problem& x, bool shared, float scale, float landmark_scale) {
-  if (!has_warpgroups(x.dtype, x.D) || x.D > kDP || x.D % kCudaHeadDimStep != 0 || x.s != 1 || x.H != x.Hkv || !shared || x.M > kUnits || x.K > kUnits ||
-      x.queries.max_length > kThreads || x.keys.max_length > kKeys + kMoreKeys || !have_ratio(landmark_scale, scale))
-    return false;
-  int most;
-  return device_attribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin) == cudaSuccess && Memory(x, true).bytes <= most;
+  return has_warpgroups(x.dtype, x.D) && x.D <= kDP && x.D % kCudaHeadDimStep == 0 && x.s == 1 && x.H == x.Hkv && shared && x.M <= kUnits && x.K <= kUnits &&
+         x.queries.max_length <= kThreads && x.keys.max_length <= kKeys + kMoreKeys && have_ratio(landmark_scale, scale) && has_room(x, true);
 }
 
 cudaError_t launch_short_gradient(const ShortGradientParams& p, cudaStream_t stream) {
@@ -616,13 +617,11 @@ cudaError_t launch_short_gradient(const ShortGradientParams& p, cudaStream_t str
   return dispatch_dtype(x.dtype, [&](auto element) {
     using T = decltype(element);
     if constexpr (sizeof(T) == 2) {
-      int most;
-      if (cudaError_t status = device_attribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin)) return status;
       const auto with = [&](auto is_long) {
         const Memory layout(x, is_long);
         return launch(short_gradient_kernel<T, is_long>, static_cast<unsigned>(x.B) * x.H, kThreads, layout.bytes, stream, p, layout);
       };
-      return x.keys.max_length <= kKeys && Memory(x, false).bytes <= most ? with(std::false_type()) : with(std::true_type());
+      return x.keys.max_length <= kKeys && has_room(x, false) ? with(std::false_type()) : with(std::true_type());
     } else {
       return cudaErrorInvalidValue;
     }

@@ -74,8 +74,8 @@ struct Selection {
 
 // The k best of a row of scores, of which lane l of kRowLanes has those of keys l, l + kRowLanes, ...: bit j for key l + kRowLanes j. The other lanes do the same with
 // another row; one that is not `present` has none. Behind the last key scores are -infinity. members: bits of lane j, of the other row in the upper half, for the j-th keys
-// of all lanes, then for those kRowLanes further. A threshold is looked for by how many scores too many, or too few, reach the one before; where that is one, it is behind the lowest of those, or at the
-// highest of the others. Where this leads nowhere, as there are equal scores or some that are not finite, bits are bisected.
+// of all lanes, then for those kRowLanes further. A threshold is looked for by how many scores too many, or too few, reach the one before; where that is one, it is behind the
+// lowest of those, or at the highest of the others. Where this leads nowhere, as there are equal scores or some that are not finite, bits are bisected.
 template <class T, int SLOTS> __device__ inline unsigned select(const float (&score)[SLOTS], bool present, const Selection& s, unsigned (&members)[ceil_div(SLOTS, kRowLanes)]) {
   constexpr int kRounds = 16, kInterpolations = 6;
   const int lane = threadIdx.x % 32, own = lane % kRowLanes, keys = present ? s.length - own : 0, k = present ? s.k : 0;
@@ -518,26 +518,25 @@ template <class T, bool ONCE, int WARPS> __global__ void __launch_bounds__(32 * 
   }
 }
 
-// Has the current device room for two such blocks on a multiprocessor?
-bool fit_two(const Problem& x) {
+// Of a block, as the current device has room for two of them on a multiprocessor, or one; 0 where other kernels are to take this.
+int warps_of(const Problem& x) {
+  const bool few = x.M <= kUnits && x.K <= kUnits;
+  if (x.dtype == Dtype::fp32 || x.D > kDP || x.D % kCudaHeadDimStep != 0 || x.s != 1 || std::max(x.queries.max_length, x.keys.max_length) > (few ? kMostRows : kMostRowsOfMany)) return 0;
+  const int bytes = Memory(x).bytes;
   int most;
-  return x.keys.max_length <= kKeysOfTwo && device_attribute(most, cudaDevAttrMaxSharedMemoryPerMultiprocessor) == cudaSuccess && 2 * (Memory(x).bytes + kReservedMemory) <= most;
+  if (x.keys.max_length <= kKeysOfTwo && device_attribute(most, cudaDevAttrMaxSharedMemoryPerMultiprocessor) == cudaSuccess && 2 * (bytes + kReservedMemory) <= most) return kWarps;
+  if (x.M > kUnits && std::int64_t(x.B) * x.H * 4 < kMultiprocessors) return 0;  // many landmarks of few heads would take longer than by many blocks
+  return device_attribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin) == cudaSuccess && bytes <= most ? kWarpsAlone : 0;
 }
 
 }  // namespace
 
-bool fits_short_attention(const Problem& x) {
-  const bool few = x.M <= kUnits && x.K <= kUnits;
-  if (x.dtype == Dtype::fp32 || x.D > kDP || x.D % kCudaHeadDimStep != 0 || x.s != 1 || std::max(x.queries.max_length, x.keys.max_length) > (few ? kMostRows : kMostRowsOfMany))
-    return false;
-  if (fit_two(x)) return true;
-  int most;  // many landmarks of few heads, each by one block, would take longer than by many
-  return (x.M <= kUnits || std::int64_t(x.B) * x.H * 4 >= kMultiprocessors) && device_attribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin) == cudaSuccess && Memory(x).bytes <= most;
-}
+bool fits_short_attention(const Problem& x) { return warps_of(x) > 0; }
 
 cudaError_t launch_short_attention(const ShortParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
-  if (!fits_short_attention(x)) return cudaErrorInvalidValue;
+  const int warps = warps_of(x);
+  if (warps == 0) return cudaErrorInvalidValue;
   return dispatch_dtype(x.dtype, [&](auto element) {
     using T = decltype(element);
     if constexpr (sizeof(T) == 2) {
@@ -546,7 +545,7 @@ cudaError_t launch_short_attention(const ShortParams& p, cudaStream_t stream) {
       const auto with = [&](auto warps) {
         return launch(once ? short_attention_kernel<T, true, warps> : short_attention_kernel<T, false, warps>, static_cast<unsigned>(x.B) * x.H, 32 * warps, layout.bytes, stream, p, layout);
       };
-      return fit_two(x) ? with(std::integral_constant<int, kWarps>{}) : with(std::integral_constant<int, kWarpsAlone>{});
+      return warps == kWarps ? with(std::integral_constant<int, kWarps>{}) : with(std::integral_constant<int, kWarpsAlone>{});
     } else {
       return cudaErrorInvalidValue;
     }

@@ -334,6 +334,7 @@ const Case kCases[] = {
     {"short_alone_many_units", Dtype::bf16, 17, 2, 1, 320, 300, 50, 49, 1, 64, true, Batch::packed},
     {"short_alone_many_landmarks", Dtype::fp16, 17, 2, 2, 150, 140, 130, 20, 1, 64, true, Batch::full},
     {"short_alone_all_keys", Dtype::bf16, 17, 2, 2, 60, 310, 33, 310, 1, 64, true, Batch::padded},
+    {"short_alone_without_shared", Dtype::bf16, 1, 2, 2, 400, 360, 20, 32, 1, 64, false},
     // whose backward pass has no room for all rows at a time
     {"short_long_images", Dtype::bf16, 3, 2, 2, 257, 257, 25, 25, 1, 64, true, Batch::full, false, {5, 5, 16, 16, 1}},
     {"short_long_packed", Dtype::fp16, 4, 2, 2, 288, 288, 32, 32, 1, 64, true, Batch::packed},
@@ -341,7 +342,6 @@ const Case kCases[] = {
     {"short_long_few_queries", Dtype::fp16, 2, 2, 2, 30, 300, 8, 32, 1, 64, true, Batch::full},
     {"short_long_few_keys", Dtype::bf16, 2, 2, 2, 300, 20, 9, 8, 1, 64, true, Batch::full, false, {3, 3, 17, 17, 5}},
     {"short_long_ties", Dtype::bf16, 2, 1, 1, 240, 270, 12, 30, 1, 64, true, Batch::full, true},
-    {"short_alone_without_shared", Dtype::bf16, 1, 2, 2, 400, 360, 20, 32, 1, 64, false},
     // more units than shared memory holds
     {"passing_units", Dtype::bf16, 1, 1, 1, 1500, 600, 5, 300, 1, 128},
     {"passing_units_narrow", Dtype::bf16, 1, 1, 1, 900, 700, 3, 400, 2, 64},
