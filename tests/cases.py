@@ -166,10 +166,24 @@ CASES = [
     *(Case(f"one_pass_queries_{N}", B=1, H=4, Hkv=2, N=N, L=300, D=64, M=5, K=50) for N in (200, 201, 320, 1300)),
     # the most queries of small experts, and one more
     *(
-        Case(f"small_experts_queries_{N}_topk_{K}", B=1, H=4, Hkv=2, N=N, L=300, D=64, M=5, K=K)
-        for N, K in ((480, 64), (481, 64), (480, 33), (960, 32), (961, 32))
+        Case(f"small_experts_queries_{N}_topk_{K}_head_dim_{D}", B=1, H=4, Hkv=2, N=N, L=300, D=D, M=5, K=K)
+        for D, K, most in ((64, 64, 480), (64, 33, 480), (64, 32, 960), (80, 64, 320), (96, 32, 640), (104, 33, 240), (128, 32, 320))
+        for N in (most, most + 1)
+    ),
+    # the most landmarks, and one more
+    *(
+        Case(f"small_experts_landmarks_{M}_topk_{K}_head_dim_{D}", B=1, N=300, D=D, M=M, K=K)
+        for D, K, most in ((64, 32, 256), (96, 20, 256), (72, 40, 192), (128, 25, 192), (112, 64, 144))
+        for M in (most, most + 1)
     ),
     Case("small_experts_one_expert", H=4, Hkv=2, N=900, L=300, D=40, M=5, K=25, values="one_expert"),
+    Case("small_experts_wide_one_expert", H=4, Hkv=2, N=600, L=300, D=80, M=9, K=49, values="one_expert"),
+    Case("small_experts_wide_pooled", N=449, D=80, M=20, K=25, pooled=True),
+    Case("small_experts_wide_large", N=450, D=88, M=(6, 6), K=36, grid=(20, 22), prefix=10, pooled=True, values="large"),
+    Case("small_experts_wide_clustered", N=300, D=128, M=49, K=49, values="clustered", layout="heads_last"),
+    Case("small_experts_wide_two_routes", N=150, D=128, M=30, K=32, routes=2, layout="heads_last"),
+    Case("small_experts_wide_three_routes", N=150, D=96, M=70, K=50, routes=3, values="duplicate_keys"),
+    Case("small_experts_wide_no_shared_expert", N=300, L=200, D=120, M=9, K=64, shared_expert=False),
     Case("one_pass_many_queries_one_expert", H=4, Hkv=2, N=700, L=300, D=40, M=5, K=64, values="one_expert"),
     # logits of hundreds: of thousands, one near tie decides the largest error, by the order of its sums
     Case("routes_3_logits_of_hundreds", N=600, D=40, M=24, K=16, routes=3, values="large", scale=0.01),
@@ -188,13 +202,6 @@ CASES = [
     Case("many_units_many_queries_clustered", H=4, Hkv=2, N=900, D=128, M=6, K=128, values="clustered", layout="heads_last"),
     Case("many_units_many_queries_no_shared_expert", N=700, L=300, D=80, M=5, K=65, shared_expert=False),
     Case("many_units_logits_of_hundreds", B=1, N=900, L=300, D=128, M=6, K=128, values="large", scale=0.01),
-    # more columns than small experts have, the most queries of few units, and more
-    *(Case(f"few_queries_{N}_of_wide_heads", N=N, D=80, M=20, K=25, pooled=True) for N in (440, 460)),
-    *(
-        Case(f"few_queries_of_wide_units_{M}_{K}", N=150, D=104, M=M, K=K, values="clustered")
-        for M, K in ((32, 32), (33, 32), (32, 33))
-    ),
-    Case("few_queries_two_routes", N=150, D=128, M=30, K=32, routes=2, layout="heads_last"),
     # enough heads for landmarks, experts and groups in one kernel, and one head less
     Case("many_heads", B=33, N=450, L=200, D=64, M=9, K=20, pooled=True, layout="heads_last"),
     Case("many_heads_less_one", B=65, H=1, N=450, L=200, D=64, M=9, K=20, pooled=True),

@@ -16,6 +16,13 @@ namespace mita {
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int round_up(int a, int step) { return ceil_div(a, step) * step; }
 
+// Of the current device.
+inline cudaError_t device_attribute(int& value, cudaDeviceAttr attribute) {
+  int device;
+  if (cudaError_t status = cudaGetDevice(&device)) return status;
+  return cudaDeviceGetAttribute(&value, attribute, device);
+}
+
 // A large GPU's multiprocessors, and blocks that fill them once, four each. Constants, so that results do not depend on the device.
 constexpr int kMultiprocessors = 132, kBlocksOfAWave = 4 * kMultiprocessors;
 
@@ -54,14 +61,20 @@ constexpr int kPassRows = 64;
 template <int BYTES, int DP> constexpr int kAttentionRows = BYTES * DP <= 512 ? kPassRows : 32;
 template <int BYTES, int DP> constexpr int kRowGradientRows = BYTES * DP <= 256 ? kPassRows : BYTES * DP <= 512 ? 32 : 16;
 
-// Experts whose keys and values fit beside the shared units, for three warps or more, in the 99 KB that every block may have; and with few queries. H200, forward with
-// 24 to 192 heads against that by specialists: with 49 and 64 keys 71 to 96 % at 64 queries of an expert, 83 to 99 % at 96 (25 landmarks 90 to 101 %), 88 to 107 % at 128;
-// with 16 to 32 keys 57 to 94 % at 64, 88 to 102 % at 192, 88 to 103 % at 256.
+// Experts whose keys and values fit beside the shared units, for three warps or more, in what a multiprocessor has; and with few queries. H200, forward with 24 to 192 heads
+// against that by specialists, at so many queries of an expert. Up to 64 columns: with 49 and 64 keys 71 to 96 % at 64, 83 to 99 % at 96 (25 landmarks 90 to 101 %), 88 to
+// 107 % at 128; with 16 to 32 keys 57 to 94 % at 64, 88 to 102 % at 192, 88 to 103 % at 256. 80 columns: 38 to 66 % at 8 to 16, 60 to 91 % at 24 to 32, 84 to 102 % at 64, 88 to
+// 106 % at 96; with up to 32 keys 94 to 104 % at 128. 128 columns: 41 to 77 %, 69 to 96 %, 93 to 110 %, 99 to 112 %; with up to 32 keys and 256 landmarks 107 to 112 % at 64.
+// (Of 24 heads, 16 landmarks with 49 keys or more took 103 to 121 %.)
 constexpr int kSmallExpertKeys = 64, kSmallPassRows = 16;  // queries that a warp holds at a time
+constexpr int small_columns(int D) { return D <= 64 ? 64 : D <= 96 ? 96 : 128; }  // of a row in shared memory
 inline bool small_experts(const Problem& x) {
+  if (x.dtype == Dtype::fp32 || x.D > 128 || x.D % kCudaHeadDimStep != 0 || x.s == 0 || x.K > kSmallExpertKeys) return false;
   const bool half = x.K <= kSmallExpertKeys / 2;
-  return x.dtype != Dtype::fp32 && x.D <= 64 && x.D % kCudaHeadDimStep == 0 && x.M <= (half ? 256 : 192) && x.s > 0 && x.K <= kSmallExpertKeys &&
-         std::int64_t(x.queries.max_length) * x.s <= std::int64_t(half ? 192 : 96) * x.M;
+  const int units = half ? kSmallExpertKeys / 2 : kSmallExpertKeys, columns = small_columns(x.D), most_queries = columns == 64 ? (half ? 192 : 96) : columns == 96 ? (half ? 128 : 64) : half ? 64 : 48;
+  int memory;
+  return x.M * std::max(columns, 96) <= (half ? 256 : 192) * 96 && std::int64_t(x.queries.max_length) * x.s <= std::int64_t(most_queries) * x.M &&
+         device_attribute(memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor) == cudaSuccess && 4 * columns * units * (ceil_div(x.M, units) + 3) + 4096 <= memory;
 }
 
 // Queries of one block, or warp: the smallest tile that takes most experts whole (two standard deviations above the average load), as
@@ -166,12 +179,6 @@ cudaError_t dispatch_dtype(Dtype dtype, F&& f) {
   return cudaErrorInvalidValue;
 }
 
-// Of the current device.
-inline cudaError_t device_attribute(int& value, cudaDeviceAttr attribute) {
-  int device;
-  if (cudaError_t status = cudaGetDevice(&device)) return status;
-  return cudaDeviceGetAttribute(&value, attribute, device);
-}
 constexpr int kReservedMemory = 1024;  // of a block's shared memory, by the system
 // So many blocks of `bytes` each have room on a multiprocessor of sm_90. The same everywhere, as results may depend on it.
 inline int blocks_by_memory(std::size_t bytes) { return static_cast<int>(228 * 1024 / (bytes + kReservedMemory)); }

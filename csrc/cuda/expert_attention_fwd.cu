@@ -161,33 +161,46 @@ __global__ void __launch_bounds__(Layout<C>::kThreads, Layout<C>::kBlocks) atten
 
 // ---- small experts -------------------------------------------------------------------------------------------------
 
-// KT: eights of units in a tile, of the shared ones as of an expert's. MANY: are there more shared units than one tile has?
-template <int KT, bool MANY> constexpr int kSmallWarps = KT == 4 && !MANY ? 16 : 12;  // of a multiprocessor, by registers
+// W: columns of a row in shared memory. KT: eights of units in a tile, of the shared ones as of an expert's. MANY: are there more shared units than one tile has?
+template <int W, int KT, bool MANY> constexpr int kSmallWarps = W > 64 && MANY ? 8 : W == 64 && KT == 4 && !MANY ? 16 : 12;  // of a multiprocessor, by registers
 
-// The two chunks of row `row` behind `base` that a lane holds of eight rows in an operand of `mma`: lane 4g + t the chunks t and t + 4 of row g, zeros behind the
+// The chunks of row `row` behind `base` that a lane holds of eight rows in an operand of `mma`: lane 4g + t every fourth chunk of row g from t on, zeros behind the
 // last column. Products so meet the columns in an order of their own, the same in both operands. pitch: bytes from row to row.
-using Fragment = std::uint32_t[2][4];  // of both chunks, two columns each
-__device__ inline void load_fragment(Fragment& x, const unsigned char* base, int row, std::uint32_t pitch, int D, int t) {
+template <int W> using Fragment = std::uint32_t[W / 32][4];  // of each chunk, two columns each
+template <int W> __device__ inline void load_fragment(Fragment<W>& x, const unsigned char* base, int row, std::uint32_t pitch, int D, int t) {
+  const unsigned char* const from = base + 16 * t + std::uint64_t(pitch) * static_cast<std::uint32_t>(row);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) x[i / 4][i % 4] = 0;
-  asm("{ .reg .u64 from; .reg .pred p; mad.wide.u32 from, %8, %9, %10; setp.gt.s32 p, %11, 0; @p ld.global.nc.v4.u32 {%0,%1,%2,%3}, [from]; "
-      "setp.gt.s32 p, %11, 32; @p ld.global.nc.v4.u32 {%4,%5,%6,%7}, [from + 64]; }"
-      : "+r"(x[0][0]), "+r"(x[0][1]), "+r"(x[0][2]), "+r"(x[0][3]), "+r"(x[1][0]), "+r"(x[1][1]), "+r"(x[1][2]), "+r"(x[1][3])
-      : "r"(row), "r"(pitch), "l"(base + 16 * t), "r"(D - 8 * t));
+  for (int i = 0; i < W / 32; ++i) {
+    x[i][0] = x[i][1] = x[i][2] = x[i][3] = 0;
+    asm("{ .reg .pred p; setp.gt.s32 p, %5, %6; @p ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4]; }"
+        : "+r"(x[i][0]), "+r"(x[i][1]), "+r"(x[i][2]), "+r"(x[i][3])
+        : "l"(from + 64 * i), "r"(D - 8 * t), "r"(32 * i));
+  }
 }
-// Rows in shared memory, 128 bytes each, whose chunks of 16 are permuted: no bank conflicts among whole rows, nor among the lanes of a fragment, nor among eight
-// rows' parts of one column for `ldmatrix`. Eights of them are 1 KB each.
-constexpr int kRow = 128, kEight = 8 * kRow;
-__device__ inline int place_of(int row, int chunk) { return kRow * row + 16 * (chunk ^ (4 * (row & 1) + (row >> 1 & 3))); }
-// A lane's chunk of one of four rows there, zeros behind the last column.
-struct RowCopy {
-  int place, chunk, bytes;  // where it lies in the first four, where in a row of the source, and how much of it is there
-  __device__ RowCopy(int D, int lane) : place(place_of(lane / 8, lane % 8)), chunk(8 * (lane % 8) < D ? 16 * (lane % 8) : 0), bytes(8 * (lane % 8) < D ? 16 : 0) {}
+// Rows in shared memory, whose chunks of 16 bytes are permuted: no bank conflicts among whole rows, nor among the lanes of a fragment, nor among eight rows' parts
+// of one column for `ldmatrix`. Rows of 96 columns lie half a turn of the banks apart, those of 64 or 128 are turned by half of that.
+template <int W> struct SmallRows {
+  static constexpr int kRow = 2 * W, kEight = 8 * kRow, kTurn = W % 64 == 0 ? 8 : 4;  // kTurn: chunks that change places with each other
+  static __device__ int place_of(int row, int chunk) { return kRow * row + 16 * (chunk ^ (4 * (kTurn / 8 * row & 1) + (row >> 1 & 3))); }
+  // From the address of one of a row's first chunks, of which `chunk` has no bit, to that of one so many chunks behind.
+  static __device__ std::uint32_t behind(std::uint32_t address, int chunk) { return (address ^ 16 * (chunk % kTurn)) + 16 * (chunk - chunk % kTurn); }
+};
+// A lane's chunk of one of four rows there, zeros behind the last column, and its chunk of the columns from 64 on.
+template <int W> struct RowCopy {
+  using Place = SmallRows<W>;
+  int place, chunk, bytes, more;  // where it lies in the first four, where in a row of the source, and how much of it is there, and behind the first 64 columns
+  __device__ RowCopy(int D, int lane)
+      : place(Place::place_of(lane / 8, lane % 8)), chunk(8 * (lane % 8) < D ? 16 * (lane % 8) : 0), bytes(8 * (lane % 8) < D ? 16 : 0), more(64 + 8 * (lane % 8) < D ? 16 : 0) {}
   // To the `four`-th four rows behind `to`. base: this chunk of the source's first row; row: that of this lane.
   __device__ void operator()(std::uint32_t to, int four, const unsigned char* base, int row, std::uint32_t pitch) const {
-    asm volatile("{ .reg .u64 from; mad.wide.u32 from, %1, %2, %3; cp.async.cg.shared.global [%0], [from], 16, %4; }" ::"r"(((to + place) ^ (32 * (four % 2))) + 4 * kRow * four), "r"(row),
-                 "r"(pitch), "l"(base), "r"(bytes)
-                 : "memory");
+    const std::uint32_t target = ((to + place) ^ (32 * (four % 2))) + 4 * Place::kRow * four;
+    if constexpr (W == 64) {
+      asm volatile("{ .reg .u64 from; mad.wide.u32 from, %1, %2, %3; cp.async.cg.shared.global [%0], [from], 16, %4; }" ::"r"(target), "r"(row), "r"(pitch), "l"(base), "r"(bytes) : "memory");
+    } else {
+      const unsigned char* const from = base + std::uint64_t(pitch) * static_cast<std::uint32_t>(row);
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(from) : "memory");
+      if (W == 128 || threadIdx.x % 8 < 4) asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target + 128), "l"(more ? from + 128 : from), "r"(more) : "memory");
+    }
   }
 };
 __device__ inline void load_half(std::uint32_t (&x)[4], std::uint32_t address) {
@@ -227,10 +240,11 @@ __device__ inline void load_number(std::uint32_t target, const std::int32_t* sou
 
 // Shared memory: the keys of the shared units, their values, those of every warp's expert, and for every warp what comes.
 template <int KT> int small_shared_tiles(const AttentionParams& p) { return p.units.shared ? ceil_div(p.problem.M, 8 * KT) : 0; }
-template <int KT> constexpr int kSmallBytes = 2 * kEight * KT + static_cast<int>(sizeof(Coming));  // of a warp
+template <int W, int KT> constexpr int kSmallBytes = 2 * SmallRows<W>::kEight * KT + static_cast<int>(sizeof(Coming));  // of a warp
 
-template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSmallWarps<KT, MANY>, 1) small_kernel(const AttentionParams p, const int parts, const int shared_tiles) {
-  constexpr int kTiles = MANY ? 1 : 2;  // of a step
+template <class T, int W, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSmallWarps<W, KT, MANY>, 1) small_kernel(const AttentionParams p, const int parts, const int shared_tiles) {
+  using Place = SmallRows<W>;
+  constexpr int kTiles = MANY ? 1 : 2, kEight = Place::kEight;  // kTiles: of a step
   extern __shared__ __align__(kPanel) unsigned char memory[];
   __shared__ Head head;
   __shared__ unsigned taken;
@@ -241,7 +255,7 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
   constexpr int kPlace = 2 * kEight * KT;  // of a tile
   const std::uint32_t shared_units = window.address, units = shared_units + kPlace * (shared_tiles + warp);
   Coming& coming = *reinterpret_cast<Coming*>(memory + kPlace * (shared_tiles + warps) + sizeof(Coming) * warp);
-  const RowCopy copy_row(x.D, lane);
+  const RowCopy<W> copy_row(x.D, lane);
   wait_for_kernel_before();
   const std::uint32_t place = window.of(coming), keys = place + offsetof(Coming, keys), entries = place + offsetof(Coming, entries);
   const auto pitch_of = [](const Rows& rows) { return static_cast<std::uint32_t>(rows.row * 2); };
@@ -320,11 +334,11 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
 #pragma unroll
     for (int n = 0; n < 2 * KT; ++n) copy_row(units + tensor, n, base, row[n / 4][n % 4], pitch);
   };
-  Fragment q[2];
+  Fragment<W> q[2];
   const auto entry = [&](int i, int count) { return load_shared_int(entries + 4 * min(i, count - 1)); };
   const auto load_queries = [&](int first, int count) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) load_fragment(q[i], head.q, query_of(entry(first + g + 8 * i, count), slots), pitch_of(p.q), x.D, t);
+    for (int i = 0; i < 2; ++i) load_fragment<W>(q[i], head.q, query_of(entry(first + g + 8 * i, count), slots), pitch_of(p.q), x.D, t);
   };
   take();
   commit_loads();
@@ -353,13 +367,13 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
         __syncwarp();  // all have read what is now replaced
         next_size = look();
       }
-      std::uint32_t a[4][4];  // queries as operands of one step each, zeros behind the last column
+      std::uint32_t a[W / 16][4];  // queries as operands of one step each, zeros behind the last column
 #pragma unroll
-      for (int k = 0; k < 4; ++k)
+      for (int k = 0; k < W / 16; ++k)
 #pragma unroll
         for (int i = 0; i < 4; ++i) a[k][i] = q[i % 2][k / 2][2 * (k % 2) + i / 2];
       OnlineSoftmax<T> softmax;
-      float out[8][4];
+      float out[W / 8][4];
       if (MANY) clear(out);
       constexpr float kZero[4] = {};
       // The first tile is that of the expert's units, the others are shared: all in one step, or one in each.
@@ -379,21 +393,21 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
             clear_here(s[i]);
             continue;
           }
-          const std::uint32_t rows = from[i] + place_of(g, t);
+          const std::uint32_t rows = from[i] + Place::place_of(g, t);
           // Four sums grow by turns, as each step waits for the one before.
 #pragma unroll
-          for (int half = 0; half < 2; ++half)
+          for (int four = 0; four < W / 32; ++four)
 #pragma unroll
             for (int n = 0; n < KT; n += 4) {
               std::uint32_t k[4][4];
 #pragma unroll
-              for (int r = 0; r < 4 && n + r < KT; ++r) load_half(k[r], (rows ^ 64 * half) + kEight * (n + r));
+              for (int r = 0; r < 4 && n + r < KT; ++r) load_half(k[r], Place::behind(rows, 4 * four) + kEight * (n + r));
 #pragma unroll
               for (int j = 0; j < 2; ++j)
 #pragma unroll
                 for (int r = 0; r < 4 && n + r < KT; ++r)
-                  if (half + j == 0) mma<T>(s[i][n + r], a[0], k[r][0], k[r][1], kZero);
-                  else mma<T>(s[i][n + r], a[2 * half + j], k[r][2 * j], k[r][2 * j + 1]);
+                  if (four + j == 0) mma<T>(s[i][n + r], a[0], k[r][0], k[r][1], kZero);
+                  else mma<T>(s[i][n + r], a[2 * four + j], k[r][2 * j], k[r][2 * j + 1]);
             }
         }
         float scale[kTiles], highest[2] = {-kInfinity, -kInfinity};
@@ -434,14 +448,14 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
           if (count[i] > 0) {
-            const std::uint32_t rows = from[i] + kEight * KT, pairs = rows + place_of(lane % 8, lane / 16) + lane / 8 % 2 * kEight, last_rows = rows + place_of(lane % 8, lane / 8) + kEight * (KT - 1);
+            const std::uint32_t rows = from[i] + kEight * KT, pairs = rows + Place::place_of(lane % 8, lane / 16) + lane / 8 % 2 * kEight, last_rows = rows + Place::place_of(lane % 8, lane / 8) + kEight * (KT - 1);
             const auto& w = weights[i].packed;
 #pragma unroll
             for (int n = 0; n + 1 < KT; n += 2)
 #pragma unroll
-              for (int d = 0; d < 8; d += 2) {
+              for (int d = 0; d < W / 8; d += 2) {
                 std::uint32_t v[4];
-                ldmatrix_transposed(v, (pairs ^ 16 * d) + kEight * n);
+                ldmatrix_transposed(v, Place::behind(pairs, d) + kEight * n);
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
                   float(&sum)[4] = out[d + j];
@@ -452,9 +466,9 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
               }
             if constexpr (KT % 2 != 0)
 #pragma unroll
-              for (int d = 0; d < 8; d += 4) {
+              for (int d = 0; d < W / 8; d += 4) {
                 std::uint32_t v[4];
-                ldmatrix_transposed(v, last_rows ^ 16 * d);
+                ldmatrix_transposed(v, Place::behind(last_rows, d));
 #pragma unroll
                 for (int j = 0; j < 4; ++j) mma<T>(out[d + j], w[KT - 1][0], w[KT - 1][1], v[j]);
               }
@@ -478,14 +492,14 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
         if (x.s > 1) {
           float* const to = head.partial_out + std::int64_t(own[i]) * x.D + 2 * t;
 #pragma unroll
-          for (int d = 0; d < 8; ++d)
+          for (int d = 0; d < W / 8; ++d)
             if (present && 8 * d < x.D) *reinterpret_cast<float2*>(to + 8 * d) = make_float2(out[d][2 * i] * factor, out[d][2 * i + 1] * factor);
         } else {
           // Of every two chunks a lane gives half of what it has for half of its neighbour's: so each has eight bytes of one of them.
           const int odd = t & 1;
           unsigned char* const to = head.out + own[i] * (p.out.row * 2) + 16 * odd + 4 * (t - odd);
 #pragma unroll
-          for (int d = 0; d < 8; d += 2) {
+          for (int d = 0; d < W / 8; d += 2) {
             std::uint32_t two[2];
 #pragma unroll
             for (int j = 0; j < 2; ++j) two[j] = pack<T>(out[d + j][2 * i] * factor, out[d + j][2 * i + 1] * factor);
@@ -499,10 +513,10 @@ template <class T, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSm
   }
 }
 
-template <class T, int KT, bool MANY> cudaError_t launch_small(const AttentionParams& p, cudaStream_t stream) {
+template <class T, int W, int KT, bool MANY> cudaError_t launch_small(const AttentionParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
   constexpr int kReserved = kReservedMemory + kPanel;  // of a block, with its static memory, behind which the other one is aligned
-  const int shared_tiles = small_shared_tiles<KT>(p), shared_bytes = 2 * kEight * KT * shared_tiles;
+  const int shared_tiles = small_shared_tiles<KT>(p), shared_bytes = 2 * SmallRows<W>::kEight * KT * shared_tiles;
   int memory;
   if (cudaError_t status = device_attribute(memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor)) return status;
   const int heads = x.B * x.H, entries = x.queries.max_length * x.s;
@@ -511,12 +525,12 @@ template <class T, int KT, bool MANY> cudaError_t launch_small(const AttentionPa
   int blocks = 1, warps = 0;
   LeastBusy least{};
   for (int b = 1; b <= 4; ++b) {
-    const int w = std::min(kSmallWarps<KT, MANY> / b, (memory / b - kReserved - shared_bytes) / kSmallBytes<KT>);
+    const int w = std::min(kSmallWarps<W, KT, MANY> / b, (memory / b - kReserved - shared_bytes) / kSmallBytes<W, KT>);
     if (w <= 0) break;
     const LeastBusy busy = least_busy(heads, tiles, w, b * kMultiprocessors, 2);  // the start of a block takes as long as a tile
     if (warps == 0 || busy.time < least.time || (busy.time == least.time && b * w >= blocks * warps)) blocks = b, warps = w, least = busy;
   }
-  return launch(p.early, small_kernel<T, KT, MANY>, static_cast<unsigned>(heads) * least.parts, 32 * warps, shared_bytes + kSmallBytes<KT> * warps, stream, p, least.parts, shared_tiles);
+  return launch(p.early, small_kernel<T, W, KT, MANY>, static_cast<unsigned>(heads) * least.parts, 32 * warps, shared_bytes + kSmallBytes<W, KT> * warps, stream, p, least.parts, shared_tiles);
 }
 
 constexpr int kMergeWarps = 4;
@@ -554,14 +568,19 @@ template <class C> __global__ void __launch_bounds__(32 * kMergeWarps) merge_ker
 cudaError_t launch_expert_attention(const AttentionParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
   if (p.groups.tile_rows < 16 || p.groups.tile_rows % 16 != 0 || p.groups.tile_rows > kMaxAttentionTile) return cudaErrorInvalidValue;
-  const auto small = [&](auto element) {
+  const auto of_columns = [&](auto element, auto columns) {
     using T = decltype(element);
+    constexpr int W = decltype(columns)::value;
     if constexpr (sizeof(T) == 2) {
-      if (x.K <= 32) return small_shared_tiles<4>(p) > 1 ? launch_small<T, 4, true>(p, stream) : launch_small<T, 4, false>(p, stream);
-      if (x.K <= 56 && small_shared_tiles<7>(p) <= 1) return launch_small<T, 7, false>(p, stream);
-      return small_shared_tiles<8>(p) > 1 ? launch_small<T, 8, true>(p, stream) : launch_small<T, 8, false>(p, stream);
+      if (x.K <= 32) return small_shared_tiles<4>(p) > 1 ? launch_small<T, W, 4, true>(p, stream) : launch_small<T, W, 4, false>(p, stream);
+      if (x.K <= 56 && small_shared_tiles<7>(p) <= 1) return launch_small<T, W, 7, false>(p, stream);
+      return small_shared_tiles<8>(p) > 1 ? launch_small<T, W, 8, true>(p, stream) : launch_small<T, W, 8, false>(p, stream);
     }
     else return cudaErrorInvalidValue;
+  };
+  const auto small = [&](auto element) {
+    const int columns = small_columns(x.D);
+    return columns == 64 ? of_columns(element, std::integral_constant<int, 64>()) : columns == 96 ? of_columns(element, std::integral_constant<int, 96>()) : of_columns(element, std::integral_constant<int, 128>());
   };
   const auto blocks = [&](auto config) {
     using C = decltype(config);
@@ -569,12 +588,9 @@ cudaError_t launch_expert_attention(const AttentionParams& p, cudaStream_t strea
     const int threads = std::min(Layout<C>::kThreads, 2 * p.groups.tile_rows * C::kSharers);
     return launch(attention_kernel<C>, static_cast<unsigned>(x.B) * x.H * max_tiles(x, p.groups.tile_rows), threads, layout.bytes, stream, p, layout);
   };
-  // Few units and queries leave warpgroups idle. H200, forward with 128 heads of 72 to 128 columns against that by specialists: 74 to 77 % with up to 32 units of either kind and
-  // tiles of up to 32 queries, 101 to 165 % with more of one.
-  const bool few = x.M <= 32 && x.K <= 32 && p.groups.tile_rows <= 32;
-  const cudaError_t status = small_experts(x)                         ? dispatch_dtype(x.dtype, small)
-                             : has_warpgroups(x.dtype, x.D) && !few ? launch_specialist_attention(p, stream)
-                                                                    : dispatch(x, blocks);
+  const cudaError_t status = small_experts(x)                     ? dispatch_dtype(x.dtype, small)
+                             : has_warpgroups(x.dtype, x.D) ? launch_specialist_attention(p, stream)
+                                                            : dispatch(x, blocks);
   if (status != cudaSuccess || x.s <= 1) return status;
   return dispatch(x.dtype, x.D, [&](auto config) {
     const std::int64_t rows = std::int64_t(x.B) * x.H * x.queries.max_length;
