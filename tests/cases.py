@@ -170,11 +170,11 @@ CASES = [
         for D, K, most in ((64, 64, 480), (64, 33, 480), (64, 32, 960), (80, 64, 320), (96, 32, 640), (104, 33, 240), (128, 32, 320))
         for N in (most, most + 1)
     ),
-    # the most landmarks, and one more
+    # the most landmarks, and more
     *(
         Case(f"small_experts_landmarks_{M}_topk_{K}_head_dim_{D}", B=1, N=300, D=D, M=M, K=K)
         for D, K, most in ((64, 32, 256), (96, 20, 256), (72, 40, 192), (128, 25, 192), (112, 64, 144))
-        for M in (most, most + 1)
+        for M in (most, most + 8)
     ),
     Case("small_experts_one_expert", H=4, Hkv=2, N=900, L=300, D=40, M=5, K=25, values="one_expert"),
     Case("small_experts_wide_one_expert", H=4, Hkv=2, N=600, L=300, D=80, M=9, K=49, values="one_expert"),
@@ -183,6 +183,11 @@ CASES = [
     Case("small_experts_wide_clustered", N=300, D=128, M=49, K=49, values="clustered", layout="heads_last"),
     Case("small_experts_wide_two_routes", N=150, D=128, M=30, K=32, routes=2, layout="heads_last"),
     Case("small_experts_wide_three_routes", N=150, D=96, M=70, K=50, routes=3, values="duplicate_keys"),
+    Case("small_experts_wide_few_keys", N=300, L=64, D=80, M=40, K=60),
+    # gradients of rows by warps: the most queries of more than 32 units of 128 columns, and more
+    *(Case(f"small_experts_wide_queries_{N}", B=1, N=N, D=128, M=9, K=33, pooled=True) for N in (288, 289)),
+    # gradients of keys by warps: the most landmarks, and more, with larger experts
+    *(Case(f"few_landmarks_{M}_head_dim_{D}", N=200, L=333, D=D, M=M, K=100) for D, M in ((96, 64), (80, 65), (128, 48), (104, 49))),
     Case("small_experts_wide_no_shared_expert", N=300, L=200, D=120, M=9, K=64, shared_expert=False),
     Case("one_pass_many_queries_one_expert", H=4, Hkv=2, N=700, L=300, D=40, M=5, K=64, values="one_expert"),
     # logits of hundreds: of thousands, one near tie decides the largest error, by the order of its sums
@@ -274,6 +279,7 @@ VARLEN = [
     Case("wider_heads", B=3, H=2, Hkv=1, N=150, D=256, M=17, K=40, lengths_q=(64, 150, 0), lengths_k=(150, 65, 9), pooled=True),
     Case("wider_heads_routes_2", B=3, H=1, N=150, D=136, M=9, K=20, lengths_q=(150, 3, 129), lengths_k=(100, 150, 0), routes=2),
     Case("many_queries", B=2, H=1, N=700, L=300, D=128, M=3, K=70, lengths_q=(400, 700), lengths_k=(300, 99), pooled=True),
+    Case("small_experts_wide", B=3, N=300, L=260, D=88, M=30, K=49, lengths_q=(300, 9, 99), lengths_k=(20, 260, 150)),
     Case("small_experts", B=3, H=1, N=500, L=300, D=64, M=30, K=49, lengths_q=(500, 9, 99), lengths_k=(20, 300, 150), routes=2),
     Case("one_pass", B=3, H=4, Hkv=2, N=400, L=300, D=64, M=40, K=64, lengths_q=(400, 70, 1), lengths_k=(300, 40, 0)),
     Case(

@@ -13,6 +13,7 @@
 //   one warp per query combines its s parts in slot order.
 #include "device.cuh"
 #include "launch.h"
+#include "small.cuh"
 
 namespace mita {
 namespace {
@@ -161,86 +162,15 @@ __global__ void __launch_bounds__(Layout<C>::kThreads, Layout<C>::kBlocks) atten
 
 // ---- small experts -------------------------------------------------------------------------------------------------
 
-// W: columns of a row in shared memory. KT: eights of units in a tile, of the shared ones as of an expert's. MANY: are there more shared units than one tile has?
+// See small.cuh. MANY: are there more shared units than one tile has?
 template <int W, int KT, bool MANY> constexpr int kSmallWarps = W > 64 && MANY ? 8 : W == 64 && KT == 4 && !MANY ? 16 : 12;  // of a multiprocessor, by registers
 
-// The chunks of row `row` behind `base` that a lane holds of eight rows in an operand of `mma`: lane 4g + t every fourth chunk of row g from t on, zeros behind the
-// last column. Products so meet the columns in an order of their own, the same in both operands. pitch: bytes from row to row.
-template <int W> using Fragment = std::uint32_t[W / 32][4];  // of each chunk, two columns each
-template <int W> __device__ inline void load_fragment(Fragment<W>& x, const unsigned char* base, int row, std::uint32_t pitch, int D, int t) {
-  const unsigned char* const from = base + 16 * t + std::uint64_t(pitch) * static_cast<std::uint32_t>(row);
-#pragma unroll
-  for (int i = 0; i < W / 32; ++i) {
-    x[i][0] = x[i][1] = x[i][2] = x[i][3] = 0;
-    asm("{ .reg .pred p; setp.gt.s32 p, %5, %6; @p ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4]; }"
-        : "+r"(x[i][0]), "+r"(x[i][1]), "+r"(x[i][2]), "+r"(x[i][3])
-        : "l"(from + 64 * i), "r"(D - 8 * t), "r"(32 * i));
-  }
-}
-// Rows in shared memory, whose chunks of 16 bytes are permuted: no bank conflicts among whole rows, nor among the lanes of a fragment, nor among eight rows' parts
-// of one column for `ldmatrix`. Rows of 96 columns lie half a turn of the banks apart, those of 64 or 128 are turned by half of that.
-template <int W> struct SmallRows {
-  static constexpr int kRow = 2 * W, kEight = 8 * kRow, kTurn = W % 64 == 0 ? 8 : 4;  // kTurn: chunks that change places with each other
-  static __device__ int place_of(int row, int chunk) { return kRow * row + 16 * (chunk ^ (4 * (kTurn / 8 * row & 1) + (row >> 1 & 3))); }
-  // From the address of one of a row's first chunks, of which `chunk` has no bit, to that of one so many chunks behind.
-  static __device__ std::uint32_t behind(std::uint32_t address, int chunk) { return (address ^ 16 * (chunk % kTurn)) + 16 * (chunk - chunk % kTurn); }
-};
-// A lane's chunk of one of four rows there, zeros behind the last column, and its chunk of the columns from 64 on.
-template <int W> struct RowCopy {
-  using Place = SmallRows<W>;
-  int place, chunk, bytes, more;  // where it lies in the first four, where in a row of the source, and how much of it is there, and behind the first 64 columns
-  __device__ RowCopy(int D, int lane)
-      : place(Place::place_of(lane / 8, lane % 8)), chunk(8 * (lane % 8) < D ? 16 * (lane % 8) : 0), bytes(8 * (lane % 8) < D ? 16 : 0), more(64 + 8 * (lane % 8) < D ? 16 : 0) {}
-  // To the `four`-th four rows behind `to`. base: this chunk of the source's first row; row: that of this lane.
-  __device__ void operator()(std::uint32_t to, int four, const unsigned char* base, int row, std::uint32_t pitch) const {
-    const std::uint32_t target = ((to + place) ^ (32 * (four % 2))) + 4 * Place::kRow * four;
-    if constexpr (W == 64) {
-      asm volatile("{ .reg .u64 from; mad.wide.u32 from, %1, %2, %3; cp.async.cg.shared.global [%0], [from], 16, %4; }" ::"r"(target), "r"(row), "r"(pitch), "l"(base), "r"(bytes) : "memory");
-    } else {
-      const unsigned char* const from = base + std::uint64_t(pitch) * static_cast<std::uint32_t>(row);
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(from) : "memory");
-      if (W == 128 || threadIdx.x % 8 < 4) asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target + 128), "l"(more ? from + 128 : from), "r"(more) : "memory");
-    }
-  }
-};
-__device__ inline void load_half(std::uint32_t (&x)[4], std::uint32_t address) {
-  const float4 chunk = load_shared4(address);
-  x[0] = __float_as_uint(chunk.x), x[1] = __float_as_uint(chunk.y), x[2] = __float_as_uint(chunk.z), x[3] = __float_as_uint(chunk.w);
-}
-
-// `clear`, which the compiler else does in any case where it is seldom wanted.
-template <int N> __device__ inline void clear_here(float (&acc)[N][4]) {
-  const float zero = static_cast<float>(opaque(0));
-#pragma unroll
-  for (int n = 0; n < N; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) acc[n][i] = zero;
-}
-
-// Where the tensors of one head begin, and their sizes. In shared memory: registers.
-struct Head {
-  int keys, tile_count, part;
-  const unsigned char *q, *k, *v;
+struct Head : SmallHead {
+  const unsigned char* q;
   unsigned char* out;
-  const Work* tiles;
-  const std::int32_t *entries, *indices;
   float* lse;
   float* partial_out;
 };
-
-// What a warp works on next, asked for while it is busy with the tile before: first which tile, then its keys and its queries. The keys lie in their order at first,
-// then by fours: those of the lanes that copy one row of every four are together.
-struct Coming {
-  Work work;
-  std::int32_t keys[kSmallExpertKeys], entries[kMaxSmallTile];
-};
-__device__ inline void load_number(std::uint32_t target, const std::int32_t* source) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(source) : "memory");
-}
-
-// Shared memory: the keys of the shared units, their values, those of every warp's expert, and for every warp what comes.
-template <int KT> int small_shared_tiles(const AttentionParams& p) { return p.units.shared ? ceil_div(p.problem.M, 8 * KT) : 0; }
-template <int W, int KT> constexpr int kSmallBytes = 2 * SmallRows<W>::kEight * KT + static_cast<int>(sizeof(Coming));  // of a warp
 
 template <class T, int W, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSmallWarps<W, KT, MANY>, 1) small_kernel(const AttentionParams p, const int parts, const int shared_tiles) {
   using Place = SmallRows<W>;
@@ -252,105 +182,39 @@ template <class T, int W, int KT, bool MANY> __global__ void __launch_bounds__(3
   const Problem& x = p.problem;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3, warps = blockDim.x / 32;
   const int slots = x.s;
-  constexpr int kPlace = 2 * kEight * KT;  // of a tile
+  constexpr int kPlace = kSmallPlace<W, KT>;
   const std::uint32_t shared_units = window.address, units = shared_units + kPlace * (shared_tiles + warp);
-  Coming& coming = *reinterpret_cast<Coming*>(memory + kPlace * (shared_tiles + warps) + sizeof(Coming) * warp);
   const RowCopy<W> copy_row(x.D, lane);
+  const SmallTiles<W, KT> its(head, reinterpret_cast<Coming<>*>(memory + kPlace * (shared_tiles + warps))[warp], taken, window, units, copy_row, lane);
   wait_for_kernel_before();
-  const std::uint32_t place = window.of(coming), keys = place + offsetof(Coming, keys), entries = place + offsetof(Coming, entries);
-  const auto pitch_of = [](const Rows& rows) { return static_cast<std::uint32_t>(rows.row * 2); };
   {
     const int bh = blockIdx.x / parts, b = bh / x.H, h = bh % x.H;
-    const Span queries = span(x.queries, b), all_keys = span(x.keys, b);
-    const auto bytes_of = [](auto* rows) { return reinterpret_cast<unsigned char*>(rows); };
-    for (int n = warp; n < 2 * KT * shared_tiles; n += warps) {
-      const int tile = n / (2 * KT), four = n % (2 * KT);
-      const auto copy = [&](int tensor, const Rows& rows) {
-        copy_row(shared_units + kPlace * tile + tensor, four, bytes_of(head_rows<T>(rows, b, h, 0)) + copy_row.chunk, min(4 * n + lane / 8, x.M - 1), pitch_of(rows));
-      };
-      copy(0, p.units.landmarks), copy(kEight * KT, p.units.compressed);
-    }
-    commit_loads();
+    load_shared_units<T, W, KT>(shared_units, copy_row, x, p.units, bh, shared_tiles);
     if (threadIdx.x == 0) {
-      const std::int64_t entry0 = std::int64_t(bh) * x.queries.max_length * slots;
-      const int tiles = max_tiles(x, p.groups.tile_rows);
+      const std::int64_t entry0 = std::int64_t(bh) * x.queries.max_length * slots, start = span(x.queries, b).start;
+      const auto bytes_of = [&](const Rows& rows) { return reinterpret_cast<unsigned char*>(head_rows<T>(rows, b, h, start)); };
       taken = 0;
-      head = {all_keys.length, tiles, static_cast<int>(blockIdx.x % parts), bytes_of(head_rows<T>(p.q, b, h, queries.start)), bytes_of(head_rows<T>(p.units.k, b, h / (x.H / x.Hkv), all_keys.start)),
-              bytes_of(head_rows<T>(p.units.v, b, h / (x.H / x.Hkv), all_keys.start)), bytes_of(head_rows<T>(p.out, b, h, queries.start)), p.groups.tiles + std::int64_t(bh) * tiles,
-              p.groups.entries + entry0, p.units.indices + std::int64_t(bh) * x.M * x.K, (x.s > 1 ? p.partial_lse : p.lse) + entry0, p.partial_out + entry0 * x.D};
+      head = {SmallHead::of<T>(x, p.units, p.groups.tiles, p.groups.tile_rows, p.groups.entries, bh, blockIdx.x % parts), bytes_of(p.q), bytes_of(p.out), (x.s > 1 ? p.partial_lse : p.lse) + entry0, p.partial_out + entry0 * x.D};
     }
   }
   __syncthreads();
 
-  const auto arrived = [&] {
-    wait_own_loads<0>();
-    __syncwarp();
-  };
-  const auto take = [&] {
-    if (lane == 0) {
-      const int item = head.part + parts * static_cast<int>(atomicInc(&taken, 1u << 31));  // an addition would first ask which other lanes add as well
-      if (item < head.tile_count) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(head.tiles + item) : "memory");
-      else coming.work = {0, 0, 0, 0};
-    }
-  };
-  const auto look = [&] {  // at what has been taken; returns its queries
-    const Work work = coming.work;
-    const auto load_numbers = [&](std::uint32_t to, const std::int32_t* list, std::int64_t first, int count, auto most) {
-#pragma unroll
-      for (int i = 0; i < ceil_div(decltype(most)::value, 32); ++i)
-        if (lane + 32 * i < count) load_number(to + 4 * lane + 128 * i, list + first + lane + 32 * i);
-    };
-    if (work.entries > 0) {
-      load_numbers(entries, head.entries, work.first, work.entries, std::integral_constant<int, kMaxSmallTile>());
-      load_numbers(keys, head.indices, work.expert * x.K, x.K, std::integral_constant<int, 8 * KT>());
-    }
-    commit_loads();
-    return work.entries;
-  };
-  // Puts the keys that have arrived by fours, the first one in the place of those that are not there; returns how many are.
-  const auto order_keys = [&] {
-    constexpr int kOfLane = ceil_div(KT, 4);
-    int key[kOfLane], count = 0;
-    bool valid[kOfLane];
-#pragma unroll
-    for (int i = 0; i < kOfLane; ++i) {
-      key[i] = load_shared_int(keys + 4 * (lane + 32 * i));
-      valid[i] = lane + 32 * i < x.K && static_cast<unsigned>(key[i]) < static_cast<unsigned>(head.keys);
-      count += __popc(__ballot_sync(kAllLanes, valid[i]));
-    }
-    const int first = __shfl_sync(kAllLanes, key[0], 0);
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < kOfLane; ++i) store_shared(keys + 64 * (lane % 4) + 4 * (lane / 4) + 32 * i, valid[i] ? key[i] : first);
-    __syncwarp();
-    return count;
-  };
-  const auto bring = [&](int tensor, const unsigned char* rows, const Rows& from) {
-    const std::uint32_t pitch = opaque(pitch_of(from));
-    const unsigned char* const base = opaque(rows + copy_row.chunk);
-    std::uint32_t row[ceil_div(KT, 2)][4];
-#pragma unroll
-    for (int n = 0; n < ceil_div(KT, 2); ++n) load_half(row[n], keys + 64 * (lane / 8) + 16 * n);
-#pragma unroll
-    for (int n = 0; n < 2 * KT; ++n) copy_row(units + tensor, n, base, row[n / 4][n % 4], pitch);
-  };
   Fragment<W> q[2];
-  const auto entry = [&](int i, int count) { return load_shared_int(entries + 4 * min(i, count - 1)); };
   const auto load_queries = [&](int first, int count) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) load_fragment<W>(q[i], head.q, query_of(entry(first + g + 8 * i, count), slots), pitch_of(p.q), x.D, t);
+    for (int i = 0; i < 2; ++i) load_fragment<W>(q[i], head.q, query_of(its.entry(first + g + 8 * i, count), slots), small_pitch(p.q), x.D, t);
   };
-  take();
+  its.take(parts);
   commit_loads();
-  arrived();
-  int size = look(), gathered = 0;
+  its.arrived();
+  int size = its.look(x.K), gathered = 0;
   __syncthreads();
   if (size <= 0) return;
-  arrived();
-  take();
-  if (gathered = order_keys(); gathered > 0) bring(0, head.k, p.units.k);
+  its.arrived();
+  its.take(parts);
+  if (gathered = its.order_keys(x.K); gathered > 0) its.bring(0, head.k, p.units.k);
   commit_loads();
-  if (gathered > 0) bring(kEight * KT, head.v, p.units.v);
+  if (gathered > 0) its.bring(kEight * KT, head.v, p.units.v);
   commit_loads();
   load_queries(0, size);
 
@@ -362,10 +226,10 @@ template <class T, int W, int KT, bool MANY> __global__ void __launch_bounds__(3
 #pragma unroll 1
     for (int first = 0; first < size; first += kSmallPassRows) {
       const bool last = first + kSmallPassRows >= size;
-      const int own[2] = {entry(first + g, size), entry(first + g + 8, size)};
+      const int own[2] = {its.entry(first + g, size), its.entry(first + g + 8, size)};
       if (last) {
         __syncwarp();  // all have read what is now replaced
-        next_size = look();
+        next_size = its.look(x.K);
       }
       std::uint32_t a[W / 16][4];  // queries as operands of one step each, zeros behind the last column
 #pragma unroll
@@ -435,11 +299,11 @@ template <class T, int W, int KT, bool MANY> __global__ void __launch_bounds__(3
           weights[i] = Weights<T, KT>(s[i]);
         }
         if (begins) {
-          arrived();
+          its.arrived();
           if (last) {
-            take();
+            its.take(parts);
             if (next_size > 0) {
-              if (next_gathered = order_keys(); next_gathered > 0) bring(0, head.k, p.units.k);
+              if (next_gathered = its.order_keys(x.K); next_gathered > 0) its.bring(0, head.k, p.units.k);
             }
             commit_loads();
           }
@@ -477,36 +341,28 @@ template <class T, int W, int KT, bool MANY> __global__ void __launch_bounds__(3
           }
           if (is_own(i) && last) {
             __syncwarp();
-            if (next_gathered > 0) bring(kEight * KT, head.v, p.units.v);
+            if (next_gathered > 0) its.bring(kEight * KT, head.v, p.units.v);
             commit_loads();
           }
         }
       }
       softmax.finish();
 
+      const float factor[2] = {softmax.factor(0), softmax.factor(1)};
+      const auto present = [&](int i) { return first + g + 8 * i < size; };
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const bool present = first + g + 8 * i < size;
-        const float factor = softmax.factor(i);
-        if (t == 0 && present) head.lse[own[i]] = softmax.lse(i);
-        if (x.s > 1) {
+      for (int i = 0; i < 2; ++i)
+        if (t == 0 && present(i)) head.lse[own[i]] = softmax.lse(i);
+      if (x.s > 1) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
           float* const to = head.partial_out + std::int64_t(own[i]) * x.D + 2 * t;
 #pragma unroll
           for (int d = 0; d < W / 8; ++d)
-            if (present && 8 * d < x.D) *reinterpret_cast<float2*>(to + 8 * d) = make_float2(out[d][2 * i] * factor, out[d][2 * i + 1] * factor);
-        } else {
-          // Of every two chunks a lane gives half of what it has for half of its neighbour's: so each has eight bytes of one of them.
-          const int odd = t & 1;
-          unsigned char* const to = head.out + own[i] * (p.out.row * 2) + 16 * odd + 4 * (t - odd);
-#pragma unroll
-          for (int d = 0; d < W / 8; d += 2) {
-            std::uint32_t two[2];
-#pragma unroll
-            for (int j = 0; j < 2; ++j) two[j] = pack<T>(out[d + j][2 * i] * factor, out[d + j][2 * i + 1] * factor);
-            const std::uint32_t other = __shfl_xor_sync(kAllLanes, odd ? two[0] : two[1], 1);
-            if (present && 8 * (d + odd) < x.D) *reinterpret_cast<uint2*>(to + 16 * d) = odd ? make_uint2(other, two[1]) : make_uint2(two[0], other);
-          }
+            if (present(i) && 8 * d < x.D) *reinterpret_cast<float2*>(to + 8 * d) = make_float2(out[d][2 * i] * factor[i], out[d][2 * i + 1] * factor[i]);
         }
+      } else {
+        store_small_rows<T, W>(out, factor, x.D, lane, [&](int i) { return present(i) ? head.out + own[i] * (p.out.row * 2) : nullptr; });
       }
     }
     size = next_size, gathered = next_gathered;
@@ -515,22 +371,10 @@ template <class T, int W, int KT, bool MANY> __global__ void __launch_bounds__(3
 
 template <class T, int W, int KT, bool MANY> cudaError_t launch_small(const AttentionParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
-  constexpr int kReserved = kReservedMemory + kPanel;  // of a block, with its static memory, behind which the other one is aligned
-  const int shared_tiles = small_shared_tiles<KT>(p), shared_bytes = 2 * SmallRows<W>::kEight * KT * shared_tiles;
-  int memory;
-  if (cudaError_t status = device_attribute(memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor)) return status;
-  const int heads = x.B * x.H, entries = x.queries.max_length * x.s;
-  const int tiles = std::min(max_tiles(x, p.groups.tile_rows), entries / p.groups.tile_rows + ceil_div(x.M, 2));  // of a head, on average
-  // So many blocks of a multiprocessor that it all takes least long; where that is the same, as many warps as have room, in as many blocks as that leaves possible.
-  int blocks = 1, warps = 0;
-  LeastBusy least{};
-  for (int b = 1; b <= 4; ++b) {
-    const int w = std::min(kSmallWarps<W, KT, MANY> / b, (memory / b - kReserved - shared_bytes) / kSmallBytes<W, KT>);
-    if (w <= 0) break;
-    const LeastBusy busy = least_busy(heads, tiles, w, b * kMultiprocessors, 2);  // the start of a block takes as long as a tile
-    if (warps == 0 || busy.time < least.time || (busy.time == least.time && b * w >= blocks * warps)) blocks = b, warps = w, least = busy;
-  }
-  return launch(p.early, small_kernel<T, W, KT, MANY>, static_cast<unsigned>(heads) * least.parts, 32 * warps, shared_bytes + kSmallBytes<W, KT> * warps, stream, p, least.parts, shared_tiles);
+  const int shared_tiles = small_shared_tiles<KT>(x, p.units), shared_bytes = kSmallPlace<W, KT> * shared_tiles;
+  const SmallBlocks blocks(x.B * x.H, small_tiles(x, p.groups.tile_rows), kSmallWarps<W, KT, MANY>, shared_bytes, kSmallBytes<W, KT>);
+  if (blocks.status != cudaSuccess) return blocks.status;
+  return launch(p.early, small_kernel<T, W, KT, MANY>, static_cast<unsigned>(x.B * x.H) * blocks.parts, 32 * blocks.warps, shared_bytes + kSmallBytes<W, KT> * blocks.warps, stream, p, blocks.parts, shared_tiles);
 }
 
 constexpr int kMergeWarps = 4;
@@ -572,9 +416,9 @@ cudaError_t launch_expert_attention(const AttentionParams& p, cudaStream_t strea
     using T = decltype(element);
     constexpr int W = decltype(columns)::value;
     if constexpr (sizeof(T) == 2) {
-      if (x.K <= 32) return small_shared_tiles<4>(p) > 1 ? launch_small<T, W, 4, true>(p, stream) : launch_small<T, W, 4, false>(p, stream);
-      if (x.K <= 56 && small_shared_tiles<7>(p) <= 1) return launch_small<T, W, 7, false>(p, stream);
-      return small_shared_tiles<8>(p) > 1 ? launch_small<T, W, 8, true>(p, stream) : launch_small<T, W, 8, false>(p, stream);
+      if (x.K <= 32) return small_shared_tiles<4>(x, p.units) > 1 ? launch_small<T, W, 4, true>(p, stream) : launch_small<T, W, 4, false>(p, stream);
+      if (x.K <= 56 && small_shared_tiles<7>(x, p.units) <= 1) return launch_small<T, W, 7, false>(p, stream);
+      return small_shared_tiles<8>(x, p.units) > 1 ? launch_small<T, W, 8, true>(p, stream) : launch_small<T, W, 8, false>(p, stream);
     }
     else return cudaErrorInvalidValue;
   };

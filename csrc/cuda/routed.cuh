@@ -154,6 +154,26 @@ struct RoutedList {
         range(p.groups.key_ranges[std::int64_t(bh) * ceil_div(p.problem.keys.max_length, kKeyBlock) + key0 / kKeyBlock]) {}
   __device__ bool has(int lane) const { return range.first + lane < range.last; }
   __device__ void ask(const UnitGradientParams& p, int lane) { mine = has(lane) ? p.groups.key_entries[row0 + range.first + lane] : KeyEntry{0, kKeyBlock}; }
+  // The same of the entries of 16 keys alone, of which `key` is the first: `range` becomes theirs, or stays that of the block where that has very many.
+  __device__ void ask_for(const UnitGradientParams& p, int key, int lane) {
+    constexpr int kMost = 4;
+    KeyEntry entries[kMost];
+    int before = 0, until = 0;
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) entries[i] = has(32 * i + lane) ? p.groups.key_entries[row0 + range.first + 32 * i + lane] : KeyEntry{0, kKeyBlock};
+    mine = entries[0];
+    if (range.last - range.first > 32 * kMost) return;
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) before += __popc(__ballot_sync(kAllLanes, entries[i].key < key)), until += __popc(__ballot_sync(kAllLanes, entries[i].key < key + 16));
+    const int own = before + lane;
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+      const KeyEntry entry{__shfl_sync(kAllLanes, entries[i].row, own), __shfl_sync(kAllLanes, entries[i].key, own)};
+      if (own / 32 == i) mine = entry;
+    }
+    if (own >= until) mine = {0, kKeyBlock};
+    range = {range.first + before, range.first + until};
+  }
   __device__ int entries_before(int key) const {  // of the 32
     int count = 0;
 #pragma unroll
@@ -192,7 +212,7 @@ struct RoutedList {
       // The rows of a key with more are added by the whole warp, key after key: a lane has the same pairs of columns of all of them, as they lie, and the owners of
       // the key get the totals. Latency: lanes of four would wait for one row after the other.
       if constexpr (sizeof(E) == 2) {
-        constexpr int kPairs = C::kColumns / 64, kRows = 8;  // pairs of a lane; rows under way
+        constexpr int kPairs = ceil_div(C::kColumns, 64), kRows = 8;  // pairs of a lane; rows under way
         using Pairs = std::conditional_t<kPairs == 2, uint2, std::uint32_t>;
         const bool more = __shfl_down_sync(kAllLanes, mine.key, kFew) == mine.key && lane + kFew < 32 && mine.key / 16 == key / 16;
 #pragma unroll 1

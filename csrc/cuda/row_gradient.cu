@@ -307,6 +307,7 @@ template <class T> __global__ void __launch_bounds__(32 * kFinishWarps, 10) fini
 // Specialists bring units again for every two passes, whatever the pieces of an expert: small ones end at about the same time. H100: pieces of 576 rows of
 // experts of 512 took 4 % longer than those of 256 or 128; of experts of 4096, pieces of 256 took 2 % longer than those of 896.
 int row_gradient_tile_rows(const Problem& x, int entries_per_expert) {
+  if (fits_small_row_gradient(x)) return tile_rows(kMaxSmallTile, entries_per_expert, kSmallPassRows);
   return fits_row_specialists(x, RowRole::attention)
              ? tile_rows(std::clamp(entries_per_expert / 4, 2 * kPassRows, kMaxAttentionTile), entries_per_expert, 2 * kPassRows)
              : tile_rows(kMaxRowGradientTile, entries_per_expert);
@@ -315,6 +316,7 @@ int row_gradient_tile_rows(const Problem& x, int entries_per_expert) {
 cudaError_t launch_row_gradient(const RowGradientParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
   const bool landmark = p.role == RowRole::landmark;
+  if (!landmark && fits_small_row_gradient(x)) return launch_small_row_gradient(p, stream);
   const int most_rows = landmark ? x.M : p.groups.tile_rows;  // of one pass
   if (most_rows > 48 && fits_row_specialists(x, p.role)) {
     const cudaError_t status = launch_row_specialists(p, stream);

@@ -195,6 +195,7 @@ template <class C> __global__ void __launch_bounds__(32 * Layout<C>::kWarps, Lay
 
 cudaError_t launch_unit_gradient(const UnitGradientParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
+  if (fits_small_unit_gradient(p)) return launch_small_unit_gradient(p, stream);
   if (fits_unit_specialists(p)) return launch_unit_specialists(p, stream);
   const bool compress = p.role == UnitRole::compress;
   const int units = units_of(p);
