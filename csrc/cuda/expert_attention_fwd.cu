@@ -231,11 +231,6 @@ template <class T, int W, int KT, bool MANY> __global__ void __launch_bounds__(3
         __syncwarp();  // all have read what is now replaced
         next_size = its.look(x.K);
       }
-      std::uint32_t a[W / 16][4];  // queries as operands of one step each, zeros behind the last column
-#pragma unroll
-      for (int k = 0; k < W / 16; ++k)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) a[k][i] = q[i % 2][k / 2][2 * (k % 2) + i / 2];
       OnlineSoftmax<T> softmax;
       float out[W / 8][4];
       if (MANY) clear(out);
@@ -257,22 +252,7 @@ template <class T, int W, int KT, bool MANY> __global__ void __launch_bounds__(3
             clear_here(s[i]);
             continue;
           }
-          const std::uint32_t rows = from[i] + Place::place_of(g, t);
-          // Four sums grow by turns, as each step waits for the one before.
-#pragma unroll
-          for (int four = 0; four < W / 32; ++four)
-#pragma unroll
-            for (int n = 0; n < KT; n += 4) {
-              std::uint32_t k[4][4];
-#pragma unroll
-              for (int r = 0; r < 4 && n + r < KT; ++r) load_half(k[r], Place::behind(rows, 4 * four) + kEight * (n + r));
-#pragma unroll
-              for (int j = 0; j < 2; ++j)
-#pragma unroll
-                for (int r = 0; r < 4 && n + r < KT; ++r)
-                  if (four + j == 0) mma<T>(s[i][n + r], a[0], k[r][0], k[r][1], kZero);
-                  else mma<T>(s[i][n + r], a[2 * four + j], k[r][2 * j], k[r][2 * j + 1]);
-            }
+          product_with_rows<T, W, KT>(s[i], q, from[i]);
         }
         float scale[kTiles], highest[2] = {-kInfinity, -kInfinity};
 #pragma unroll
@@ -417,6 +397,7 @@ cudaError_t launch_expert_attention(const AttentionParams& p, cudaStream_t strea
     constexpr int W = decltype(columns)::value;
     if constexpr (sizeof(T) == 2) {
       if (x.K <= 32) return small_shared_tiles<4>(x, p.units) > 1 ? launch_small<T, W, 4, true>(p, stream) : launch_small<T, W, 4, false>(p, stream);
+      if (x.K <= 40 && small_shared_tiles<5>(x, p.units) <= 1) return launch_small<T, W, 5, false>(p, stream);
       if (x.K <= 56 && small_shared_tiles<7>(x, p.units) <= 1) return launch_small<T, W, 7, false>(p, stream);
       return small_shared_tiles<8>(x, p.units) > 1 ? launch_small<T, W, 8, true>(p, stream) : launch_small<T, W, 8, false>(p, stream);
     }

@@ -179,6 +179,31 @@ template <int W, int KT, int MOST = kMaxSmallTile> struct SmallTiles {
   __device__ int entry(int i, int count) const { return load_shared_int(entries + 4 * min(i, count - 1)); }
 };
 
+// The warp's 16 rows, of which a lane holds fragments of its upper and its lower one, times 8 KT rows at `from`. Four sums grow by turns, as each step waits for the
+// one before.
+template <class T, int W, int KT> __device__ inline void product_with_rows(float (&sum)[KT][4], const Fragment<W> (&own)[2], std::uint32_t from) {
+  using Place = SmallRows<W>;
+  constexpr float kZero[4] = {};
+  const int lane = threadIdx.x % 32;
+  from += Place::place_of(lane >> 2, lane & 3);
+#pragma unroll
+  for (int four = 0; four < W / 32; ++four)
+#pragma unroll
+    for (int n = 0; n < KT; n += 4) {
+      std::uint32_t b[4][4];
+#pragma unroll
+      for (int r = 0; r < 4 && n + r < KT; ++r) load_half(b[r], Place::behind(from, 4 * four) + Place::kEight * (n + r));
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const std::uint32_t a[4] = {own[0][four][2 * j], own[1][four][2 * j], own[0][four][2 * j + 1], own[1][four][2 * j + 1]};
+#pragma unroll
+        for (int r = 0; r < 4 && n + r < KT; ++r)
+          if (four + j == 0) mma<T>(sum[n + r], a, b[r][0], b[r][1], kZero);
+          else mma<T>(sum[n + r], a, b[r][2 * j], b[r][2 * j + 1]);
+      }
+    }
+}
+
 // A row's numbers of a warp's accumulators to whole rows: of every two chunks a lane gives half of what it has for half of its neighbour's, so each has eight bytes of
 // one of them. Half h of a lane's rows goes to to(h), nowhere if that is null.
 template <class T, int W, class To> __device__ inline void store_small_rows(const float (&acc)[W / 8][4], const float (&factor)[2], int D, int lane, To to) {

@@ -93,33 +93,11 @@ template <class T, int W, int KT> __global__ void __launch_bounds__(32 * kRowWar
         next_size = its.look(x.K);
       }
       const int count[kTiles] = {gathered, shared_tiles > 0 ? x.M : 0};
-      // Rows times the units' keys or values, `tensor` bytes behind their place. Four sums grow by turns, as each step waits for the one before.
       const auto product = [&](float (&sum)[kTiles][KT][4], const Fragment<W>(&rows)[2], int tensor) {
-        constexpr float kZero[4] = {};
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i) {
-          if (count[i] <= 0) {
-            clear_here(sum[i]);
-            continue;
-          }
-          const std::uint32_t from = units[i] + tensor + Place::place_of(g, t);
-#pragma unroll
-          for (int four = 0; four < W / 32; ++four)
-#pragma unroll
-            for (int n = 0; n < KT; n += 4) {
-              std::uint32_t b[4][4];
-#pragma unroll
-              for (int r = 0; r < 4 && n + r < KT; ++r) load_half(b[r], Place::behind(from, 4 * four) + kEight * (n + r));
-#pragma unroll
-              for (int j = 0; j < 2; ++j) {
-                const std::uint32_t a[4] = {rows[0][four][2 * j], rows[1][four][2 * j], rows[0][four][2 * j + 1], rows[1][four][2 * j + 1]};
-#pragma unroll
-                for (int r = 0; r < 4 && n + r < KT; ++r)
-                  if (four + j == 0) mma<T>(sum[i][n + r], a, b[r][0], b[r][1], kZero);
-                  else mma<T>(sum[i][n + r], a, b[r][2 * j], b[r][2 * j + 1]);
-              }
-            }
-        }
+        for (int i = 0; i < kTiles; ++i)
+          if (count[i] > 0) product_with_rows<T, W, KT>(sum[i], rows, units[i] + tensor);
+          else clear_here(sum[i]);
       };
       float s[kTiles][KT][4], gradient[kTiles][KT][4];
       product(gradient, dout, kEight * KT);
@@ -324,7 +302,7 @@ template <class T, int W> __global__ void __launch_bounds__(32 * kUnitWarps<W>, 
     bring(set_of(set), head.q, p.row_q), bring(set_of(set) + kRows, head.dout, p.row_dout);
     const std::uint32_t to = numbers_of(set) + 4 * lane;  // lse of 16 queries, then their delta
     const int own = first + lane % 16;
-    if (own < count) load_number(to, reinterpret_cast<const std::int32_t*>(lane < 16 ? head.lse : head.delta) + query(own));
+    if (own < count) load_number(to, lane < 16 ? head.lse : head.delta, query(own));
     else store_shared(to, __float_as_uint(lane < 16 ? -kInfinity : 0.0f));  // gives nothing
   };
   its.take(parts, slices);
@@ -518,7 +496,7 @@ cudaError_t launch_small_row_gradient(const RowGradientParams& p, cudaStream_t s
     using T = decltype(element);
     constexpr int W = decltype(columns)::value;
     const int most = std::max(x.M, x.K);
-    return most <= 32 ? launch_rows<T, W, 4>(p, stream) : most <= 56 ? launch_rows<T, W, 7>(p, stream) : launch_rows<T, W, 8>(p, stream);
+    return most <= 32 ? launch_rows<T, W, 4>(p, stream) : most <= 40 ? launch_rows<T, W, 5>(p, stream) : most <= 56 ? launch_rows<T, W, 7>(p, stream) : launch_rows<T, W, 8>(p, stream);
   });
 }
 
