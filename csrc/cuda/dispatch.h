@@ -71,7 +71,8 @@ constexpr int small_columns(int D) { return D <= 64 ? 64 : D <= 96 ? 96 : 128; }
 inline bool small_experts(const Problem& x) {
   if (x.dtype == Dtype::fp32 || x.D > 128 || x.D % kCudaHeadDimStep != 0 || x.s == 0 || x.K > kSmallExpertKeys) return false;
   const bool half = x.K <= kSmallExpertKeys / 2;
-  const int units = half ? kSmallExpertKeys / 2 : kSmallExpertKeys, columns = small_columns(x.D), most_queries = columns == 64 ? (half ? 192 : 96) : columns == 96 ? (half ? 128 : 64) : half ? 64 : 48;
+  const int units = half ? kSmallExpertKeys / 2 : kSmallExpertKeys, columns = small_columns(x.D);
+  const int most_queries = columns == 64 ? (half ? 192 : 96) : columns == 96 ? (half ? 128 : 64) : half ? 64 : 48;
   int memory;
   return x.M * std::max(columns, 96) <= (half ? 256 : 192) * 96 && std::int64_t(x.queries.max_length) * x.s <= std::int64_t(most_queries) * x.M &&
          device_attribute(memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor) == cudaSuccess && 4 * columns * units * (ceil_div(x.M, units) + 3) + 4096 <= memory;

@@ -172,7 +172,8 @@ struct Head : SmallHead {
   float* partial_out;
 };
 
-template <class T, int W, int KT, bool MANY> __global__ void __launch_bounds__(32 * kSmallWarps<W, KT, MANY>, 1) small_kernel(const AttentionParams p, const int parts, const int shared_tiles) {
+template <class T, int W, int KT, bool MANY>
+__global__ void __launch_bounds__(32 * kSmallWarps<W, KT, MANY>, 1) small_kernel(const AttentionParams p, const int parts, const int shared_tiles) {
   using Place = SmallRows<W>;
   constexpr int kTiles = MANY ? 1 : 2, kEight = Place::kEight;  // kTiles: of a step
   extern __shared__ __align__(kPanel) unsigned char memory[];
@@ -194,7 +195,8 @@ template <class T, int W, int KT, bool MANY> __global__ void __launch_bounds__(3
       const std::int64_t entry0 = std::int64_t(bh) * x.queries.max_length * slots, start = span(x.queries, b).start;
       const auto bytes_of = [&](const Rows& rows) { return reinterpret_cast<unsigned char*>(head_rows<T>(rows, b, h, start)); };
       taken = 0;
-      head = {SmallHead::of<T>(x, p.units, p.groups.tiles, p.groups.tile_rows, p.groups.entries, bh, blockIdx.x % parts), bytes_of(p.q), bytes_of(p.out), (x.s > 1 ? p.partial_lse : p.lse) + entry0, p.partial_out + entry0 * x.D};
+      head = {SmallHead::of<T>(x, p.units, p.groups.tiles, p.groups.tile_rows, p.groups.entries, bh, blockIdx.x % parts),
+              bytes_of(p.q), bytes_of(p.out), (x.s > 1 ? p.partial_lse : p.lse) + entry0, p.partial_out + entry0 * x.D};
     }
   }
   __syncthreads();
@@ -292,7 +294,8 @@ template <class T, int W, int KT, bool MANY> __global__ void __launch_bounds__(3
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
           if (count[i] > 0) {
-            const std::uint32_t rows = from[i] + kEight * KT, pairs = rows + Place::place_of(lane % 8, lane / 16) + lane / 8 % 2 * kEight, last_rows = rows + Place::place_of(lane % 8, lane / 8) + kEight * (KT - 1);
+            const std::uint32_t rows = from[i] + kEight * KT, pairs = rows + Place::place_of(lane % 8, lane / 16) + lane / 8 % 2 * kEight;
+            const std::uint32_t last_rows = rows + Place::place_of(lane % 8, lane / 8) + kEight * (KT - 1);
             const auto& w = weights[i].packed;
 #pragma unroll
             for (int n = 0; n + 1 < KT; n += 2)
@@ -354,7 +357,8 @@ template <class T, int W, int KT, bool MANY> cudaError_t launch_small(const Atte
   const int shared_tiles = small_shared_tiles<KT>(x, p.units), shared_bytes = kSmallPlace<W, KT> * shared_tiles;
   const SmallBlocks blocks(x.B * x.H, small_tiles(x, p.groups.tile_rows), kSmallWarps<W, KT, MANY>, shared_bytes, kSmallBytes<W, KT>);
   if (blocks.status != cudaSuccess) return blocks.status;
-  return launch(p.early, small_kernel<T, W, KT, MANY>, static_cast<unsigned>(x.B * x.H) * blocks.parts, 32 * blocks.warps, shared_bytes + kSmallBytes<W, KT> * blocks.warps, stream, p, blocks.parts, shared_tiles);
+  return launch(p.early, small_kernel<T, W, KT, MANY>, static_cast<unsigned>(x.B * x.H) * blocks.parts, 32 * blocks.warps, shared_bytes + kSmallBytes<W, KT> * blocks.warps, stream, p,
+                blocks.parts, shared_tiles);
 }
 
 constexpr int kMergeWarps = 4;
@@ -405,7 +409,9 @@ cudaError_t launch_expert_attention(const AttentionParams& p, cudaStream_t strea
   };
   const auto small = [&](auto element) {
     const int columns = small_columns(x.D);
-    return columns == 64 ? of_columns(element, std::integral_constant<int, 64>()) : columns == 96 ? of_columns(element, std::integral_constant<int, 96>()) : of_columns(element, std::integral_constant<int, 128>());
+    return columns == 64   ? of_columns(element, std::integral_constant<int, 64>())
+           : columns == 96 ? of_columns(element, std::integral_constant<int, 96>())
+                           : of_columns(element, std::integral_constant<int, 128>());
   };
   const auto blocks = [&](auto config) {
     using C = decltype(config);

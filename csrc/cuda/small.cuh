@@ -39,11 +39,13 @@ template <int W> struct RowCopy {
   __device__ void operator()(std::uint32_t to, int four, const unsigned char* base, int row, std::uint32_t pitch) const {
     const std::uint32_t target = ((to + place) ^ (32 * (four % 2))) + 4 * Place::kRow * four;
     if constexpr (W == 64) {
-      asm volatile("{ .reg .u64 from; mad.wide.u32 from, %1, %2, %3; cp.async.cg.shared.global [%0], [from], 16, %4; }" ::"r"(target), "r"(row), "r"(pitch), "l"(base), "r"(bytes) : "memory");
+      asm volatile("{ .reg .u64 from; mad.wide.u32 from, %1, %2, %3; cp.async.cg.shared.global [%0], [from], 16, %4; }" ::"r"(target), "r"(row), "r"(pitch), "l"(base), "r"(bytes)
+                   : "memory");
     } else {
       const unsigned char* const from = base + std::uint64_t(pitch) * static_cast<std::uint32_t>(row);
       asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(from) : "memory");
-      if (W == 128 || threadIdx.x % 8 < 4) asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target + 128), "l"(more ? from + 128 : from), "r"(more) : "memory");
+      if (W == 128 || threadIdx.x % 8 < 4)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target + 128), "l"(more ? from + 128 : from), "r"(more) : "memory");
     }
   }
 };

@@ -23,7 +23,8 @@ struct RowHead : SmallHead {
   float* delta;
 };
 
-template <class T, int W, int KT> __global__ void __launch_bounds__(32 * kRowWarps<W, KT>, 1) small_row_gradient_kernel(const RowGradientParams p, const int parts, const int shared_tiles) {
+template <class T, int W, int KT>
+__global__ void __launch_bounds__(32 * kRowWarps<W, KT>, 1) small_row_gradient_kernel(const RowGradientParams p, const int parts, const int shared_tiles) {
   using Place = SmallRows<W>;
   constexpr int kEight = Place::kEight, kTiles = 2;  // of the expert, and the shared one
   extern __shared__ __align__(kPanel) unsigned char memory[];
@@ -43,7 +44,8 @@ template <class T, int W, int KT> __global__ void __launch_bounds__(32 * kRowWar
       const std::int64_t row0 = std::int64_t(bh) * x.queries.max_length, start = span(x.queries, b).start;
       const auto bytes_of = [&](const Rows& rows) { return reinterpret_cast<unsigned char*>(head_rows<T>(rows, b, h, start)); };
       taken = 0;
-      head = {SmallHead::of<T>(x, p.units, p.groups.tiles, p.groups.tile_rows, p.groups.entries, bh, blockIdx.x % parts), bytes_of(p.q), bytes_of(p.dout), bytes_of(p.dq), p.lse + row0, p.dlse ? p.dlse + row0 : nullptr, p.delta + row0};
+      head = {SmallHead::of<T>(x, p.units, p.groups.tiles, p.groups.tile_rows, p.groups.entries, bh, blockIdx.x % parts),
+              bytes_of(p.q), bytes_of(p.dout), bytes_of(p.dq), p.lse + row0, p.dlse ? p.dlse + row0 : nullptr, p.delta + row0};
     }
   }
   __syncthreads();
@@ -153,7 +155,8 @@ template <class T, int W, int KT> __global__ void __launch_bounds__(32 * kRowWar
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
         if (count[i] > 0) {
-          const std::uint32_t pairs = units[i] + Place::place_of(lane % 8, lane / 16) + lane / 8 % 2 * kEight, last_rows = units[i] + Place::place_of(lane % 8, lane / 8) + kEight * (KT - 1);
+          const std::uint32_t pairs = units[i] + Place::place_of(lane % 8, lane / 16) + lane / 8 % 2 * kEight;
+          const std::uint32_t last_rows = units[i] + Place::place_of(lane % 8, lane / 8) + kEight * (KT - 1);
 #pragma unroll
           for (int n = 0; n + 1 < KT; n += 2)
 #pragma unroll
@@ -172,7 +175,8 @@ template <class T, int W, int KT> __global__ void __launch_bounds__(32 * kRowWar
               std::uint32_t k[4];
               ldmatrix_transposed(k, Place::behind(last_rows, d));
 #pragma unroll
-              for (int j = 0; j < 4; ++j) mma<T>(dq[d + j], rounded[i][KT - 1][0], rounded[i][KT - 1][1], k[j]), mma<T>(dq[d + j], rest[i][KT - 1][0], rest[i][KT - 1][1], k[j]);
+              for (int j = 0; j < 4; ++j)
+                for (const auto& w : {rounded[i][KT - 1], rest[i][KT - 1]}) mma<T>(dq[d + j], w[0], w[1], k[j]);
             }
         }
       }
@@ -196,7 +200,8 @@ template <class T, int W, int KT> cudaError_t launch_rows(const RowGradientParam
   const int shared_tiles = small_shared_tiles<KT>(x, p.units), shared_bytes = kSmallPlace<W, KT> * shared_tiles;
   const SmallBlocks blocks(x.B * x.H, small_tiles(x, p.groups.tile_rows), kRowWarps<W, KT>, shared_bytes, kSmallBytes<W, KT>);
   if (blocks.status != cudaSuccess) return blocks.status;
-  return launch(small_row_gradient_kernel<T, W, KT>, static_cast<unsigned>(x.B * x.H) * blocks.parts, 32 * blocks.warps, shared_bytes + kSmallBytes<W, KT> * blocks.warps, stream, p, blocks.parts, shared_tiles);
+  return launch(small_row_gradient_kernel<T, W, KT>, static_cast<unsigned>(x.B * x.H) * blocks.parts, 32 * blocks.warps, shared_bytes + kSmallBytes<W, KT> * blocks.warps, stream, p,
+                blocks.parts, shared_tiles);
 }
 
 // ---- units of experts ----------------------------------------------------------------------------------------------
@@ -204,7 +209,8 @@ template <class T, int W, int KT> cudaError_t launch_rows(const RowGradientParam
 // Of 16 units, by 16 rows: what an operand of `mma` takes.
 using OfUnits = std::uint32_t[2][2];
 // P^T and dS^T of the units whose keys and values lie at `k` and `v`, by rows at `q` and `dout`. numbers: lse of the rows, then their delta; a row of lse -inf gives nothing.
-template <class T, int W> __device__ inline void weigh(OfUnits& weights, OfUnits& dlogits, std::uint32_t k, std::uint32_t v, std::uint32_t q, std::uint32_t dout, std::uint32_t numbers, float scale) {
+template <class T, int W>
+__device__ inline void weigh(OfUnits& weights, OfUnits& dlogits, std::uint32_t k, std::uint32_t v, std::uint32_t q, std::uint32_t dout, std::uint32_t numbers, float scale) {
   using Place = SmallRows<W>;
   const int lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
   const auto product = [&](float (&sum)[2][4], std::uint32_t units, std::uint32_t rows) {
@@ -214,7 +220,10 @@ template <class T, int W> __device__ inline void weigh(OfUnits& weights, OfUnits
     for (int four = 0; four < W / 32; ++four) {
       std::uint32_t a[2][4], b[2][4];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) load_half(a[r], Place::behind(units, 4 * four) + Place::kEight * r), load_half(b[r], Place::behind(rows, 4 * four) + Place::kEight * r);
+      for (int r = 0; r < 2; ++r) {
+        load_half(a[r], Place::behind(units, 4 * four) + Place::kEight * r);
+        load_half(b[r], Place::behind(rows, 4 * four) + Place::kEight * r);
+      }
 #pragma unroll
       for (int j = 0; j < 2; ++j)
 #pragma unroll
@@ -237,7 +246,10 @@ template <class T, int W> __device__ inline void weigh(OfUnits& weights, OfUnits
       gradient[n][j] = s[n][j] * kRescale * (gradient[n][j] - (j & 1 ? delta.y : delta.x));
     }
 #pragma unroll
-    for (int h = 0; h < 2; ++h) weights[n][h] = pack<T>(s[n][2 * h], s[n][2 * h + 1]), dlogits[n][h] = pack<T>(gradient[n][2 * h], gradient[n][2 * h + 1]);
+    for (int h = 0; h < 2; ++h) {
+      weights[n][h] = pack<T>(s[n][2 * h], s[n][2 * h + 1]);
+      dlogits[n][h] = pack<T>(gradient[n][2 * h], gradient[n][2 * h + 1]);
+    }
   }
 }
 // sum += w rows.
@@ -259,10 +271,13 @@ struct UnitHead : SmallHead {
   const unsigned char *q, *dout;
   const float *lse, *delta;
 };
-// Of a warp: 16 keys and their values, and two sets of 16 queries.
-template <int W> struct UnitMemory {
-  static constexpr int kRows = 2 * SmallRows<W>::kEight, kSet = 2 * kRows;  // of one tensor
-  static constexpr int kPlace = 3 * kSet, kBytes = kPlace + static_cast<int>(sizeof(Coming<kMostSegment>)) + 2 * 2 * kSmallPassRows * 4;
+// Bytes: 16 rows of one tensor, and of two; then lse and delta of 16 rows.
+template <int W> struct RowSet {
+  static constexpr int kRows = 2 * SmallRows<W>::kEight, kSet = 2 * kRows, kNumbers = 2 * 16 * 4;
+};
+// Of a warp: 16 keys and their values, two sets of 16 queries, the numbers of these, and what comes.
+template <int W> struct UnitMemory : RowSet<W> {
+  static constexpr int kSets = 3 * RowSet<W>::kSet, kNumbers = 2 * RowSet<W>::kNumbers, kBytes = kSets + kNumbers + static_cast<int>(sizeof(Coming<kMostSegment>));
 };
 
 // A warp takes 16 units of an expert, and one segment of its queries, 16 at a time.
@@ -277,22 +292,22 @@ template <class T, int W> __global__ void __launch_bounds__(32 * kUnitWarps<W>, 
   const Window window(memory);
   const Problem& x = p.problem;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32, slices = ceil_div(x.K, 16);
-  const std::uint32_t units = window.address + Memory::kPlace * warp, sets = units + Memory::kSet, numbers = window.address + Memory::kPlace * warps + 256 * warp;
+  const std::uint32_t units = window.address + Memory::kSets * warp, sets = units + Memory::kSet, numbers = window.address + Memory::kSets * warps + Memory::kNumbers * warp;
   const RowCopy<W> copy_row(x.D, lane);
-  const SmallTiles<W, 2, kMostSegment> its(head, reinterpret_cast<Coming<kMostSegment>*>(memory + (Memory::kPlace + 256) * warps)[warp], taken, window, units, copy_row, lane);
+  const SmallTiles<W, 2, kMostSegment> its(head, reinterpret_cast<Coming<kMostSegment>*>(memory + (Memory::kSets + Memory::kNumbers) * warps)[warp], taken, window, units, copy_row, lane);
   if (threadIdx.x == 0) {
     const int bh = blockIdx.x / parts, b = bh / x.H, h = bh % x.H;
     const std::int64_t row0 = std::int64_t(bh) * x.queries.max_length, start = span(x.queries, b).start;
     const auto bytes_of = [&](const Rows& rows) { return reinterpret_cast<const unsigned char*>(head_rows<T>(rows, b, h, start)); };
     taken = 0;
-    head = {SmallHead::of<T>(x, {false, {}, {}, p.unit_k, p.unit_v, p.indices}, p.groups.segments, p.groups.segment_rows, p.groups.entries, bh, blockIdx.x % parts), bytes_of(p.row_q), bytes_of(p.row_dout), p.lse + row0,
-            p.delta + row0};
+    head = {SmallHead::of<T>(x, {false, {}, {}, p.unit_k, p.unit_v, p.indices}, p.groups.segments, p.groups.segment_rows, p.groups.entries, bh, blockIdx.x % parts),
+            bytes_of(p.row_q), bytes_of(p.row_dout), p.lse + row0, p.delta + row0};
   }
   __syncthreads();
 
   const auto bring_units = [&] { its.bring(0, head.k, p.unit_k), its.bring(kRows, head.v, p.unit_v); };
   const auto set_of = [&](int set) { return sets + Memory::kSet * set; };
-  const auto numbers_of = [&](int set) { return numbers + 128 * set; };
+  const auto numbers_of = [&](int set) { return numbers + RowSet<W>::kNumbers * set; };
   const auto bring_queries = [&](int set, int first, int count) {
     const auto query = [&](int i) { return query_of(its.entry(i, count), x.s); };
     const auto bring = [&](std::uint32_t to, const unsigned char* rows, const Rows& from) {
@@ -335,9 +350,7 @@ template <class T, int W> __global__ void __launch_bounds__(32 * kUnitWarps<W>, 
       }
       const std::uint32_t q = set_of(set), dout = q + kRows;
       OfUnits weights, dlogits;
-      if (gathered > 0) {
-        weigh<T, W>(weights, dlogits, units, units + kRows, q, dout, numbers_of(set), p.scale);
-      }
+      if (gathered > 0) weigh<T, W>(weights, dlogits, units, units + kRows, q, dout, numbers_of(set), p.scale);
       if (last) {
         its.arrived();
         its.take(parts, slices);
@@ -377,15 +390,12 @@ template <class T, int W> cudaError_t launch_units(const UnitGradientParams& p, 
 
 // ---- keys ----------------------------------------------------------------------------------------------------------
 
-// Of a block: landmarks and the gradients of their compressed values, 16 at a time, then their lse and delta. Of a warp: 16 keys and their values.
-template <int W> struct KeyMemory {
-  static constexpr int kRows = 2 * SmallRows<W>::kEight, kSet = 2 * kRows, kOfWarp = 2 * kRows;
-  __host__ __device__ static int of_block(int sets) { return (kSet + 128) * sets; }
-};
+// Of a block, in shared memory: sets of 16 landmarks and the gradients of their compressed values, then their numbers. Of a warp: 16 keys and their values.
+template <int W> __host__ __device__ constexpr int landmark_bytes(int sets) { return (RowSet<W>::kSet + RowSet<W>::kNumbers) * sets; }
 
 // A warp takes 16 keys after 16 keys of a head.
 template <class T, int W> __global__ void __launch_bounds__(32 * kUnitWarps<W>, 1) small_key_gradient_kernel(const UnitGradientParams p, const int parts) {
-  using Memory = KeyMemory<W>;
+  using Memory = RowSet<W>;
   using C = Config<T, W>;
   constexpr int kRows = Memory::kRows;
   extern __shared__ __align__(kPanel) unsigned char memory[];
@@ -393,13 +403,15 @@ template <class T, int W> __global__ void __launch_bounds__(32 * kUnitWarps<W>, 
   const Problem& x = p.problem;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, warps = blockDim.x / 32, sets = ceil_div(p.landmark_rows, 16);
   const int bh = blockIdx.x / parts, b = bh / x.H, h = bh % x.H;
-  const std::uint32_t numbers = window.address + Memory::kSet * sets, units = window.address + Memory::of_block(sets) + Memory::kOfWarp * warp;
+  const std::uint32_t numbers = window.address + Memory::kSet * sets, units = window.address + landmark_bytes<W>(sets) + Memory::kSet * warp;
   const RowCopy<W> copy_row(x.D, lane);
   const Span keys = span(x.keys, b);
   const auto rows_of = [&](const Rows& rows, std::int64_t start) { return reinterpret_cast<unsigned char*>(head_rows<T>(rows, b, h, start)); };
   for (int n = warp; n < 4 * sets; n += warps) {
     const std::uint32_t to = window.address + Memory::kSet * (n / 4);
-    const auto copy = [&](int tensor, const Rows& rows) { copy_row(to + tensor, n % 4, rows_of(rows, 0) + copy_row.chunk, min(4 * n + lane / 8, p.landmark_rows - 1), small_pitch(rows)); };
+    const auto copy = [&](int tensor, const Rows& rows) {
+      copy_row(to + tensor, n % 4, rows_of(rows, 0) + copy_row.chunk, min(4 * n + lane / 8, p.landmark_rows - 1), small_pitch(rows));
+    };
     copy(0, p.row_q), copy(kRows, p.row_dout);
   }
   for (int i = threadIdx.x; i < 32 * sets; i += blockDim.x) {
@@ -410,7 +422,8 @@ template <class T, int W> __global__ void __launch_bounds__(32 * kUnitWarps<W>, 
   const auto bring = [&](int key) {
     const auto copy = [&](int tensor, const Rows& rows) {
 #pragma unroll
-      for (int n = 0; n < 4; ++n) copy_row(units + tensor, n, rows_of(rows, keys.start) + copy_row.chunk, min(key + 4 * n + lane / 8, keys.length - 1), small_pitch(rows));
+      for (int n = 0; n < 4; ++n)
+        copy_row(units + tensor, n, rows_of(rows, keys.start) + copy_row.chunk, min(key + 4 * n + lane / 8, keys.length - 1), small_pitch(rows));
     };
     if (sets > 0 && key < keys.length) copy(0, p.unit_k), copy(kRows, p.unit_v);
     commit_loads();
@@ -435,7 +448,7 @@ template <class T, int W> __global__ void __launch_bounds__(32 * kUnitWarps<W>, 
     for (int set = 0; set < sets; ++set) {
       const std::uint32_t z = window.address + Memory::kSet * set;
       OfUnits weights, dlogits;
-      weigh<T, W>(weights, dlogits, units, units + kRows, z, z + kRows, numbers + 128 * set, p.scale);
+      weigh<T, W>(weights, dlogits, units, units + kRows, z, z + kRows, numbers + Memory::kNumbers * set, p.scale);
       add_rows<T, W>(dv, weights, z + kRows), add_rows<T, W>(dk, dlogits, z);
     }
     __syncwarp();
@@ -458,12 +471,11 @@ template <class T, int W> __global__ void __launch_bounds__(32 * kUnitWarps<W>, 
 }
 
 template <class T, int W> cudaError_t launch_keys(const UnitGradientParams& p, cudaStream_t stream) {
-  using Memory = KeyMemory<W>;
   const Problem& x = p.problem;
-  const int shared_bytes = Memory::of_block(ceil_div(p.landmark_rows, 16));
-  const SmallBlocks blocks(x.B * x.H, ceil_div(x.keys.max_length, 16), kUnitWarps<W>, shared_bytes, Memory::kOfWarp);
+  const int shared_bytes = landmark_bytes<W>(ceil_div(p.landmark_rows, 16)), warp_bytes = RowSet<W>::kSet;
+  const SmallBlocks blocks(x.B * x.H, ceil_div(x.keys.max_length, 16), kUnitWarps<W>, shared_bytes, warp_bytes);
   if (blocks.status != cudaSuccess) return blocks.status;
-  return launch(small_key_gradient_kernel<T, W>, static_cast<unsigned>(x.B * x.H) * blocks.parts, 32 * blocks.warps, shared_bytes + Memory::kOfWarp * blocks.warps, stream, p, blocks.parts);
+  return launch(small_key_gradient_kernel<T, W>, static_cast<unsigned>(x.B * x.H) * blocks.parts, 32 * blocks.warps, shared_bytes + warp_bytes * blocks.warps, stream, p, blocks.parts);
 }
 
 // With the smallest W, from LEAST on, that holds the columns.
@@ -496,7 +508,10 @@ cudaError_t launch_small_row_gradient(const RowGradientParams& p, cudaStream_t s
     using T = decltype(element);
     constexpr int W = decltype(columns)::value;
     const int most = std::max(x.M, x.K);
-    return most <= 32 ? launch_rows<T, W, 4>(p, stream) : most <= 40 ? launch_rows<T, W, 5>(p, stream) : most <= 56 ? launch_rows<T, W, 7>(p, stream) : launch_rows<T, W, 8>(p, stream);
+    return most <= 32   ? launch_rows<T, W, 4>(p, stream)
+           : most <= 40 ? launch_rows<T, W, 5>(p, stream)
+           : most <= 56 ? launch_rows<T, W, 7>(p, stream)
+                        : launch_rows<T, W, 8>(p, stream);
   });
 }
 
@@ -512,8 +527,8 @@ bool fits_small_unit_gradient(const UnitGradientParams& p) {
 
 cudaError_t launch_small_unit_gradient(const UnitGradientParams& p, cudaStream_t stream) {
   if (!fits_small_unit_gradient(p)) return cudaErrorInvalidValue;
-  return p.role == UnitRole::routed ? by_columns<64>(p.problem, [&](auto element, auto columns) { return launch_units<decltype(element), decltype(columns)::value>(p, stream); })
-                                    : by_columns<96>(p.problem, [&](auto element, auto columns) { return launch_keys<decltype(element), decltype(columns)::value>(p, stream); });
+  if (p.role == UnitRole::routed) return by_columns<64>(p.problem, [&](auto element, auto columns) { return launch_units<decltype(element), decltype(columns)::value>(p, stream); });
+  return by_columns<96>(p.problem, [&](auto element, auto columns) { return launch_keys<decltype(element), decltype(columns)::value>(p, stream); });
 }
 
 }  // namespace mita
