@@ -167,7 +167,10 @@ CASES = [
     # the most queries of small experts, and one more
     *(
         Case(f"small_experts_queries_{N}_topk_{K}_head_dim_{D}", B=1, H=4, Hkv=2, N=N, L=300, D=D, M=5, K=K)
-        for D, K, most in ((64, 64, 480), (64, 33, 480), (64, 32, 960), (80, 64, 320), (96, 32, 640), (104, 33, 240), (128, 32, 320))
+        for D, K, most in (
+            *((64, 64, 480), (64, 33, 480), (64, 32, 960)),
+            *((80, 64, 320), (96, 32, 640), (104, 33, 240), (128, 32, 320)),
+        )
         for N in (most, most + 1)
     ),
     # the most landmarks, and more
@@ -187,7 +190,10 @@ CASES = [
     # gradients of rows by warps: the most queries of more than 32 units of 128 columns, and more
     *(Case(f"small_experts_wide_queries_{N}", B=1, N=N, D=128, M=9, K=33, pooled=True) for N in (288, 289)),
     # gradients of keys by warps: the most landmarks, and more, with larger experts
-    *(Case(f"few_landmarks_{M}_head_dim_{D}", N=200, L=333, D=D, M=M, K=100) for D, M in ((96, 64), (80, 65), (128, 48), (104, 49))),
+    *(
+        Case(f"few_landmarks_{M}_head_dim_{D}", N=200, L=333, D=D, M=M, K=100)
+        for D, M in ((96, 64), (80, 65), (128, 48), (104, 49))
+    ),
     Case("small_experts_wide_no_shared_expert", N=300, L=200, D=120, M=9, K=64, shared_expert=False),
     Case("one_pass_many_queries_one_expert", H=4, Hkv=2, N=700, L=300, D=40, M=5, K=64, values="one_expert"),
     # logits of hundreds: of thousands, one near tie decides the largest error, by the order of its sums

@@ -315,7 +315,9 @@ def test_compiled_code_takes_any_lengths(form, device):
         calls += 1
 
 
-@pytest.mark.parametrize("name", ["pooled", "routes_2", "grouped_query", "small_experts", "small_experts_wide", "many_queries", "long_keys"])
+@pytest.mark.parametrize(
+    "name", ["pooled", "routes_2", "grouped_query", "small_experts", "small_experts_wide", "many_queries", "long_keys"]
+)
 @FORM
 def test_repeats_are_bitwise_equal(name, form, device):
     case, dtype = BY_NAME[name], torch.float32 if device == "cpu" else torch.bfloat16
