@@ -354,11 +354,9 @@ __global__ void __launch_bounds__(32 * kSmallWarps<W, KT, MANY>, 1) small_kernel
 
 template <class T, int W, int KT, bool MANY> cudaError_t launch_small(const AttentionParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
-  const int shared_tiles = small_shared_tiles<KT>(x, p.units), shared_bytes = kSmallPlace<W, KT> * shared_tiles;
-  const SmallBlocks blocks(x.B * x.H, small_tiles(x, p.groups.tile_rows), kSmallWarps<W, KT, MANY>, shared_bytes, kSmallBytes<W, KT>);
-  if (blocks.status != cudaSuccess) return blocks.status;
-  return launch(p.early, small_kernel<T, W, KT, MANY>, static_cast<unsigned>(x.B * x.H) * blocks.parts, 32 * blocks.warps, shared_bytes + kSmallBytes<W, KT> * blocks.warps, stream, p,
-                blocks.parts, shared_tiles);
+  const int shared_tiles = small_shared_tiles<KT>(x, p.units);
+  return launch_by_warps(p.early, small_kernel<T, W, KT, MANY>, small_tiles(x, p.groups.tile_rows), kSmallWarps<W, KT, MANY>, kSmallPlace<W, KT> * shared_tiles, kSmallBytes<W, KT>, stream, p,
+                         shared_tiles);
 }
 
 constexpr int kMergeWarps = 4;
@@ -396,22 +394,13 @@ template <class C> __global__ void __launch_bounds__(32 * kMergeWarps) merge_ker
 cudaError_t launch_expert_attention(const AttentionParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
   if (p.groups.tile_rows < 16 || p.groups.tile_rows % 16 != 0 || p.groups.tile_rows > kMaxAttentionTile) return cudaErrorInvalidValue;
-  const auto of_columns = [&](auto element, auto columns) {
+  const auto small = [&](auto element, auto columns) {
     using T = decltype(element);
     constexpr int W = decltype(columns)::value;
-    if constexpr (sizeof(T) == 2) {
-      if (x.K <= 32) return small_shared_tiles<4>(x, p.units) > 1 ? launch_small<T, W, 4, true>(p, stream) : launch_small<T, W, 4, false>(p, stream);
-      if (x.K <= 40 && small_shared_tiles<5>(x, p.units) <= 1) return launch_small<T, W, 5, false>(p, stream);
-      if (x.K <= 56 && small_shared_tiles<7>(x, p.units) <= 1) return launch_small<T, W, 7, false>(p, stream);
-      return small_shared_tiles<8>(x, p.units) > 1 ? launch_small<T, W, 8, true>(p, stream) : launch_small<T, W, 8, false>(p, stream);
-    }
-    else return cudaErrorInvalidValue;
-  };
-  const auto small = [&](auto element) {
-    const int columns = small_columns(x.D);
-    return columns == 64   ? of_columns(element, std::integral_constant<int, 64>())
-           : columns == 96 ? of_columns(element, std::integral_constant<int, 96>())
-                           : of_columns(element, std::integral_constant<int, 128>());
+    if (x.K <= 32) return small_shared_tiles<4>(x, p.units) > 1 ? launch_small<T, W, 4, true>(p, stream) : launch_small<T, W, 4, false>(p, stream);
+    if (x.K <= 40 && small_shared_tiles<5>(x, p.units) <= 1) return launch_small<T, W, 5, false>(p, stream);
+    if (x.K <= 56 && small_shared_tiles<7>(x, p.units) <= 1) return launch_small<T, W, 7, false>(p, stream);
+    return small_shared_tiles<8>(x, p.units) > 1 ? launch_small<T, W, 8, true>(p, stream) : launch_small<T, W, 8, false>(p, stream);
   };
   const auto blocks = [&](auto config) {
     using C = decltype(config);
@@ -419,7 +408,7 @@ cudaError_t launch_expert_attention(const AttentionParams& p, cudaStream_t strea
     const int threads = std::min(Layout<C>::kThreads, 2 * p.groups.tile_rows * C::kSharers);
     return launch(attention_kernel<C>, static_cast<unsigned>(x.B) * x.H * max_tiles(x, p.groups.tile_rows), threads, layout.bytes, stream, p, layout);
   };
-  const cudaError_t status = small_experts(x)                     ? dispatch_dtype(x.dtype, small)
+  const cudaError_t status = small_experts(x)               ? by_columns<64>(x, small)
                              : has_warpgroups(x.dtype, x.D) ? launch_specialist_attention(p, stream)
                                                             : dispatch(x, blocks);
   if (status != cudaSuccess || x.s <= 1) return status;

@@ -33,9 +33,9 @@ cudaError_t launch_key_lists(const KeyListParams&, cudaStream_t);
 cudaError_t launch_row_gradient(const RowGradientParams&, cudaStream_t);  // with its own finish
 int row_gradient_tile_rows(const Problem&, int entries_per_expert);
 bool fits_small_row_gradient(const Problem&);  // by its shape, and what the current device has
-cudaError_t launch_small_row_gradient(const RowGradientParams&, cudaStream_t);
+cudaError_t launch_small_row_gradient(const RowGradientParams&, cudaStream_t);  // its part by warps
 bool fits_small_unit_gradient(const UnitGradientParams&);
-cudaError_t launch_small_unit_gradient(const UnitGradientParams&, cudaStream_t);
+cudaError_t launch_small_unit_gradient(const UnitGradientParams&, cudaStream_t);  // the same
 bool fits_row_specialists(const Problem&, RowRole);
 cudaError_t launch_row_specialists(const RowGradientParams&, cudaStream_t);  // its part for sm_90a
 cudaError_t launch_row_finish(const RowGradientParams&, cudaStream_t);    // gradients from partial sums

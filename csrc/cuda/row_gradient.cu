@@ -5,8 +5,8 @@
 // One warp owns 16 rows and keeps their sums in registers (two warps above 128 columns, half of the sums each); unit tiles pass by,
 // two stages deep:
 //   P = exp(scale * q k^T - lse)    dS = P * (dout v^T - delta)    dq += scale * dS k    kappa += scale * P k
-// Where all units of a row pass by one block, it makes delta of the row's dout and out; else launch_delta does. For sm_90a, row_gradient_sm90.cu has
-// specialists for most of what has more than 64 columns.
+// Where all units of a row pass by one block, it makes delta of the row's dout and out; else launch_delta does. Above 64 columns, small_gradient.cu has
+// queries of small experts, and, for sm_90a, row_gradient_sm90.cu specialists for most others.
 //
 // Where keys are nearly the same, dq is what is left when dS cancels, and roundings do not cancel with it: that of the saved output
 // in delta, that of a large lse, that of dS to 16 bits. But what the rows of P and of dS sum to is known: 1 and dlse. What dS, as
@@ -307,7 +307,7 @@ template <class T> __global__ void __launch_bounds__(32 * kFinishWarps, 10) fini
 // Specialists bring units again for every two passes, whatever the pieces of an expert: small ones end at about the same time. H100: pieces of 576 rows of
 // experts of 512 took 4 % longer than those of 256 or 128; of experts of 4096, pieces of 256 took 2 % longer than those of 896.
 int row_gradient_tile_rows(const Problem& x, int entries_per_expert) {
-  if (fits_small_row_gradient(x)) return tile_rows(kMaxSmallTile, entries_per_expert, kSmallPassRows);
+  if (fits_small_row_gradient(x)) return attention_tile_rows(x, entries_per_expert);  // the same, of small experts
   return fits_row_specialists(x, RowRole::attention)
              ? tile_rows(std::clamp(entries_per_expert / 4, 2 * kPassRows, kMaxAttentionTile), entries_per_expert, 2 * kPassRows)
              : tile_rows(kMaxRowGradientTile, entries_per_expert);

@@ -227,26 +227,39 @@ template <class T, int W, class To> __device__ inline void store_small_rows(cons
 
 // Tiles of a head, on average.
 inline int small_tiles(const Problem& x, int rows) { return std::min(max_tiles(x, rows), x.queries.max_length * x.s / rows + ceil_div(x.M, 2)); }
-// So many blocks of a multiprocessor that it all takes least long; where that is the same, as many warps as have room, in as many blocks as that leaves possible.
-struct SmallBlocks {
-  int warps = 0, parts = 1;  // of a block; of a head
-  cudaError_t status;
-  // tiles: of a head, on average. most_warps: of a multiprocessor. Bytes: of shared units, and of a warp.
-  SmallBlocks(int heads, int tiles, int most_warps, int shared_bytes, int warp_bytes) {
-    constexpr int kReserved = kReservedMemory + kPanel;  // of a block, with its static memory, behind which the other one is aligned
-    int memory;
-    if ((status = device_attribute(memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor)) != cudaSuccess) return;
-    int blocks = 1;
-    LeastBusy least{};
-    for (int b = 1; b <= 4; ++b) {
-      const int w = std::min(most_warps / b, (memory / b - kReserved - shared_bytes) / warp_bytes);
-      if (w <= 0) break;
-      const LeastBusy busy = least_busy(heads, tiles, w, b * kMultiprocessors, 2);  // the start of a block takes as long as a tile
-      if (warps == 0 || busy.time < least.time || (busy.time == least.time && b * w >= blocks * warps)) blocks = b, warps = w, least = busy;
-    }
-    parts = least.parts;
-    if (warps == 0) status = cudaErrorInvalidValue;
+// Starts a kernel whose warps share `tiles` of every head, on average. Of its blocks so many fit on a multiprocessor that it all takes least long; where that is the same,
+// as many warps as have room, in as many blocks as that leaves possible. most_warps: of a multiprocessor. Bytes: of what a block has once, and of a warp. The kernel is told
+// how many blocks, parts, a head has.
+template <class P, class... Params, class... Args>
+cudaError_t launch_by_warps(bool early, void (*kernel)(P, int, Params...), int tiles, int most_warps, int shared_bytes, int warp_bytes, cudaStream_t stream, const P& p, Args... args) {
+  constexpr int kReserved = kReservedMemory + kPanel;  // of a block, with its static memory, behind which the other one is aligned
+  int memory;
+  if (cudaError_t status = device_attribute(memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor)) return status;
+  const int heads = p.problem.B * p.problem.H;
+  int blocks = 1, warps = 0;
+  LeastBusy least{};
+  for (int b = 1; b <= 4; ++b) {
+    const int w = std::min(most_warps / b, (memory / b - kReserved - shared_bytes) / warp_bytes);
+    if (w <= 0) break;
+    const LeastBusy busy = least_busy(heads, tiles, w, b * kMultiprocessors, 2);  // the start of a block takes as long as a tile
+    if (warps == 0 || busy.time < least.time || (busy.time == least.time && b * w >= blocks * warps)) blocks = b, warps = w, least = busy;
   }
-};
+  if (warps == 0) return cudaErrorInvalidValue;
+  return launch(early, kernel, static_cast<unsigned>(heads) * least.parts, 32 * warps, shared_bytes + warp_bytes * warps, stream, p, least.parts, args...);
+}
+
+// With the smallest W, from LEAST on, that holds the columns.
+template <int LEAST, class F> cudaError_t by_columns(const Problem& x, F&& f) {
+  const int columns = std::max(small_columns(x.D), LEAST);
+  return dispatch_dtype(x.dtype, [&](auto element) {
+    if constexpr (sizeof(element) == 2) {
+      if constexpr (LEAST == 64)
+        if (columns == 64) return f(element, std::integral_constant<int, 64>());
+      return columns == 96 ? f(element, std::integral_constant<int, 96>()) : f(element, std::integral_constant<int, 128>());
+    } else {
+      return cudaErrorInvalidValue;
+    }
+  });
+}
 
 }  // namespace mita

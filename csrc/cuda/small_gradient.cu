@@ -197,11 +197,9 @@ __global__ void __launch_bounds__(32 * kRowWarps<W, KT>, 1) small_row_gradient_k
 
 template <class T, int W, int KT> cudaError_t launch_rows(const RowGradientParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
-  const int shared_tiles = small_shared_tiles<KT>(x, p.units), shared_bytes = kSmallPlace<W, KT> * shared_tiles;
-  const SmallBlocks blocks(x.B * x.H, small_tiles(x, p.groups.tile_rows), kRowWarps<W, KT>, shared_bytes, kSmallBytes<W, KT>);
-  if (blocks.status != cudaSuccess) return blocks.status;
-  return launch(small_row_gradient_kernel<T, W, KT>, static_cast<unsigned>(x.B * x.H) * blocks.parts, 32 * blocks.warps, shared_bytes + kSmallBytes<W, KT> * blocks.warps, stream, p,
-                blocks.parts, shared_tiles);
+  const int shared_tiles = small_shared_tiles<KT>(x, p.units);
+  return launch_by_warps(false, small_row_gradient_kernel<T, W, KT>, small_tiles(x, p.groups.tile_rows), kRowWarps<W, KT>, kSmallPlace<W, KT> * shared_tiles, kSmallBytes<W, KT>, stream, p,
+                         shared_tiles);
 }
 
 // ---- units of experts ----------------------------------------------------------------------------------------------
@@ -381,13 +379,6 @@ template <class T, int W> __global__ void __launch_bounds__(32 * kUnitWarps<W>, 
   }
 }
 
-template <class T, int W> cudaError_t launch_units(const UnitGradientParams& p, cudaStream_t stream) {
-  const Problem& x = p.problem;
-  const SmallBlocks blocks(x.B * x.H, x.M * ceil_div(x.K, 16), kUnitWarps<W>, 0, UnitMemory<W>::kBytes);
-  if (blocks.status != cudaSuccess) return blocks.status;
-  return launch(small_unit_gradient_kernel<T, W>, static_cast<unsigned>(x.B * x.H) * blocks.parts, 32 * blocks.warps, UnitMemory<W>::kBytes * blocks.warps, stream, p, blocks.parts);
-}
-
 // ---- keys ----------------------------------------------------------------------------------------------------------
 
 // Of a block, in shared memory: sets of 16 landmarks and the gradients of their compressed values, then their numbers. Of a warp: 16 keys and their values.
@@ -470,28 +461,6 @@ template <class T, int W> __global__ void __launch_bounds__(32 * kUnitWarps<W>, 
   }
 }
 
-template <class T, int W> cudaError_t launch_keys(const UnitGradientParams& p, cudaStream_t stream) {
-  const Problem& x = p.problem;
-  const int shared_bytes = landmark_bytes<W>(ceil_div(p.landmark_rows, 16)), warp_bytes = RowSet<W>::kSet;
-  const SmallBlocks blocks(x.B * x.H, ceil_div(x.keys.max_length, 16), kUnitWarps<W>, shared_bytes, warp_bytes);
-  if (blocks.status != cudaSuccess) return blocks.status;
-  return launch(small_key_gradient_kernel<T, W>, static_cast<unsigned>(x.B * x.H) * blocks.parts, 32 * blocks.warps, shared_bytes + warp_bytes * blocks.warps, stream, p, blocks.parts);
-}
-
-// With the smallest W, from LEAST on, that holds the columns.
-template <int LEAST, class F> cudaError_t by_columns(const Problem& x, F&& f) {
-  const int columns = std::max(small_columns(x.D), LEAST);
-  return dispatch_dtype(x.dtype, [&](auto element) {
-    if constexpr (sizeof(element) == 2) {
-      if constexpr (LEAST == 64)
-        if (columns == 64) return f(element, std::integral_constant<int, 64>());
-      return columns == 96 ? f(element, std::integral_constant<int, 96>()) : f(element, std::integral_constant<int, 128>());
-    } else {
-      return cudaErrorInvalidValue;
-    }
-  });
-}
-
 }  // namespace
 
 // (Up to 64 columns there is one pass for queries and units, attention_gradient_sm90.cu.) H200, backward with 16 to 128 heads against that by specialists: 79 to 100 % at up to 64
@@ -527,8 +496,17 @@ bool fits_small_unit_gradient(const UnitGradientParams& p) {
 
 cudaError_t launch_small_unit_gradient(const UnitGradientParams& p, cudaStream_t stream) {
   if (!fits_small_unit_gradient(p)) return cudaErrorInvalidValue;
-  if (p.role == UnitRole::routed) return by_columns<64>(p.problem, [&](auto element, auto columns) { return launch_units<decltype(element), decltype(columns)::value>(p, stream); });
-  return by_columns<96>(p.problem, [&](auto element, auto columns) { return launch_keys<decltype(element), decltype(columns)::value>(p, stream); });
+  const Problem& x = p.problem;
+  const int slices = ceil_div(x.K, 16), sets = ceil_div(p.landmark_rows, 16);
+  if (p.role == UnitRole::routed)
+    return by_columns<64>(x, [&](auto element, auto columns) {
+      constexpr int W = decltype(columns)::value;
+      return launch_by_warps(false, small_unit_gradient_kernel<decltype(element), W>, x.M * slices, kUnitWarps<W>, 0, UnitMemory<W>::kBytes, stream, p);
+    });
+  return by_columns<96>(x, [&](auto element, auto columns) {
+    constexpr int W = decltype(columns)::value;
+    return launch_by_warps(false, small_key_gradient_kernel<decltype(element), W>, ceil_div(x.keys.max_length, 16), kUnitWarps<W>, landmark_bytes<W>(sets), RowSet<W>::kSet, stream, p);
+  });
 }
 
 }  // namespace mita

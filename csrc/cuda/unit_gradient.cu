@@ -7,7 +7,8 @@
 // lse, delta) pass by, two stages deep:
 //   P^T = exp(scale * k q^T - lse)      dv += P^T dout
 //   dS^T = P^T * (v dout^T - delta)     dk += dS^T q
-// (For sm_90a, unit_gradient_sm90.cu has specialists, for more than 64 units above 64 columns.)
+// (small_gradient.cu has keys of small experts, and above 64 columns keys of few landmarks; for sm_90a, unit_gradient_sm90.cu has specialists, for more than 64
+// units above 64 columns.)
 // Every sum has one owner and a fixed order: no atomics. Partial sums are fp32, routed ones fp32 or in 16 bits (routed.cuh).
 #include "launch.h"
 #include "routed.cuh"
