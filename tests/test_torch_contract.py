@@ -439,6 +439,7 @@ def test_in_place_change_before_backward_is_noticed(device):
 REPEATED = [
     (case_of("deit", B=64, H=6), "cuda", torch.bfloat16, 200),
     (case_of("all_queries_one_expert", B=64, H=6, N=197, D=64, M=25, K=25), "cuda", torch.float16, 200),
+    (case_of("deit", B=64, H=6, M=(7, 7), K=49), "cuda", torch.bfloat16, 200),
     (case_of("pooled_2d_with_prefix", B=8, H=12, N=1601, D=64, M=(7, 7), K=49, grid=(40, 40)), "cuda", torch.bfloat16, 200),
     (case_of("all_queries_one_expert", B=4, H=8, N=4096, D=64, M=64, K=64), "cuda", torch.bfloat16, 200),
     (case_of("clustered", B=4, H=8, N=3000, D=128, M=65, K=100, Hkv=2, routes=2), "cuda", torch.float16, 200),

@@ -475,6 +475,9 @@ __device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync
 
 // acc = A B^T or acc += A B^T, A [64 x 16] and B [64 x 16] in shared memory.
 template <class T> __device__ inline void wgmma(float (&acc)[8][4], std::uint64_t a, std::uint64_t b, bool accumulate);
+// The same, B [32 x 16]; and with A in registers.
+template <class T> __device__ inline void wgmma(float (&acc)[4][4], std::uint64_t a, std::uint64_t b, bool accumulate);
+template <class T> __device__ inline void wgmma_rows(float (&acc)[4][4], const Operand& a, std::uint64_t b, bool accumulate);
 // acc = A^T B or acc += A^T B, A [16 x 64] and B [16 x 64] in shared memory.
 template <class T> __device__ inline void wgmma_transposed(float (&acc)[8][4], std::uint64_t a, std::uint64_t b, bool accumulate = true);
 // acc += A^T B, A [16 x 64] and B [16 x 8] in shared memory: with ones in B, the sums of A's rows, in every column.
@@ -484,7 +487,9 @@ template <class T> __device__ inline void wgmma(float (&acc)[8][4], const Operan
 template <class T> __device__ inline void wgmma(float (&acc)[16][4], const Operand& a, std::uint64_t b);
 
 #define MITA_8(a, n) "+f"(a[n][0]), "+f"(a[n][1]), "+f"(a[n][2]), "+f"(a[n][3]), "+f"(a[n + 1][0]), "+f"(a[n + 1][1]), "+f"(a[n + 1][2]), "+f"(a[n + 1][3])
+#define MITA_16(a, n) MITA_8(a, n), MITA_8(a, n + 2)
 #define MITA_32(a, n) MITA_8(a, n), MITA_8(a, n + 2), MITA_8(a, n + 4), MITA_8(a, n + 6)
+#define MITA_PLACES_16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define MITA_PLACES_32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define MITA_PLACES_64 MITA_PLACES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define MITA_WGMMA(SHAPE, TYPE, PLACES, PREDICATE) \
@@ -493,6 +498,14 @@ template <class T> __device__ inline void wgmma(float (&acc)[16][4], const Opera
   template <> __device__ inline void wgmma<T>(float (&acc)[8][4], std::uint64_t a, std::uint64_t b, bool accumulate) { \
     asm volatile(MITA_WGMMA("m64n64k16", TYPE, MITA_PLACES_32, "%34") "%32, %33, p, 1, 1, 0, 0; }" \
                  : MITA_32(acc, 0) : "l"(a), "l"(b), "r"(static_cast<int>(accumulate))); \
+  } \
+  template <> __device__ inline void wgmma<T>(float (&acc)[4][4], std::uint64_t a, std::uint64_t b, bool accumulate) { \
+    asm volatile(MITA_WGMMA("m64n32k16", TYPE, MITA_PLACES_16, "%18") "%16, %17, p, 1, 1, 0, 0; }" \
+                 : MITA_16(acc, 0) : "l"(a), "l"(b), "r"(static_cast<int>(accumulate))); \
+  } \
+  template <> __device__ inline void wgmma_rows<T>(float (&acc)[4][4], const Operand& a, std::uint64_t b, bool accumulate) { \
+    asm volatile(MITA_WGMMA("m64n32k16", TYPE, MITA_PLACES_16, "%21") "{%16,%17,%18,%19}, %20, p, 1, 1, 0; }" \
+                 : MITA_16(acc, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate))); \
   } \
   template <> __device__ inline void wgmma_transposed<T>(float (&acc)[8][4], std::uint64_t a, std::uint64_t b, bool accumulate) { \
     asm volatile(MITA_WGMMA("m64n64k16", TYPE, MITA_PLACES_32, "%34") "%32, %33, p, 1, 1, 1, 1; }" \
@@ -516,7 +529,9 @@ MITA_WGMMA_OF(__half, "f16")
 #undef MITA_WGMMA
 #undef MITA_PLACES_64
 #undef MITA_PLACES_32
+#undef MITA_PLACES_16
 #undef MITA_32
+#undef MITA_16
 #undef MITA_8
 
 // Waits until no more than PENDING of this thread's last products are on their way; the earlier ones are in their registers.
@@ -529,7 +544,8 @@ template <class C, int PENDING, class... Registers> __device__ inline void wait_
 #else  // kernels of warpgroups are never launched on other architectures
 template <class... Registers> __device__ inline void begin_products(Registers&...) { __trap(); }
 __device__ inline void commit_products() {}
-template <class T> __device__ inline void wgmma(float (&)[8][4], std::uint64_t, std::uint64_t, bool) {}
+template <class T, int N> __device__ inline void wgmma(float (&)[N][4], std::uint64_t, std::uint64_t, bool) {}
+template <class T> __device__ inline void wgmma_rows(float (&)[4][4], const Operand&, std::uint64_t, bool) {}
 template <class T> __device__ inline void wgmma_transposed(float (&)[8][4], std::uint64_t, std::uint64_t, bool = true) {}
 template <class T> __device__ inline void wgmma_sum(float (&)[1][4], std::uint64_t, std::uint64_t) {}
 template <class T, int N> __device__ inline void wgmma(float (&)[N][4], const Operand&, std::uint64_t) {}

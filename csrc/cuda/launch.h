@@ -25,6 +25,8 @@ bool fits_short_attention(const Problem&);  // by its shape, and what the curren
 cudaError_t launch_short_attention(const ShortParams&, cudaStream_t);
 bool fits_short_gradient(const Problem&, bool shared, float scale, float landmark_scale);
 cudaError_t launch_short_gradient(const ShortGradientParams&, cudaStream_t);
+bool fits_short_masked_gradient(const Problem&);
+cudaError_t launch_short_masked_gradient(const ShortGradientParams&, cudaStream_t);  // its part by masks
 cudaError_t launch_delta(const DeltaParams&, cudaStream_t);
 cudaError_t launch_unit_gradient(const UnitGradientParams&, cudaStream_t);
 bool fits_unit_specialists(const UnitGradientParams&);

@@ -66,41 +66,6 @@ struct Memory {
   }
 };
 
-// acc += weights^T rows: of the 16 columns of `weights` from chunk c on, and the columns of `rows` from `column` on; `count` rows of either. The
-// second of two KINDS of weights lies kTiles chunks behind the first.
-template <class T, int NT, int KINDS>
-__device__ inline void add_transposed(float (&acc)[KINDS][NT][4], const Tile<T, kDP>& weights, int c, const Tile<T, kDP>& rows, int column, int count) {
-  const int lane = threadIdx.x % 32;
-  const auto b = operand(rows, lane & 15, column / 8 + (lane >> 4));
-  const std::uint32_t place = (lane & 7) + (lane >> 4 << 3), chunk = c + (lane >> 3 & 1);
-  const TileOperand<T, kDP> a[2] = {operand(weights, place, chunk), operand(weights, place, kTiles + chunk)};
-#pragma unroll 2
-  for (int step = 0; step < ceil_div(count, 16); ++step) {
-    std::uint32_t w[KINDS][4], r[4];
-#pragma unroll
-    for (int i = 0; i < KINDS; ++i) ldmatrix_transposed(w[i], a[i](0, step));
-#pragma unroll
-    for (int n = 0; n < NT; n += 2) {
-      ldmatrix_transposed(r, b(n / 2, step));
-#pragma unroll
-      for (int i = 0; i < KINDS; ++i) {
-        mma<T>(acc[i][n], w[i], r[0], r[1]);
-        mma<T>(acc[i][n + 1], w[i], r[2], r[3]);
-      }
-    }
-  }
-}
-
-// A bit for every pooling window, of up to kUnits, that holds token n.
-template <class Product> __device__ inline std::uint32_t windows_with(const Windows& w, int n) {
-  if (!is_pooled(w, n)) return 0;
-  const int cell = n - w.prefix;
-  const Range rows = overlapping<Product>(cell / w.gw, w.gh, w.mh), columns = overlapping<Product>(cell % w.gw, w.gw, w.mw);
-  std::uint32_t windows = 0;
-  for (int i = rows.first; i < rows.last; ++i) windows |= ((2u << (columns.last - columns.first - 1)) - 1) << (i * w.mw + columns.first);
-  return windows;
-}
-
 // What rounding takes away from weights.
 template <class T> __device__ inline Weights<T, kTiles> rest_of(const float (&x)[kTiles][4]) {
   float rest[kTiles][4];
@@ -232,7 +197,7 @@ template <class T, bool LONG> __global__ void __launch_bounds__(kThreads, 1) sho
       const int expert = min(max(asked_expert, 0), M - 1);
       shorts_at(layout.experts)[n] = static_cast<std::uint16_t>(expert), shorts_at(layout.slot_rows)[n] = static_cast<std::uint16_t>(expert * layout.rows);
       floats_at(layout.lse)[n] = offset_of(lse), floats_at(layout.dlse)[n] = lse == -kInfinity ? 0.0f : dlse;
-      if (f.pool) ints_at(layout.members)[n] = present ? windows_with<int>(windows_of(f.windows, x.queries, queries.length), n) : 0;
+      if (f.pool) ints_at(layout.members)[n] = present ? windows_with<std::uint32_t>(windows_of(f.windows, x.queries, queries.length), n) : 0;
       if (present) atomicAdd(ints_at(layout.counts) + expert, 1);
     }
 #pragma unroll
@@ -356,7 +321,7 @@ template <class T, bool LONG> __global__ void __launch_bounds__(kThreads, 1) sho
     static_assert(kWarps == 16);
     float sums[1][2][4], (&sum)[2][4] = sums[0];
     clear(sum);
-    add_transposed(sums, shared_weights, kind * kTiles + m / 8, kind ? q : dout, column, layout.rows);
+    add_transposed(sums, {by_columns(shared_weights, kind * kTiles + m / 8)}, kind ? q : dout, column, layout.rows);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
@@ -536,7 +501,7 @@ template <class T, bool LONG> __global__ void __launch_bounds__(kThreads, 1) sho
     const int m = 16 * (item & 1), column = 16 * (item >> 1);
     float sum[2][2][4];  // of dS as rounded, and of its rest
     clear(sum[0]), clear(sum[1]);
-    add_transposed(sum, shared_weights, m / 8, k, column, L);
+    add_transposed(sum, {by_columns(shared_weights, m / 8), by_columns(shared_weights, kTiles + m / 8)}, k, column, L);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = m + g + 8 * i, area = f.pool && row < M ? PooledTokens::of<int>(windows_of(f.windows, x.queries, N), row).area : 0;
@@ -607,13 +572,15 @@ bool has_room(const Problem& x, bool is_long) {
 // sm_90a: elsewhere a block has no memory for what this is made for. H100: for more units, queries or keys than this, or keys and values of several
 // heads, it has none here either.
 bool fits_short_gradient(const Problem& x, bool shared, float scale, float landmark_scale) {
-  return has_warpgroups(x.dtype, x.D) && x.D <= kDP && x.D % kCudaHeadDimStep == 0 && x.s == 1 && x.H == x.Hkv && shared && x.M <= kUnits && x.K <= kUnits &&
-         x.queries.max_length <= kThreads && x.keys.max_length <= kKeys + kMoreKeys && have_ratio(landmark_scale, scale) && has_room(x, true);
+  if (!(has_warpgroups(x.dtype, x.D) && x.D <= kDP && x.D % kCudaHeadDimStep == 0 && x.s == 1 && x.H == x.Hkv && shared && have_ratio(landmark_scale, scale))) return false;
+  const bool listed = x.M <= kUnits && x.K <= kUnits && x.queries.max_length <= kThreads && x.keys.max_length <= kKeys + kMoreKeys && has_room(x, true);
+  return listed || fits_short_masked_gradient(x);
 }
 
 cudaError_t launch_short_gradient(const ShortGradientParams& p, cudaStream_t stream) {
   const Problem& x = p.forward.problem;
   if (!fits_short_gradient(x, p.forward.shared, p.forward.scale, p.forward.landmark_scale)) return cudaErrorInvalidValue;
+  if (fits_short_masked_gradient(x)) return launch_short_masked_gradient(p, stream);
   return dispatch_dtype(x.dtype, [&](auto element) {
     using T = decltype(element);
     if constexpr (sizeof(T) == 2) {

@@ -253,6 +253,39 @@ __device__ inline void load_sequence(const Tile<T, DP>& to, const Rows& rows, in
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(row < present ? 16 : 0) : "memory");
 }
 
+// A bit for every pooling window, of as many as BITS has, that holds token n.
+template <class Bits> __device__ inline Bits windows_with(const Windows& w, int n) {
+  if (!is_pooled(w, n)) return 0;
+  const int cell = n - w.prefix;
+  const Range rows = overlapping<int>(cell / w.gw, w.gh, w.mh), columns = overlapping<int>(cell % w.gw, w.gw, w.mw);
+  Bits windows = 0;
+  for (int i = rows.first; i < rows.last; ++i) windows |= ((Bits(2) << (columns.last - columns.first - 1)) - 1) << (i * w.mw + columns.first);
+  return windows;
+}
+
+// acc += weights^T rows, of 16 columns of each of KINDS weights, and the 16 columns of `rows` from `column` on; `count` rows of all.
+template <class T, int DP> __device__ inline TileOperand<T, DP> by_columns(const Tile<T, DP>& weights, int chunk) {
+  const int lane = threadIdx.x % 32;
+  return operand(weights, (lane & 7) + (lane >> 4 << 3), chunk + (lane >> 3 & 1));
+}
+template <class T, int DP, int KINDS>
+__device__ inline void add_transposed(float (&acc)[KINDS][2][4], const TileOperand<T, DP> (&weights)[KINDS], const Tile<T, DP>& rows, int column, int count) {
+  const int lane = threadIdx.x % 32;
+  const auto b = operand(rows, lane & 15, column / 8 + (lane >> 4));
+#pragma unroll 2
+  for (int step = 0; step < ceil_div(count, 16); ++step) {
+    std::uint32_t w[KINDS][4], r[4];
+#pragma unroll
+    for (int i = 0; i < KINDS; ++i) ldmatrix_transposed(w[i], weights[i](0, step));
+    ldmatrix_transposed(r, b(0, step));
+#pragma unroll
+    for (int i = 0; i < KINDS; ++i) {
+      mma<T>(acc[i][0], w[i], r[0], r[1]);
+      mma<T>(acc[i][1], w[i], r[2], r[3]);
+    }
+  }
+}
+
 // One warp puts N queries in the order of their experts, and cuts those of each expert into tiles of `rows`; returns how many. counts [M]: queries
 // of every expert, used up.
 __device__ inline int order_by_expert(const std::uint16_t* experts, int N, int rows, int* counts, int M, std::uint16_t* entries, Work* tiles) {

@@ -356,6 +356,14 @@ const Case kCases[] = {
     {"short_long_few_queries", Dtype::fp16, 2, 2, 2, 30, 300, 8, 32, 1, 64, true, Batch::full},
     {"short_long_few_keys", Dtype::bf16, 2, 2, 2, 300, 20, 9, 8, 1, 64, true, Batch::full, false, {3, 3, 17, 17, 5}},
     {"short_long_ties", Dtype::bf16, 2, 1, 1, 240, 270, 12, 30, 1, 64, true, Batch::full, true},
+    // their gradients by masks: many units, and few rows
+    {"short_masked_images", Dtype::bf16, 3, 2, 2, 197, 197, 49, 49, 1, 64, true, Batch::full, false, {7, 7, 14, 14, 1}},
+    {"short_masked_most", Dtype::fp16, 3, 2, 2, 256, 256, 64, 64, 1, 64, true, Batch::packed},
+    {"short_masked_padded", Dtype::bf16, 3, 2, 2, 200, 250, 40, 100, 1, 40, true, Batch::padded},
+    {"short_masked_ties", Dtype::bf16, 2, 1, 1, 240, 230, 33, 60, 1, 64, true, Batch::full, true},
+    {"short_masked_few_landmarks", Dtype::fp16, 2, 2, 2, 150, 140, 20, 140, 1, 16, true, Batch::full, true},
+    {"short_masked_few_queries", Dtype::fp16, 2, 2, 2, 30, 250, 64, 16, 1, 64, true, Batch::full},
+    {"short_masked_few_keys", Dtype::bf16, 2, 2, 2, 250, 20, 49, 20, 1, 64, true, Batch::padded},
     // more units than shared memory holds
     {"passing_units", Dtype::bf16, 1, 1, 1, 1500, 600, 5, 300, 1, 128},
     {"passing_units_narrow", Dtype::bf16, 1, 1, 1, 900, 700, 3, 400, 2, 64},
