@@ -17,22 +17,24 @@ namespace mita {
 namespace {
 
 constexpr int kWarps = 16, kThreads = 32 * kWarps, kDP = 64, kRow = kDP * 2;
-constexpr int kMostRows = 16 * kWarps, kMostUnits = 64;
+constexpr int kRows = 16 * kWarps, kMostUnits = 64;             // at a time; landmarks at most
 constexpr int kStep = 32, kTiles = kStep / 8;                   // units, or queries, at a time
-constexpr int kMaskWords = kMostRows / kStep, kMaskPitch = kMaskWords + 1;  // words; the pitch avoids bank conflicts
+constexpr int kMaskPitch = kRows / kStep + 1;                   // words, one of which is for the rows behind the first ones; free of bank conflicts
 
 // Shared memory of a block: where what begins, in bytes; queries at 0. `rows` of queries, keys, values, their gradients and both kinds of weights.
 //   weights [2] [rows, 64]: P and dS of the queries and the landmarks, then dS of the keys' compression and its rest
 //   pooled, pooled_rest [units, 64]: in the place of the first weights, once these are summed
 //   masks [units + 1, kMaskPitch]: of every expert a bit for every key, which a lane of the products finds in a byte of its own; of the landmarks
-//   statistics [rows, 2]: lse and delta of the queries; deltas [rows / 16, units, 2]: what the landmarks' deltas are made of, the share of 16 keys; later key_masks
-//   [rows, kMaskPitch]: of every key a bit for every query
+//   statistics [rows, 2], landmark_statistics [units, 2]: lse and delta of the queries, and of the landmarks
 //   shares [units]: of a landmark's gradient, for each of its tokens
-//   members [rows, 2]: a bit for every pooling window that a query is in
+//   deltas [rows / 16, units, 2]: what the landmarks' deltas are made of, the share of 16 keys
+//   key_masks [rows, kMaskPitch]: of every key a bit for every query, in the place of those; members [rows, 2]: a bit for every pooling window that a query is in
+// A longer sequence has room for these three only where the first weights are, before and after.
 struct Memory {
-  int rows, k, v, dout, landmarks, compressed, weights, pooled_rest, weights_apart, masks, statistics, deltas, landmark_lse, shares, members, lengths, experts, bytes;
-  Memory(const Problem& x, int units) {
-    rows = round_up(std::max(x.queries.max_length, x.keys.max_length), kStep);
+  int rows, k, v, dout, landmarks, compressed, weights, pooled_rest, weights_apart, masks, statistics, deltas, key_masks, landmark_statistics, shares, members, lengths, experts, bytes;
+  Memory(const Problem& x, int units, bool is_long) {
+    const int all = std::max(x.queries.max_length, x.keys.max_length), steps = round_up(all, kStep);
+    rows = is_long ? round_up(all, 16) : steps;
     k = rows * kRow;
     v = 2 * k;
     dout = 3 * k;
@@ -43,13 +45,15 @@ struct Memory {
     weights_apart = std::max(rows, 2 * units) * kRow;
     masks = weights + weights_apart + rows * kRow;
     statistics = masks + round_up((units + 1) * kMaskPitch, 4) * 4;
-    deltas = statistics + rows * 8;
-    landmark_lse = deltas + std::max(rows / 16 * units * 8, rows * kMaskPitch * 4);
-    shares = landmark_lse + units * 4;
-    members = shares + units * 4;
-    lengths = members + rows * 8;
+    landmark_statistics = statistics + steps * 8;
+    shares = landmark_statistics + units * 8;
+    lengths = shares + units * 4;
     experts = lengths + 8;
-    bytes = experts + rows * 2;
+    bytes = experts + steps * 2;
+    deltas = is_long ? weights : round_up(bytes, 16);
+    key_masks = is_long ? pooled_rest + units * kRow : deltas;
+    members = round_up(std::max(deltas + rows / 16 * units * 8, key_masks + steps * kMaskPitch * 4), 8);
+    if (!is_long) bytes = members + rows * 8;
   }
 };
 
@@ -69,11 +73,11 @@ __device__ inline std::uint32_t transposed_bits(std::uint32_t x) {
   return x;
 }
 
-template <class T, int UNITS> __global__ void __launch_bounds__(kThreads, 1) short_masked_gradient_kernel(const ShortGradientParams p, const Memory layout) {
+template <class T, int UNITS, bool LONG> __global__ void __launch_bounds__(kThreads, 1) short_masked_gradient_kernel(const ShortGradientParams p, const Memory layout) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using C = Config<T, kDP>;        // products by warps
   using G = Config<T, kDP, true>;  // by warpgroups
-  constexpr int kChunks = kDP / kChunk<T>, kUnitTiles = UNITS / 8;
+  constexpr int kChunks = kDP / kChunk<T>, kUnitTiles = UNITS / 8, kParts = LONG ? 2 : 1;
   constexpr float kUnshifted = power_of_2(-kGradientShift<T>), kRescale = power_of_2(kGradientShift<T> - kProbabilityShift<T>);
   extern __shared__ __align__(kPanel) unsigned char memory[];
   const Window window(memory);
@@ -93,6 +97,12 @@ template <class T, int UNITS> __global__ void __launch_bounds__(kThreads, 1) sho
   const Matrix<kDP> rows_at(window.address, false), sums_at(window.address, true);  // of the whole memory
   const int M = x.M;
   int &N = ints_at(layout.lengths)[0], &L = ints_at(layout.lengths)[1];
+  const auto find_members = [&] {
+    if (const int n = threadIdx.x; f.pool && n < layout.rows) {
+      const int length = span(x.queries, batch()).length;
+      reinterpret_cast<std::uint64_t*>(memory + layout.members)[n] = n < length ? windows_with<std::uint64_t>(windows_of(f.windows, x.queries, length), n) : 0;
+    }
+  };
   {
     const int b = batch(), h = head() - b * x.H, n = threadIdx.x;
     const Span queries = span(x.queries, b), keys = span(x.keys, b);
@@ -129,17 +139,16 @@ template <class T, int UNITS> __global__ void __launch_bounds__(kThreads, 1) sho
       }
     // Where a row attended to nothing, or is not there, infinity. Probabilities are shifted from the start.
     const auto offset_of = [](float lse) { return lse == -kInfinity ? kInfinity : lse * kLogit<T> - kProbabilityShift<T>; };
-    const Windows windows = windows_of(f.windows, x.queries, queries.length);
     if (n < UNITS) {
-      const int area = f.pool && n < M ? PooledTokens::of<int>(windows, n).area : 0;
-      floats_at(layout.landmark_lse)[n] = offset_of(of_landmark), floats_at(layout.shares)[n] = area ? 1.0f / static_cast<float>(area) : 0.0f;
+      const int area = f.pool && n < M ? PooledTokens::of<int>(windows_of(f.windows, x.queries, queries.length), n).area : 0;
+      floats_at(layout.landmark_statistics)[2 * n] = offset_of(of_landmark), floats_at(layout.shares)[n] = area ? 1.0f / static_cast<float>(area) : 0.0f;
     }
     // What is out of range, no forward pass has left.
-    if (n < layout.rows) {
+    if (n < round_up(layout.rows, kStep)) {
       shorts_at(layout.experts)[n] = static_cast<std::uint16_t>(min(max(asked_expert, 0), M - 1));
       reinterpret_cast<float2*>(memory + layout.statistics)[n] = make_float2(offset_of(lse), 0.0f);
-      if (f.pool) reinterpret_cast<std::uint64_t*>(memory + layout.members)[n] = present ? windows_with<std::uint64_t>(windows, n) : 0;
     }
+    if (!LONG) find_members();
     __syncthreads();
     const auto set = [&](int m, int its) {
       if (0 <= its && its < keys.length) atomicOr(ints_at(layout.masks) + m * kMaskPitch + its / kStep, 1 << bit_of(its % kStep));
@@ -162,9 +171,12 @@ template <class T, int UNITS> __global__ void __launch_bounds__(kThreads, 1) sho
   const auto has = [](unsigned bits, int j, int i) { return (bits >> (2 * j + i & 31) & 1) != 0; };
 
   // 1. weigh
-  const int row0 = 16 * warp, group0 = row0 / 64 * 64;  // where the rows of the warp begin, and of the warpgroup
-  Weights<T, kDP / 8> dq_rounded;
-  if (group0 < x.queries.max_length) {
+  const auto dq_of = [&](int n) { return reinterpret_cast<std::uint32_t*>(row_behind(rows_of(p.dq, span(x.queries, batch()).start) + 2 * t, p.dq.row * sizeof(T), n)); };
+  Weights<T, kDP / 8> dq_rounded;  // or in its place, where it is long
+#pragma unroll 1
+  for (int part = 0; part < kParts; ++part) {
+    const int row0 = 16 * warp + kRows * part, group0 = row0 / 64 * 64;  // where the rows of the warp begin, and of the warpgroup
+    if (group0 >= x.queries.max_length) break;
     const bool has_rows = row0 < N;  // of a warpgroup's last warps some have none
     std::uint32_t own[kDP / 16][4] = {}, given[kDP / 16][4] = {}, mask_rows[2] = {};
     float lse[2] = {}, delta[2] = {}, total[2] = {};
@@ -281,7 +293,14 @@ template <class T, int UNITS> __global__ void __launch_bounds__(kThreads, 1) sho
     for (int j = 0; j < kDP / 8; ++j)
 #pragma unroll
       for (int i = 0; i < 4; ++i) dq[j][i] *= f.scale * kUnshifted;
-    dq_rounded = Weights<T, kDP / 8>(dq);
+    if (!LONG) dq_rounded = Weights<T, kDP / 8>(dq);
+    if (LONG)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        if (const int n = row0 + g + 8 * i; n < N)
+#pragma unroll
+          for (int j = 0; j < kDP / 8; ++j)
+            if (8 * j < x.D) dq_of(n)[4 * j] = pack<T>(dq[j][2 * i], dq[j][2 * i + 1]);
   }
   __syncthreads();
 
@@ -316,61 +335,80 @@ template <class T, int UNITS> __global__ void __launch_bounds__(kThreads, 1) sho
   __syncthreads();
 
   // 3. compress
+  float weight[kUnitTiles][4], gradient[kUnitTiles][4];
+  const auto weigh_landmarks = [&](int row0) {
+    GroupRows<T, kDP> rows;
+    rows.load(k.from_row(row0 / 64 * 64), lane);
+    product<G>(weight, rows, z, lane);
+    rows.load(v.from_row(row0 / 64 * 64), lane);
+    product<G>(gradient, rows, c, lane);
+    wait_products<G, 0>(weight, gradient);
+    if (row0 >= L) return;
+#pragma unroll
+    for (int j = 0; j < kUnitTiles; ++j) {
+      const float4 two = load_shared4(window.address + layout.landmark_statistics + 8 * (8 * j + 2 * t));  // lse in x and z
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        weight[j][i] = exponential<T>(row0 + g + 8 * (i / 2) < L ? fmaf(weight[j][i], f.scale * kLogit<T>, -(i & 1 ? two.z : two.x)) : -kInfinity);
+    }
+  };
+#pragma unroll 1
+  for (int part = kParts - 1; part >= 0; --part) {
+    const int row0 = 16 * warp + kRows * part;
+    if (row0 / 64 * 64 >= x.keys.max_length) continue;
+    weigh_landmarks(row0);
+    if (row0 >= L) continue;
+#pragma unroll
+    for (int j = 0; j < kUnitTiles; ++j) {
+      float share[2], total[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        share[i] = fmaf(weight[j][i], gradient[j][i], weight[j][i + 2] * gradient[j][i + 2]), total[i] = weight[j][i] + weight[j][i + 2];
+#pragma unroll
+        for (int d = 4; d < 32; d *= 2) share[i] += __shfl_xor_sync(kAllLanes, share[i], d), total[i] += __shfl_xor_sync(kAllLanes, total[i], d);
+      }
+      if (g == 0) *reinterpret_cast<float4*>(floats_at(layout.deltas) + 2 * (row0 / 16 * UNITS + 8 * j + 2 * t)) = make_float4(share[0], total[0], share[1], total[1]);
+      __syncwarp();  // else the next sums are begun, and spill
+    }
+  }
+  __syncthreads();
+  float landmark_delta[UNITS / 32];  // of landmarks `lane`, `lane` + 32
+#pragma unroll
+  for (int i = 0; i < UNITS / 32; ++i) {
+    float2 sum = {0.0f, 0.0f};
+    for (int w = 0; 16 * w < L; ++w) {
+      const float2 share = reinterpret_cast<const float2*>(floats_at(layout.deltas))[w * UNITS + 32 * i + lane];
+      sum.x += share.x, sum.y += share.y;
+    }
+    landmark_delta[i] = exact_delta<T>(sum.x, sum.y);
+    if (LONG && warp == 0) floats_at(layout.landmark_statistics)[2 * (32 * i + lane) + 1] = landmark_delta[i];
+  }
+  if (LONG) __syncthreads();
   Weights<T, kUnitTiles> key_weights, key_dlogits;
-  {
-    float weight[kUnitTiles][4], gradient[kUnitTiles][4];
-    const bool has_keys = row0 < L;
-    if (group0 < x.keys.max_length) {
-      GroupRows<T, kDP> rows;
-      rows.load(k.from_row(group0), lane);
-      product<G>(weight, rows, z, lane);
-      rows.load(v.from_row(group0), lane);
-      product<G>(gradient, rows, c, lane);
-      wait_products<G, 0>(weight, gradient);
-    }
-    if (has_keys) {
+  // take(tile of landmarks, row 0 or 1, rest of dS)
+  const auto differentiate_landmarks = [&](auto&& take) {
 #pragma unroll
-      for (int j = 0; j < kUnitTiles; ++j) {
-        const float2 lse = load_shared2(window.address + layout.landmark_lse + 4 * (8 * j + 2 * t));
-        float share[2], total[2];
+    for (int j = 0; j < kUnitTiles; ++j) {
+      const float two[2] = {__shfl_sync(kAllLanes, landmark_delta[j / 4], 8 * (j % 4) + 2 * t), __shfl_sync(kAllLanes, landmark_delta[j / 4], 8 * (j % 4) + 2 * t + 1)};
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          weight[j][i] = exponential<T>(row0 + g + 8 * (i / 2) < L ? fmaf(weight[j][i], f.scale * kLogit<T>, -(i & 1 ? lse.y : lse.x)) : -kInfinity);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          share[i] = fmaf(weight[j][i], gradient[j][i], weight[j][i + 2] * gradient[j][i + 2]), total[i] = weight[j][i] + weight[j][i + 2];
-#pragma unroll
-          for (int d = 4; d < 32; d *= 2) share[i] += __shfl_xor_sync(kAllLanes, share[i], d), total[i] += __shfl_xor_sync(kAllLanes, total[i], d);
-        }
-        if (g == 0) *reinterpret_cast<float4*>(floats_at(layout.deltas) + 2 * (warp * UNITS + 8 * j + 2 * t)) = make_float4(share[0], total[0], share[1], total[1]);
-        __syncwarp();  // else the next sums are begun, and spill
+      for (int i = 0; i < 2; ++i) {
+        const float lo = weight[j][2 * i] * kRescale * (gradient[j][2 * i] - two[0]), hi = weight[j][2 * i + 1] * kRescale * (gradient[j][2 * i + 1] - two[1]);
+        key_weights.packed[j][i] = pack<T>(weight[j][2 * i], weight[j][2 * i + 1]), key_dlogits.packed[j][i] = pack<T>(lo, hi);
+        const float2 rounded = unpack<T>(key_dlogits.packed[j][i]);
+        take(j, i, pack<T>(lo - rounded.x, hi - rounded.y));
       }
     }
-    __syncthreads();
-    if (has_keys) {
-      float delta[UNITS / 32];  // of landmarks `lane`, `lane` + 32
-#pragma unroll
-      for (int i = 0; i < UNITS / 32; ++i) {
-        float2 sum = {0.0f, 0.0f};
-        for (int w = 0; 16 * w < L; ++w) {
-          const float2 share = reinterpret_cast<const float2*>(floats_at(layout.deltas))[w * UNITS + 32 * i + lane];
-          sum.x += share.x, sum.y += share.y;
-        }
-        delta[i] = exact_delta<T>(sum.x, sum.y);
-      }
-#pragma unroll
-      for (int j = 0; j < kUnitTiles; ++j) {
-        const float two[2] = {__shfl_sync(kAllLanes, delta[j / 4], 8 * (j % 4) + 2 * t), __shfl_sync(kAllLanes, delta[j / 4], 8 * (j % 4) + 2 * t + 1)};
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float lo = weight[j][2 * i] * kRescale * (gradient[j][2 * i] - two[0]), hi = weight[j][2 * i + 1] * kRescale * (gradient[j][2 * i + 1] - two[1]);
-          key_weights.packed[j][i] = pack<T>(weight[j][2 * i], weight[j][2 * i + 1]), key_dlogits.packed[j][i] = pack<T>(lo, hi);
-          const float2 rounded = unpack<T>(key_dlogits.packed[j][i]);
-          store_shared(weights(0).chunk(row0 + g + 8 * i, j) + 4 * t, key_dlogits.packed[j][i]);
-          store_shared(weights(1).chunk(row0 + g + 8 * i, j) + 4 * t, pack<T>(lo - rounded.x, hi - rounded.y));
-        }
-      }
-    }
+  };
+#pragma unroll 1
+  for (int part = 0; part < kParts; ++part) {
+    const int row0 = 16 * warp + kRows * part;
+    if (row0 / 64 * 64 >= x.keys.max_length) break;
+    if (LONG) weigh_landmarks(row0);
+    if (row0 < L)
+      differentiate_landmarks([&](int j, int i, std::uint32_t rest) {
+        store_shared(weights(0).chunk(row0 + g + 8 * i, j) + 4 * t, key_dlogits.packed[j][i]);
+        store_shared(weights(1).chunk(row0 + g + 8 * i, j) + 4 * t, rest);
+      });
   }
   __syncthreads();
 
@@ -384,16 +422,19 @@ template <class T, int UNITS> __global__ void __launch_bounds__(kThreads, 1) sho
 #pragma unroll
       for (int i = 0; i < 4; ++i) landmark_sum[0][j][i] = (landmark_sum[0][j][i] + sum[0][j][i] + sum[1][j][i]) * (f.scale * kUnshifted);
   }
-  if (p.dk.data && of_values) {
-    const int steps = layout.rows / kStep;
+  const auto make_key_masks = [&] {
+    const int steps = ceil_div(layout.rows, kStep);
     for (int step = warp & 7; step < steps; step += 8) {
       const int n = step * kStep + unit_of(lane);
       const std::uint32_t its = window.address + layout.masks + 4 * kMaskPitch * shorts_at(layout.experts)[n];
       for (int block = kBoth ? warp >> 3 : 0; block < steps; block += kBoth ? 2 : 1)
-        ints_at(layout.deltas)[(block * kStep + unit_of(lane)) * kMaskPitch + step] = transposed_bits(n < N ? load_shared_int(its + 4 * block) : 0);
+        ints_at(layout.key_masks)[(block * kStep + unit_of(lane)) * kMaskPitch + step] = transposed_bits(n < N ? load_shared_int(its + 4 * block) : 0);
     }
-  }
+  };
+  if (!LONG && p.dk.data && of_values) make_key_masks();
   __syncthreads();
+  if (LONG && p.dk.data) make_key_masks();
+  if (LONG) find_members();
   // What the tokens of landmarks receive, rounded, and the rounded rest.
   if (of_landmarks)
 #pragma unroll
@@ -418,7 +459,18 @@ template <class T, int UNITS> __global__ void __launch_bounds__(kThreads, 1) sho
   __syncthreads();
 
   // 5. dq
-  if (group0 < x.queries.max_length) {
+#pragma unroll 1
+  for (int part = 0; part < kParts; ++part) {
+    const int row0 = 16 * warp + kRows * part;
+    if (row0 / 64 * 64 >= x.queries.max_length) break;
+    if (LONG)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int j = 0; j < kDP / 8; ++j) {
+          const int n = row0 + g + 8 * i;
+          dq_rounded.packed[j][i] = n < N && 8 * j < x.D ? dq_of(n)[4 * j] : 0;
+        }
     float dq[kDP / 8][4];
 #pragma unroll
     for (int j = 0; j < kDP / 8; ++j)
@@ -455,31 +507,32 @@ template <class T, int UNITS> __global__ void __launch_bounds__(kThreads, 1) sho
   if (!p.dk.data) return;
 
   // 6. the keys
-  float dk[kDP / 8][4], dv[kDP / 8][4];
-  clear(dk), clear(dv);
-  if (group0 < x.keys.max_length) {
-    add_weighted_rows<G>(dv, key_weights, c, lane);
-    add_weighted_rows<G>(dk, key_dlogits, z, lane);
-    wait_products<G, 0>(dk, dv);
-    const std::uint32_t mask_rows = window.address + layout.deltas + 4 * kMaskPitch * (min(row0, layout.rows - 16) + g) + t;
-    const int steps = ceil_div(x.queries.max_length, kStep);
-    Matrix<kDP> own = rows_at, own_values = rows_at, queries = rows_at, gradients = rows_at, query_rows = sums_at, gradient_rows = sums_at;
-    own.advance(layout.k + group0 * kRow), own_values.advance(layout.v + group0 * kRow), gradients.advance(layout.dout), gradient_rows.advance(layout.dout);
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
-      Weights<T, kTiles> probabilities, dlogits;
-      begin_products(s, d);
+  for (int part = 0; part < kParts; ++part) {
+    const int row0 = 16 * warp + kRows * part, group0 = row0 / 64 * 64;
+    if (group0 >= x.keys.max_length) break;
+    float dk[kDP / 8][4], dv[kDP / 8][4];
+    clear(dk), clear(dv);
+    Matrix<kDP> own = rows_at, own_values = rows_at;
+    own.advance(layout.k + group0 * kRow), own_values.advance(layout.v + group0 * kRow);
+    // What `steps` times 32 rows, which lie as `rows` and `gradients` say, give to keys and values.
+    const auto give = [&](int steps, int rows, int gradients, int statistics, auto bits_of) {
+      Matrix<kDP> row_keys = rows_at, row_values = rows_at, key_sums = sums_at, value_sums = sums_at;
+      row_keys.low += rows >> 4, key_sums.low += rows >> 4, row_values.low += gradients >> 4, value_sums.low += gradients >> 4;
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step) {
+        Weights<T, kTiles> probabilities, dlogits;
+        begin_products(s, d);
 #pragma unroll
-      for (int i = 0; i < kDP / 16; ++i) wgmma<T>(s, own.at(32 * i), queries.at(32 * i), i > 0);
+        for (int i = 0; i < kDP / 16; ++i) wgmma<T>(s, own.at(32 * i), row_keys.at(32 * i), i > 0);
 #pragma unroll
-      for (int i = 0; i < kDP / 16; ++i) wgmma<T>(d, own_values.at(32 * i), gradients.at(32 * i), i > 0);
-      commit_products();
-      wait_products<G, 0>(s, d);
-      {
-        const unsigned bits[2] = {bits_at(mask_rows, step), bits_at(mask_rows + 4 * kMaskPitch * 8, step)};
+        for (int i = 0; i < kDP / 16; ++i) wgmma<T>(d, own_values.at(32 * i), row_values.at(32 * i), i > 0);
+        commit_products();
+        wait_products<G, 0>(s, d);
+        const unsigned bits[2] = {bits_of(0, step), bits_of(8, step)};
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
-          const float4 two = load_shared4(window.address + layout.statistics + 8 * (step * kStep + 8 * j + 2 * t));  // lse and delta of both columns
+          const float4 two = load_shared4(window.address + statistics + 8 * (step * kStep + 8 * j + 2 * t));  // lse and delta of both columns
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             s[j][i] = exponential<T>(has(bits[i / 2], j, i % 2) ? fmaf(s[j][i], f.scale * kLogit<T>, -(i & 1 ? two.z : two.x)) : -kInfinity);
@@ -489,39 +542,47 @@ template <class T, int UNITS> __global__ void __launch_bounds__(kThreads, 1) sho
           for (int i = 0; i < 2; ++i) probabilities.packed[j][i] = pack<T>(s[j][2 * i], s[j][2 * i + 1]), dlogits.packed[j][i] = pack<T>(d[j][2 * i], d[j][2 * i + 1]);
           __syncwarp();  // else all statistics are loaded first, and registers spill
         }
-      }
-      begin_products(dk, dv, probabilities.packed, dlogits.packed);
+        begin_products(dk, dv, probabilities.packed, dlogits.packed);
 #pragma unroll
-      for (int i = 0; i < kTiles / 2; ++i) {
-        wgmma<T>(dv, {probabilities.packed[2 * i][0], probabilities.packed[2 * i][1], probabilities.packed[2 * i + 1][0], probabilities.packed[2 * i + 1][1]}, gradient_rows.at(16 * i * kRow));
-        wgmma<T>(dk, {dlogits.packed[2 * i][0], dlogits.packed[2 * i][1], dlogits.packed[2 * i + 1][0], dlogits.packed[2 * i + 1][1]}, query_rows.at(16 * i * kRow));
+        for (int i = 0; i < kTiles / 2; ++i) {
+          wgmma<T>(dv, {probabilities.packed[2 * i][0], probabilities.packed[2 * i][1], probabilities.packed[2 * i + 1][0], probabilities.packed[2 * i + 1][1]}, value_sums.at(16 * i * kRow));
+          wgmma<T>(dk, {dlogits.packed[2 * i][0], dlogits.packed[2 * i][1], dlogits.packed[2 * i + 1][0], dlogits.packed[2 * i + 1][1]}, key_sums.at(16 * i * kRow));
+        }
+        commit_products();
+        wait_products<G, 0>(dk, dv);
+        row_keys.advance(kStep * kRow), row_values.advance(kStep * kRow), key_sums.advance(kStep * kRow), value_sums.advance(kStep * kRow);
       }
-      commit_products();
+    };
+    if (LONG) {
+      give(UNITS / kStep, layout.landmarks, layout.compressed, layout.landmark_statistics, [](int, int) { return ~0u; });
+    } else {
+      add_weighted_rows<G>(dv, key_weights, c, lane);
+      add_weighted_rows<G>(dk, key_dlogits, z, lane);
       wait_products<G, 0>(dk, dv);
-      queries.advance(kStep * kRow), gradients.advance(kStep * kRow), query_rows.advance(kStep * kRow), gradient_rows.advance(kStep * kRow);
     }
-  }
-  __syncthreads();
-  if (row0 < L) {
+    const std::uint32_t mask_rows = window.address + layout.key_masks + 4 * kMaskPitch * (min(row0, layout.rows - 16) + g) + t;
+    give(ceil_div(x.queries.max_length, kStep), 0, layout.dout, layout.statistics, [&](int row, int step) { return bits_at(mask_rows + 4 * kMaskPitch * row, step); });
+    if (row0 >= L) continue;
     const auto index = [&](int i) { return row0 + i < L ? row0 + i : -1; };
     const float k_factor[2] = {f.scale * kUnshifted, f.scale * kUnshifted}, v_factor[2] = {power_of_2(-kProbabilityShift<T>), power_of_2(-kProbabilityShift<T>)};
-    store_rows<C>(q.from_row(row0), dk, k_factor, x.D, lane, rows_of(p.dk, span(x.keys, batch()).start), p.dk.row, index);
-    store_rows<C>(dout.from_row(row0), dv, v_factor, x.D, lane, rows_of(p.dv, span(x.keys, batch()).start), p.dv.row, index);
+    store_rows<C>(weights(1).from_row(row0), dk, k_factor, x.D, lane, rows_of(p.dk, span(x.keys, batch()).start), p.dk.row, index);
+    store_rows<C>(weights(1).from_row(row0), dv, v_factor, x.D, lane, rows_of(p.dv, span(x.keys, batch()).start), p.dv.row, index);
   }
 #endif
 }
 
-int units_of(const Problem& x) { return x.M <= 32 ? 32 : kMostUnits; }
+int rows_of(const Problem& x) { return std::max(x.queries.max_length, x.keys.max_length); }
+int units_of(const Problem& x) { return x.M <= 32 && rows_of(x) <= kRows ? 32 : kMostUnits; }
+bool is_long(const Problem& x) { return rows_of(x) > kRows; }
 
 }  // namespace
 
 // Of what one kernel can take (`fits_short_gradient`). H200, 384 heads, time against that by lists of up to 32 units: 62 to 105 % up to 64 rows, 62 to 99 % up to 160 where there
 // are more than 16 units of both kinds, else 102 to 140 %.
 bool fits_short_masked_gradient(const Problem& x) {
-  const int rows = std::max(x.queries.max_length, x.keys.max_length), few = std::min(x.M, x.K) <= 16 ? 64 : 160;
-  if (x.M > kMostUnits || rows > (x.M <= 32 && x.K <= 32 ? few : kMostRows)) return false;
+  if (x.M > kMostUnits || (x.M <= 32 && x.K <= 32 && rows_of(x) > (std::min(x.M, x.K) <= 16 ? 64 : 160))) return false;
   int most;
-  return device_attribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin) == cudaSuccess && Memory(x, units_of(x)).bytes <= most;
+  return device_attribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin) == cudaSuccess && Memory(x, units_of(x), is_long(x)).bytes <= most;
 }
 
 cudaError_t launch_short_masked_gradient(const ShortGradientParams& p, cudaStream_t stream) {
@@ -529,8 +590,9 @@ cudaError_t launch_short_masked_gradient(const ShortGradientParams& p, cudaStrea
   return dispatch_dtype(x.dtype, [&](auto element) {
     using T = decltype(element);
     if constexpr (sizeof(T) == 2) {
-      const Memory layout(x, units_of(x));
-      return launch(units_of(x) == 32 ? short_masked_gradient_kernel<T, 32> : short_masked_gradient_kernel<T, kMostUnits>, static_cast<unsigned>(x.B) * x.H, kThreads, layout.bytes, stream, p, layout);
+      const Memory layout(x, units_of(x), is_long(x));
+      const auto kernel = is_long(x) ? short_masked_gradient_kernel<T, kMostUnits, true> : units_of(x) == 32 ? short_masked_gradient_kernel<T, 32, false> : short_masked_gradient_kernel<T, kMostUnits, false>;
+      return launch(kernel, static_cast<unsigned>(x.B) * x.H, kThreads, layout.bytes, stream, p, layout);
     } else {
       return cudaErrorInvalidValue;
     }
