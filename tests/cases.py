@@ -178,6 +178,10 @@ CASES = [
     Case("masked_gradient_one_expert", N=220, D=64, M=49, K=49, values="one_expert"),
     Case("masked_gradient_duplicate_keys", N=220, D=64, M=49, K=49, values="duplicate_keys"),
     Case("masked_gradient_negative_scales", N=100, D=64, M=9, K=40, scale=-0.2, landmark_scale=-0.1),
+    # attention by masks
+    Case("masked_no_shared_expert", N=200, D=64, M=40, K=60, shared_expert=False),
+    Case("masked_keys_of_several_heads", B=3, H=12, Hkv=3, N=320, L=300, D=56, M=33, K=300, values="large"),
+    Case("masked_empty_expert", N=120, D=64, M=64, K=40, values="empty_expert"),
     # gradients of queries and units in one pass: several segments of an expert, keys of several heads
     Case("one_pass_one_expert", H=4, Hkv=2, N=700, L=300, D=64, M=33, K=50, values="one_expert"),
     Case("one_pass_clustered", H=4, Hkv=2, N=600, D=64, M=64, K=64, values="clustered", pooled=True, layout="heads_last"),

@@ -5,6 +5,7 @@
 //   3. select: the keys of two experts, and what all keys weigh in their landmarks' compressed values; order the queries by expert
 //   4. compress: 16 columns of the values of 16 landmarks; the keys of an expert in ascending order; the order of the queries, for the backward pass
 //   5. attend: up to 8 queries of one expert, which are the columns of all products, as experts have few. The output replaces the queries
+// On sm_90a many units are attended to by masks: 64 queries by a warpgroup, all landmarks and keys 32 at a time, where bits say what an expert has chosen.
 #include "device.cuh"
 #include "launch.h"
 #include "stages.cuh"
@@ -21,6 +22,8 @@ constexpr int kRowLanes = 16;                    // of a warp that select from o
 // Queries, or keys, of one head at most. H200, forward with 12 to 3072 heads against that by other kernels: a block alone takes 53 to 92 % at 256 tokens with up to 49 units of
 // each kind, 71 to 102 % at 289 with 64; with 144 heads, the second wave of which is a few, up to 107 %. At 325 and more 65 to 107 % with up to 25, 77 to 127 % with 36 and 49.
 constexpr int kMostRows = 448, kMostRowsOfMany = 320, kKeysOfTwo = 256;
+// With many units, whatever the heads. H200, 1 to 32 of them, by masks against other kernels: 49 to 91 % up to 197, 84 to 107 % at 257, 90 to 120 % at 320.
+constexpr int kRowsOfFewHeads = 256;
 
 // Shared memory of a block: where what begins, in bytes; queries at 0. Tiles are read in whole pieces of 16 or 32 rows: what lies behind
 // queries, keys and landmarks is masked, but behind values must be zeros.
@@ -35,14 +38,14 @@ struct Memory {
   int k, v, scores, landmarks, compressed, tiles, heads, tile_count, counts, factors, members, indices, experts, entries, bytes;
   int pitch;  // floats: no bank conflicts in storing scores
   int chosen_pitch;
-  explicit Memory(const Problem& x) {
+  Memory(const Problem& x, bool masked) {
     constexpr int kRow = kDP * 2;
     const int N = x.queries.max_length, L = x.keys.max_length;
     pitch = round_up(L - 8, 32) + 8;
     chosen_pitch = round_up(std::min(x.K, std::max(L, 1)), kUnits);
     k = round_up(N, 8) * kRow;
     v = k + round_up(L, 8) * kRow;
-    scores = v + round_up(L, 16) * kRow;
+    scores = v + round_up(L, masked ? kUnits : 16) * kRow;
     landmarks = scores + round_up(x.M * pitch * 4, kPanel);
     compressed = landmarks + round_up(x.M, 8) * kRow;
     tiles = compressed + round_up(x.M, kUnits) * kRow;
@@ -50,7 +53,7 @@ struct Memory {
     tile_count = heads + 3 * 8;
     counts = tile_count + 4;
     factors = counts + x.M * 4;
-    members = factors + x.M * 4;
+    members = round_up(factors + x.M * 4, 8);
     indices = members + x.M * kRowLanes * 4;
     experts = indices + x.M * chosen_pitch * 2;
     entries = experts + N * 2;
@@ -177,7 +180,9 @@ __device__ inline void list_by_banks(std::uint32_t list, unsigned chosen) {
 }
 
 // ONCE: there are shared units, and a tile has room for them all, as for the keys of an expert. Nothing is kept from one tile of units to the next then: 5 % less time.
-template <class T, bool ONCE, int WARPS> __global__ void __launch_bounds__(32 * WARPS, WARPS == kWarps ? 2 : 1) short_attention_kernel(const ShortParams p, const Memory layout) {
+// MASKED: products of warpgroups, 64 queries and 32 of all keys or landmarks, take the place of those by lists; what an expert did not choose is masked by bits, so that
+// K costs nothing there.
+template <class T, bool ONCE, int WARPS, bool MASKED> __global__ void __launch_bounds__(32 * WARPS, WARPS == kWarps ? 2 : 1) short_attention_kernel(const ShortParams p, const Memory layout) {
   using C = Config<T, kDP>;
   constexpr int kThreads = 32 * WARPS;
   constexpr int kLoaders = (WARPS - 1) / 3;  // warps that bring queries, or keys, or values; the last ones prepare what else is wanted
@@ -205,7 +210,7 @@ template <class T, bool ONCE, int WARPS> __global__ void __launch_bounds__(32 * 
   load(0, q, p.q, h, queries, round_up(N, 8));
   if (!p.pool) load(0, z, p.landmarks, h, {0, M}, round_up(M, 8));
   load(1, k, p.k, kv, keys, round_up(L, 8));
-  load(2, v, p.v, kv, keys, round_up(L, 16));
+  load(2, v, p.v, kv, keys, round_up(L, MASKED ? kUnits : 16));
   commit_loads();
   const int spare = threadIdx.x - 32 * 3 * kLoaders, spares = kThreads - 32 * 3 * kLoaders;
   T** const heads = reinterpret_cast<T**>(memory + layout.heads);
@@ -284,6 +289,93 @@ template <class T, bool ONCE, int WARPS> __global__ void __launch_bounds__(32 * 
   for (int n = N + threadIdx.x; n < x.queries.max_length; n += kThreads) p.experts[std::int64_t(bh) * x.queries.max_length + n] = -1;
   __syncthreads();
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  // 5. attend, by masks: a warp has 16 of its warpgroup's 64 queries
+  [[maybe_unused]] const auto attend_by_masks = [&] {
+    using G = Config<T, kDP, true>;
+    const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0), row0 = 16 * warp, group0 = row0 / 64 * 64;
+    if (group0 >= x.queries.max_length) return;
+    const bool has_rows = row0 < N;
+    std::uint32_t mask_rows[2] = {};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) mask_rows[i] = window.address + layout.members + 4 * kRowLanes * (has_rows ? experts[min(row0 + g + 8 * i, N - 1)] : 0);
+    const Matrix<kDP> rows_at(window.address, false), sums_at(window.address, true);
+    Matrix<kDP> own = rows_at;
+    own.advance(group0 * (kDP * 2));
+    float out[kDP / 8][4], s[kTiles][4], maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {0.0f, 0.0f};
+    clear(out);
+    const auto attend = [&](int steps, int keys, int values, float scale, auto bits_of) {
+      Matrix<kDP> unit_keys = rows_at, unit_values = sums_at;
+      unit_keys.low += keys >> 4, unit_values.low += values >> 4;
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step) {
+        begin_products(s);
+#pragma unroll
+        for (int i = 0; i < kDP / 16; ++i) wgmma<T>(s, own.at(32 * i), unit_keys.at(32 * i), i > 0);
+        commit_products();
+        wait_products<G, 0>(s, out);
+        Weights<T, kTiles> weights;
+        if (has_rows) {
+          const unsigned bits[2] = {bits_of(0, step), bits_of(1, step)};
+          float highest[2] = {maximum[0], maximum[1]};
+#pragma unroll
+          for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              s[j][i] = bits[i / 2] >> (8 * j + i % 2) & 1 ? s[j][i] * scale : -kInfinity;
+              highest[i / 2] = fmaxf(highest[i / 2], s[j][i]);
+            }
+#pragma unroll
+          for (int d = 1; d < 4; d *= 2)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) highest[i] = fmaxf(highest[i], __shfl_xor_sync(kAllLanes, highest[i], d));
+          if (__any_sync(kAllLanes, highest[0] > maximum[0] || highest[1] > maximum[1])) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              const float rescale = highest[i] == -kInfinity ? 0.0f : exponential<T>(maximum[i] - highest[i]);
+              sum[i] *= rescale, maximum[i] = highest[i];
+#pragma unroll
+              for (int d = 0; d < kDP / 8; ++d) out[d][2 * i] *= rescale, out[d][2 * i + 1] *= rescale;
+            }
+          }
+          const float base[2] = {maximum[0] == -kInfinity ? 0.0f : maximum[0], maximum[1] == -kInfinity ? 0.0f : maximum[1]};
+#pragma unroll
+          for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum[i / 2] += s[j][i] = exponential<T>(s[j][i] - base[i / 2]);
+          weights = Weights<T, kTiles>(s);
+        }
+        begin_products(out, weights.packed);
+#pragma unroll
+        for (int i = 0; i < kTiles / 2; ++i)
+          wgmma<T>(out, {weights.packed[2 * i][0], weights.packed[2 * i][1], weights.packed[2 * i + 1][0], weights.packed[2 * i + 1][1]}, unit_values.at(16 * i * (kDP * 2)));
+        commit_products();
+        unit_keys.advance(kUnits * kDP * 2), unit_values.advance(kUnits * kDP * 2);
+      }
+      wait_products<G, 0>(out);
+    };
+    if (p.shared)
+      attend(ceil_div(M, kUnits), layout.landmarks, layout.compressed, p.landmark_scale * kLogit<T>, [&](int, int step) {
+        const int left = M - kUnits * step;
+        return (left < kUnits ? (1u << left) - 1 : ~0u) >> 2 * t;
+      });
+    attend(ceil_div(x.keys.max_length, kUnits), layout.k, layout.v, p.scale * kLogit<T>, [&](int i, int step) {
+      const float2 two = load_shared2(mask_rows[i] + 8 * (step % (kRowLanes / 2)));
+      return __byte_perm(__float_as_uint(two.x), __float_as_uint(two.y), step < kRowLanes / 2 ? 0x5410 : 0x7632) >> 2 * t;
+    });
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int d = 1; d < 4; d *= 2) sum[i] += __shfl_xor_sync(kAllLanes, sum[i], d);
+      if (const int n = row0 + g + 8 * i; t == 0 && n < N) p.lse[std::int64_t(bh) * x.queries.max_length + n] = log_sum<T>(maximum[i], sum[i]);
+    }
+    const float factor[2] = {sum[0] == 0.0f ? 0.0f : reciprocal<T>(sum[0]), sum[1] == 0.0f ? 0.0f : reciprocal<T>(sum[1])};
+    asm volatile("bar.sync %0, 128;" ::"r"(1 + warp / 4) : "memory");  // all have read the queries that are now replaced
+    if (has_rows)
+      store_rows<C>(q.from_row(row0), out, factor, x.D, lane, head_rows<T>(p.out, b, h, queries.start), p.out.row, [&](int i) { return row0 + i < N ? row0 + i : -1; });
+  };
+#endif
+
   // 3. order the queries, and the tiles of all experts; select, with all keys of a row in the registers of half a warp
   const Selection selection(L, chosen);
   const auto select_rows = [&](int m, auto slots) {  // m: of this lane's half of the warp
@@ -326,6 +418,7 @@ template <class T, bool ONCE, int WARPS> __global__ void __launch_bounds__(32 * 
 #pragma unroll
     for (int i = 0; i < ceil_div(kSlots, kRowLanes); ++i) both |= (members[i] >> (lane & 16) & 0xffff) << kRowLanes * i;
     if (m < M) store_shared(window.address + layout.members + 4 * (m * kRowLanes + own), both);
+    if (MASKED) return;
     const std::uint32_t list = window.address + layout.indices + 2 * m * layout.chosen_pitch;
     list_by_banks(list, its);
     __syncwarp();
@@ -334,6 +427,7 @@ template <class T, bool ONCE, int WARPS> __global__ void __launch_bounds__(32 * 
   };
   for (int item = warp; item <= round_up(M, 4) / 2; item += WARPS) {
     if (item == 0) {
+      if (MASKED && !p.groups.entries) continue;
       const int made = order_by_expert(experts, N, kQueries, counts, M, entries, tiles);
       if (lane == 0) tile_count = made;
       continue;
@@ -395,6 +489,14 @@ template <class T, bool ONCE, int WARPS> __global__ void __launch_bounds__(32 * 
         }
       }
   }
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  if constexpr (MASKED) {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncthreads();
+    attend_by_masks();
+    return;
+  }
+#endif
   __syncthreads();
 
   // 5. attend: units are rows, queries columns
@@ -518,15 +620,24 @@ template <class T, bool ONCE, int WARPS> __global__ void __launch_bounds__(32 * 
   }
 }
 
+// By masks, where lists would be of several tiles. H200, 132 and 384 heads: 57 to 100 % of the time by lists, of few units 99 to 124 %.
+bool masks(const Problem& x) {
+  int most;
+  return (x.M > kUnits || x.K > kUnits) && has_warpgroups(x.dtype, x.D) && x.queries.max_length <= 16 * kWarpsAlone &&
+         device_attribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin) == cudaSuccess && Memory(x, true).bytes <= most;
+}
+
 // Of a block, as the current device has room for two of them on a multiprocessor, or one; 0 where other kernels are to take this.
 int warps_of(const Problem& x) {
-  const bool few = x.M <= kUnits && x.K <= kUnits;
-  if (x.dtype == Dtype::fp32 || x.D > kDP || x.D % kCudaHeadDimStep != 0 || x.s != 1 || std::max(x.queries.max_length, x.keys.max_length) > (few ? kMostRows : kMostRowsOfMany)) return 0;
-  const int bytes = Memory(x).bytes;
+  const int rows = std::max(x.queries.max_length, x.keys.max_length);
+  const bool few = x.M <= kUnits && x.K <= kUnits, masked = masks(x);
+  if (x.dtype == Dtype::fp32 || x.D > kDP || x.D % kCudaHeadDimStep != 0 || x.s != 1 || rows > (few ? kMostRows : kMostRowsOfMany)) return 0;
+  if (masked && rows <= kRowsOfFewHeads) return kWarpsAlone;
+  const int bytes = Memory(x, false).bytes;
   int most;
-  if (x.keys.max_length <= kKeysOfTwo && device_attribute(most, cudaDevAttrMaxSharedMemoryPerMultiprocessor) == cudaSuccess && 2 * (bytes + kReservedMemory) <= most) return kWarps;
+  if (!masked && x.keys.max_length <= kKeysOfTwo && device_attribute(most, cudaDevAttrMaxSharedMemoryPerMultiprocessor) == cudaSuccess && 2 * (bytes + kReservedMemory) <= most) return kWarps;
   if (x.M > kUnits && std::int64_t(x.B) * x.H * 4 < kMultiprocessors) return 0;  // many landmarks of few heads would take longer than by many blocks
-  return device_attribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin) == cudaSuccess && bytes <= most ? kWarpsAlone : 0;
+  return masked || (device_attribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin) == cudaSuccess && bytes <= most) ? kWarpsAlone : 0;
 }
 
 }  // namespace
@@ -540,12 +651,13 @@ cudaError_t launch_short_attention(const ShortParams& p, cudaStream_t stream) {
   return dispatch_dtype(x.dtype, [&](auto element) {
     using T = decltype(element);
     if constexpr (sizeof(T) == 2) {
-      const Memory layout(x);
-      const bool once = p.shared && x.M <= kUnits && x.K <= kUnits && x.keys.max_length > 0 && !vary(x.keys);
-      const auto with = [&](auto warps) {
-        return launch(once ? short_attention_kernel<T, true, warps> : short_attention_kernel<T, false, warps>, static_cast<unsigned>(x.B) * x.H, 32 * warps, layout.bytes, stream, p, layout);
-      };
-      return warps == kWarps ? with(std::integral_constant<int, kWarps>{}) : with(std::integral_constant<int, kWarpsAlone>{});
+      const bool masked = masks(x), once = p.shared && x.M <= kUnits && x.K <= kUnits && x.keys.max_length > 0 && !vary(x.keys);
+      const Memory layout(x, masked);
+      const auto kernel = masked            ? short_attention_kernel<T, false, kWarpsAlone, true>
+                          : warps == kWarps ? (once ? short_attention_kernel<T, true, kWarps, false> : short_attention_kernel<T, false, kWarps, false>)
+                          : once            ? short_attention_kernel<T, true, kWarpsAlone, false>
+                                            : short_attention_kernel<T, false, kWarpsAlone, false>;
+      return launch(kernel, static_cast<unsigned>(x.B) * x.H, 32 * warps, layout.bytes, stream, p, layout);
     } else {
       return cudaErrorInvalidValue;
     }

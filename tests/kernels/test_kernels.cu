@@ -364,6 +364,8 @@ const Case kCases[] = {
     {"short_masked_few_landmarks", Dtype::fp16, 2, 2, 2, 150, 140, 20, 140, 1, 16, true, Batch::full, true},
     {"short_masked_few_queries", Dtype::fp16, 2, 2, 2, 30, 250, 64, 16, 1, 64, true, Batch::full},
     {"short_masked_few_keys", Dtype::bf16, 2, 2, 2, 250, 20, 49, 20, 1, 64, true, Batch::padded},
+    {"short_masked_without_shared", Dtype::bf16, 2, 2, 1, 200, 180, 40, 60, 1, 56, false, Batch::packed},
+    {"short_masked_wide", Dtype::fp16, 17, 2, 1, 320, 320, 12, 70, 1, 64, true, Batch::padded},
     {"short_masked_long_images", Dtype::bf16, 3, 2, 2, 257, 257, 49, 49, 1, 64, true, Batch::full, false, {7, 7, 16, 16, 1}},
     {"short_masked_long_most", Dtype::fp16, 4, 2, 2, 272, 272, 64, 64, 1, 64, true, Batch::packed},
     {"short_masked_long_padded", Dtype::bf16, 3, 2, 2, 271, 250, 40, 100, 1, 48, true, Batch::padded},
