@@ -215,6 +215,7 @@ template <class T, bool ONCE, int WARPS, bool MASKED> __global__ void __launch_b
   const int spare = threadIdx.x - 32 * 3 * kLoaders, spares = kThreads - 32 * 3 * kLoaders;
   T** const heads = reinterpret_cast<T**>(memory + layout.heads);
   if (spare == 0) {
+    if (MASKED) tile_count = 0;
     heads[0] = head_rows<T>(p.landmarks, b, h, 0);
     heads[1] = head_rows<T>(p.compressed, b, h, 0);
     heads[2] = head_rows<T>(p.out, b, h, queries.start);
@@ -289,93 +290,6 @@ template <class T, bool ONCE, int WARPS, bool MASKED> __global__ void __launch_b
   for (int n = N + threadIdx.x; n < x.queries.max_length; n += kThreads) p.experts[std::int64_t(bh) * x.queries.max_length + n] = -1;
   __syncthreads();
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  // 5. attend, by masks: a warp has 16 of its warpgroup's 64 queries
-  [[maybe_unused]] const auto attend_by_masks = [&] {
-    using G = Config<T, kDP, true>;
-    const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0), row0 = 16 * warp, group0 = row0 / 64 * 64;
-    if (group0 >= x.queries.max_length) return;
-    const bool has_rows = row0 < N;
-    std::uint32_t mask_rows[2] = {};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) mask_rows[i] = window.address + layout.members + 4 * kRowLanes * (has_rows ? experts[min(row0 + g + 8 * i, N - 1)] : 0);
-    const Matrix<kDP> rows_at(window.address, false), sums_at(window.address, true);
-    Matrix<kDP> own = rows_at;
-    own.advance(group0 * (kDP * 2));
-    float out[kDP / 8][4], s[kTiles][4], maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {0.0f, 0.0f};
-    clear(out);
-    const auto attend = [&](int steps, int keys, int values, float scale, auto bits_of) {
-      Matrix<kDP> unit_keys = rows_at, unit_values = sums_at;
-      unit_keys.low += keys >> 4, unit_values.low += values >> 4;
-#pragma unroll 1
-      for (int step = 0; step < steps; ++step) {
-        begin_products(s);
-#pragma unroll
-        for (int i = 0; i < kDP / 16; ++i) wgmma<T>(s, own.at(32 * i), unit_keys.at(32 * i), i > 0);
-        commit_products();
-        wait_products<G, 0>(s, out);
-        Weights<T, kTiles> weights;
-        if (has_rows) {
-          const unsigned bits[2] = {bits_of(0, step), bits_of(1, step)};
-          float highest[2] = {maximum[0], maximum[1]};
-#pragma unroll
-          for (int j = 0; j < kTiles; ++j)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              s[j][i] = bits[i / 2] >> (8 * j + i % 2) & 1 ? s[j][i] * scale : -kInfinity;
-              highest[i / 2] = fmaxf(highest[i / 2], s[j][i]);
-            }
-#pragma unroll
-          for (int d = 1; d < 4; d *= 2)
-#pragma unroll
-            for (int i = 0; i < 2; ++i) highest[i] = fmaxf(highest[i], __shfl_xor_sync(kAllLanes, highest[i], d));
-          if (__any_sync(kAllLanes, highest[0] > maximum[0] || highest[1] > maximum[1])) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              const float rescale = highest[i] == -kInfinity ? 0.0f : exponential<T>(maximum[i] - highest[i]);
-              sum[i] *= rescale, maximum[i] = highest[i];
-#pragma unroll
-              for (int d = 0; d < kDP / 8; ++d) out[d][2 * i] *= rescale, out[d][2 * i + 1] *= rescale;
-            }
-          }
-          const float base[2] = {maximum[0] == -kInfinity ? 0.0f : maximum[0], maximum[1] == -kInfinity ? 0.0f : maximum[1]};
-#pragma unroll
-          for (int j = 0; j < kTiles; ++j)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sum[i / 2] += s[j][i] = exponential<T>(s[j][i] - base[i / 2]);
-          weights = Weights<T, kTiles>(s);
-        }
-        begin_products(out, weights.packed);
-#pragma unroll
-        for (int i = 0; i < kTiles / 2; ++i)
-          wgmma<T>(out, {weights.packed[2 * i][0], weights.packed[2 * i][1], weights.packed[2 * i + 1][0], weights.packed[2 * i + 1][1]}, unit_values.at(16 * i * (kDP * 2)));
-        commit_products();
-        unit_keys.advance(kUnits * kDP * 2), unit_values.advance(kUnits * kDP * 2);
-      }
-      wait_products<G, 0>(out);
-    };
-    if (p.shared)
-      attend(ceil_div(M, kUnits), layout.landmarks, layout.compressed, p.landmark_scale * kLogit<T>, [&](int, int step) {
-        const int left = M - kUnits * step;
-        return (left < kUnits ? (1u << left) - 1 : ~0u) >> 2 * t;
-      });
-    attend(ceil_div(x.keys.max_length, kUnits), layout.k, layout.v, p.scale * kLogit<T>, [&](int i, int step) {
-      const float2 two = load_shared2(mask_rows[i] + 8 * (step % (kRowLanes / 2)));
-      return __byte_perm(__float_as_uint(two.x), __float_as_uint(two.y), step < kRowLanes / 2 ? 0x5410 : 0x7632) >> 2 * t;
-    });
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int d = 1; d < 4; d *= 2) sum[i] += __shfl_xor_sync(kAllLanes, sum[i], d);
-      if (const int n = row0 + g + 8 * i; t == 0 && n < N) p.lse[std::int64_t(bh) * x.queries.max_length + n] = log_sum<T>(maximum[i], sum[i]);
-    }
-    const float factor[2] = {sum[0] == 0.0f ? 0.0f : reciprocal<T>(sum[0]), sum[1] == 0.0f ? 0.0f : reciprocal<T>(sum[1])};
-    asm volatile("bar.sync %0, 128;" ::"r"(1 + warp / 4) : "memory");  // all have read the queries that are now replaced
-    if (has_rows)
-      store_rows<C>(q.from_row(row0), out, factor, x.D, lane, head_rows<T>(p.out, b, h, queries.start), p.out.row, [&](int i) { return row0 + i < N ? row0 + i : -1; });
-  };
-#endif
-
   // 3. order the queries, and the tiles of all experts; select, with all keys of a row in the registers of half a warp
   const Selection selection(L, chosen);
   const auto select_rows = [&](int m, auto slots) {  // m: of this lane's half of the warp
@@ -429,7 +343,7 @@ template <class T, bool ONCE, int WARPS, bool MASKED> __global__ void __launch_b
     if (item == 0) {
       if (MASKED && !p.groups.entries) continue;
       const int made = order_by_expert(experts, N, kQueries, counts, M, entries, tiles);
-      if (lane == 0) tile_count = made;
+      if (!MASKED && lane == 0) tile_count = made;
       continue;
     }
     // Two rows that are two apart: no bank conflicts.
@@ -443,11 +357,11 @@ template <class T, bool ONCE, int WARPS, bool MASKED> __global__ void __launch_b
   __syncthreads();
 
   // 4. compress
-  const int compressions = landmark_tiles * (kDP / 16);
-  for (int item = warp; item < compressions + ceil_div(M, 2) + (p.groups.entries != nullptr); item += WARPS) {
+  const int compressions = landmark_tiles * (kDP / 16), items = compressions + ceil_div(M, 2) + (p.groups.entries != nullptr);
+  const auto compress = [&](int item) {
     if (item == compressions + ceil_div(M, 2)) {
       write_groups(p.groups, bh, entries, counts);
-      continue;
+      return;
     }
     if (item >= compressions) {
       const int own = lane % kRowLanes, m = 2 * (item - compressions) + lane / kRowLanes;
@@ -461,7 +375,7 @@ template <class T, bool ONCE, int WARPS, bool MASKED> __global__ void __launch_b
         before = __shfl_sync(kAllLanes, through, kRowLanes - 1, kRowLanes);
       }
       for (int i = chosen + own; m < M && i < x.K; i += kRowLanes) to[i] = -1;
-      continue;
+      return;
     }
     const int m0 = item / (kDP / 16) * 16, column = item % (kDP / 16) * 16;
     const int own = min(m0 + (lane & 15), M - 1);
@@ -488,15 +402,99 @@ template <class T, bool ONCE, int WARPS, bool MASKED> __global__ void __launch_b
           if (column + 8 * n < x.D) *reinterpret_cast<std::uint32_t*>(row_behind(heads[1] + column + 8 * n + 2 * t, p.compressed.row * sizeof(T), m)) = two;
         }
       }
-  }
+  };
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  // By masks: warps that have attended to the keys, or have no queries, compress, and then it is the landmarks' turn. A warp has 16 of its warpgroup's 64 queries.
   if constexpr (MASKED) {
+    using G = Config<T, kDP, true>;
+    const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0), row0 = 16 * warp, group0 = row0 / 64 * 64;
+    const bool has_rows = row0 < N;
+    std::uint32_t mask_rows[2] = {};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) mask_rows[i] = window.address + layout.members + 4 * kRowLanes * (has_rows ? experts[min(row0 + g + 8 * i, N - 1)] : 0);
+    const Matrix<kDP> rows_at(window.address, false), sums_at(window.address, true);
+    Matrix<kDP> own = rows_at;
+    own.advance(group0 * (kDP * 2));
+    float out[kDP / 8][4], s[kTiles][4], maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {0.0f, 0.0f};
+    clear(out);
+    const auto attend = [&](int steps, int keys, int values, float scale, auto bits_of) {
+      if (group0 >= x.queries.max_length) return;
+      Matrix<kDP> unit_keys = rows_at, unit_values = sums_at;
+      unit_keys.low += keys >> 4, unit_values.low += values >> 4;
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step) {
+        begin_products(s);
+#pragma unroll
+        for (int i = 0; i < kDP / 16; ++i) wgmma<T>(s, own.at(32 * i), unit_keys.at(32 * i), i > 0);
+        commit_products();
+        wait_products<G, 0>(s, out);
+        Weights<T, kTiles> weights;
+        if (has_rows) {
+          const unsigned bits[2] = {bits_of(0, step), bits_of(1, step)};
+          float highest[2] = {maximum[0], maximum[1]};
+#pragma unroll
+          for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              s[j][i] = bits[i / 2] >> (8 * j + i % 2) & 1 ? s[j][i] * scale : -kInfinity;
+              highest[i / 2] = fmaxf(highest[i / 2], s[j][i]);
+            }
+#pragma unroll
+          for (int d = 1; d < 4; d *= 2)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) highest[i] = fmaxf(highest[i], __shfl_xor_sync(kAllLanes, highest[i], d));
+          if (__any_sync(kAllLanes, highest[0] > maximum[0] || highest[1] > maximum[1])) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              const float rescale = highest[i] == -kInfinity ? 0.0f : exponential<T>(maximum[i] - highest[i]);
+              sum[i] *= rescale, maximum[i] = highest[i];
+#pragma unroll
+              for (int d = 0; d < kDP / 8; ++d) out[d][2 * i] *= rescale, out[d][2 * i + 1] *= rescale;
+            }
+          }
+          const float base[2] = {maximum[0] == -kInfinity ? 0.0f : maximum[0], maximum[1] == -kInfinity ? 0.0f : maximum[1]};
+#pragma unroll
+          for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum[i / 2] += s[j][i] = exponential<T>(s[j][i] - base[i / 2]);
+          weights = Weights<T, kTiles>(s);
+        }
+        begin_products(out, weights.packed);
+#pragma unroll
+        for (int i = 0; i < kTiles / 2; ++i)
+          wgmma<T>(out, {weights.packed[2 * i][0], weights.packed[2 * i][1], weights.packed[2 * i + 1][0], weights.packed[2 * i + 1][1]}, unit_values.at(16 * i * (kDP * 2)));
+        commit_products();
+        unit_keys.advance(kUnits * kDP * 2), unit_values.advance(kUnits * kDP * 2);
+      }
+      wait_products<G, 0>(out);
+    };
+    attend(ceil_div(x.keys.max_length, kUnits), layout.k, layout.v, p.scale * kLogit<T>, [&](int i, int step) {
+      const float2 two = load_shared2(mask_rows[i] + 8 * (step % (kRowLanes / 2)));
+      return __byte_perm(__float_as_uint(two.x), __float_as_uint(two.y), step < kRowLanes / 2 ? 0x5410 : 0x7632) >> 2 * t;
+    });
+    for (int item; (item = __shfl_sync(kAllLanes, lane == 0 ? atomicAdd(&tile_count, 1) : 0, 0)) < items;) compress(item);
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncthreads();
-    attend_by_masks();
+    if (p.shared)
+      attend(ceil_div(M, kUnits), layout.landmarks, layout.compressed, p.landmark_scale * kLogit<T>, [&](int, int step) {
+        const int left = M - kUnits * step;
+        return (left < kUnits ? (1u << left) - 1 : ~0u) >> 2 * t;
+      });
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int d = 1; d < 4; d *= 2) sum[i] += __shfl_xor_sync(kAllLanes, sum[i], d);
+      if (const int n = row0 + g + 8 * i; t == 0 && n < N) p.lse[std::int64_t(bh) * x.queries.max_length + n] = log_sum<T>(maximum[i], sum[i]);
+    }
+    const float factor[2] = {sum[0] == 0.0f ? 0.0f : reciprocal<T>(sum[0]), sum[1] == 0.0f ? 0.0f : reciprocal<T>(sum[1])};
+    asm volatile("bar.sync %0, 128;" ::"r"(1 + warp / 4) : "memory");  // all have read the queries that are now replaced
+    if (has_rows)
+      store_rows<C>(q.from_row(row0), out, factor, x.D, lane, head_rows<T>(p.out, b, h, queries.start), p.out.row, [&](int i) { return row0 + i < N ? row0 + i : -1; });
     return;
   }
 #endif
+  if constexpr (!MASKED)
+    for (int item = warp; item < items; item += WARPS) compress(item);
   __syncthreads();
 
   // 5. attend: units are rows, queries columns
