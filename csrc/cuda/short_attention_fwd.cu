@@ -210,7 +210,7 @@ template <class T, bool ONCE, int WARPS, bool MASKED> __global__ void __launch_b
   load(0, q, p.q, h, queries, round_up(N, 8));
   if (!p.pool) load(0, z, p.landmarks, h, {0, M}, round_up(M, 8));
   load(1, k, p.k, kv, keys, round_up(L, 8));
-  load(2, v, p.v, kv, keys, round_up(L, MASKED ? kUnits : 16));
+  load(2, v, p.v, kv, keys, MASKED ? round_up(x.keys.max_length, kUnits) : round_up(L, 16));
   commit_loads();
   const int spare = threadIdx.x - 32 * 3 * kLoaders, spares = kThreads - 32 * 3 * kLoaders;
   T** const heads = reinterpret_cast<T**>(memory + layout.heads);

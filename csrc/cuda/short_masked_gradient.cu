@@ -17,9 +17,9 @@ namespace mita {
 namespace {
 
 constexpr int kWarps = 16, kThreads = 32 * kWarps, kDP = 64, kRow = kDP * 2;
-constexpr int kRows = 16 * kWarps, kMostUnits = 64;             // at a time; landmarks at most
-constexpr int kStep = 32, kTiles = kStep / 8;                   // units, or queries, at a time
-constexpr int kMaskPitch = kRows / kStep + 1;                   // words, one of which is for the rows behind the first ones; free of bank conflicts
+constexpr int kRows = 16 * kWarps, kMostUnits = 64;  // at a time; landmarks, at most
+constexpr int kStep = 32, kTiles = kStep / 8;        // units, or queries, at a time
+constexpr int kMaskPitch = kRows / kStep + 1;        // words, one of them for what is behind the first rows; free of bank conflicts
 
 // Shared memory of a block: where what begins, in bytes; queries at 0. `rows` of queries, keys, values, their gradients and both kinds of weights.
 //   weights [2] [rows, 64]: P and dS of the queries and the landmarks, then dS of the keys' compression and its rest
@@ -73,6 +73,7 @@ __device__ inline std::uint32_t transposed_bits(std::uint32_t x) {
   return x;
 }
 
+// LONG: more rows than the warps have at a time. dq waits where it belongs, and what keys gave to landmarks is computed again instead of kept.
 template <class T, int UNITS, bool LONG> __global__ void __launch_bounds__(kThreads, 1) short_masked_gradient_kernel(const ShortGradientParams p, const Memory layout) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using C = Config<T, kDP>;        // products by warps
@@ -129,6 +130,7 @@ template <class T, int UNITS, bool LONG> __global__ void __launch_bounds__(kThre
     load(k, f.k, keys, layout.rows);
     load(v, f.v, keys, layout.rows);
     commit_loads();
+
     if (n == 0) N = queries.length, L = keys.length;
     for (int i = threadIdx.x; i < UNITS * kMaskPitch; i += kThreads) ints_at(layout.masks)[i] = 0;
     if (warp == 0)
@@ -203,7 +205,7 @@ template <class T, int UNITS, bool LONG> __global__ void __launch_bounds__(kThre
 #pragma unroll
         for (int i = 0; i < 4; ++i) s[j][i] = exponential<T>(has(i / 2 ? lower : upper, j, i % 2) ? fmaf(s[j][i], scale * kLogit<T>, -lse[i / 2]) : -kInfinity);
     };
-    const int key_steps = ceil_div(x.keys.max_length, kStep), landmark_steps = ceil_div(M, kStep);  // not of L: the same for all threads for certain
+    const int key_steps = ceil_div(x.keys.max_length, kStep);  // not of L: the same for all threads for certain
     const auto add_statistics = [&](int steps, std::uint32_t upper, std::uint32_t lower, float scale) {
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
@@ -225,7 +227,7 @@ template <class T, int UNITS, bool LONG> __global__ void __launch_bounds__(kThre
       }
     };
     units_at(layout.landmarks, layout.compressed);
-    add_statistics(landmark_steps, landmark_mask, landmark_mask, f.landmark_scale);
+    add_statistics(UNITS / kStep, landmark_mask, landmark_mask, f.landmark_scale);
     units_at(layout.k, layout.v);
     add_statistics(key_steps, mask_rows[0], mask_rows[1], f.scale);
 #pragma unroll
@@ -241,7 +243,7 @@ template <class T, int UNITS, bool LONG> __global__ void __launch_bounds__(kThre
     clear(dq);
     Matrix<kDP> own_rows = rows_at, given_rows = rows_at;
     own_rows.advance(group0 * kRow), given_rows.advance(layout.dout + group0 * kRow);
-    // take(j, P, dS) of eight units, rounded.
+    // take(query, eight of the units, P of a lane's two of them, their dS as rounded)
     const auto differentiate = [&](int steps, std::uint32_t upper, std::uint32_t lower, float scale, auto&& take) {
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
@@ -278,7 +280,7 @@ template <class T, int UNITS, bool LONG> __global__ void __launch_bounds__(kThre
       wait_products<G, 0>(dq);
     };
     units_at(layout.landmarks, layout.compressed);
-    differentiate(landmark_steps, landmark_mask, landmark_mask, f.landmark_scale, [&](int n, int chunk, float lo, float hi, std::uint32_t dlogits) {
+    differentiate(UNITS / kStep, landmark_mask, landmark_mask, f.landmark_scale, [&](int n, int chunk, float lo, float hi, std::uint32_t dlogits) {
       store_shared(weights(0).chunk(n, chunk) + 4 * t, pack<T>(lo, hi));
       store_shared(weights(1).chunk(n, chunk) + 4 * t, dlogits);
     });
@@ -353,11 +355,11 @@ template <class T, int UNITS, bool LONG> __global__ void __launch_bounds__(kThre
     }
   };
 #pragma unroll 1
-  for (int part = kParts - 1; part >= 0; --part) {
+  for (int part = 0; part < kParts; ++part) {
     const int row0 = 16 * warp + kRows * part;
-    if (row0 / 64 * 64 >= x.keys.max_length) continue;
+    if (row0 / 64 * 64 >= x.keys.max_length) break;
     weigh_landmarks(row0);
-    if (row0 >= L) continue;
+    if (row0 >= L) break;
 #pragma unroll
     for (int j = 0; j < kUnitTiles; ++j) {
       float share[2], total[2];
@@ -385,7 +387,7 @@ template <class T, int UNITS, bool LONG> __global__ void __launch_bounds__(kThre
   }
   if (LONG) __syncthreads();
   Weights<T, kUnitTiles> key_weights, key_dlogits;
-  // take(tile of landmarks, row 0 or 1, rest of dS)
+  // take(eight of the landmarks, upper or lower row, the rest of a lane's two dS)
   const auto differentiate_landmarks = [&](auto&& take) {
 #pragma unroll
     for (int j = 0; j < kUnitTiles; ++j) {
@@ -562,7 +564,7 @@ template <class T, int UNITS, bool LONG> __global__ void __launch_bounds__(kThre
     }
     const std::uint32_t mask_rows = window.address + layout.key_masks + 4 * kMaskPitch * (min(row0, layout.rows - 16) + g) + t;
     give(ceil_div(x.queries.max_length, kStep), 0, layout.dout, layout.statistics, [&](int row, int step) { return bits_at(mask_rows + 4 * kMaskPitch * row, step); });
-    if (row0 >= L) continue;
+    if (row0 >= L) break;
     const auto index = [&](int i) { return row0 + i < L ? row0 + i : -1; };
     const float k_factor[2] = {f.scale * kUnshifted, f.scale * kUnshifted}, v_factor[2] = {power_of_2(-kProbabilityShift<T>), power_of_2(-kProbabilityShift<T>)};
     store_rows<C>(weights(1).from_row(row0), dk, k_factor, x.D, lane, rows_of(p.dk, span(x.keys, batch()).start), p.dk.row, index);
@@ -591,7 +593,9 @@ cudaError_t launch_short_masked_gradient(const ShortGradientParams& p, cudaStrea
     using T = decltype(element);
     if constexpr (sizeof(T) == 2) {
       const Memory layout(x, units_of(x), is_long(x));
-      const auto kernel = is_long(x) ? short_masked_gradient_kernel<T, kMostUnits, true> : units_of(x) == 32 ? short_masked_gradient_kernel<T, 32, false> : short_masked_gradient_kernel<T, kMostUnits, false>;
+      const auto kernel = is_long(x)         ? short_masked_gradient_kernel<T, kMostUnits, true>
+                          : units_of(x) == 32 ? short_masked_gradient_kernel<T, 32, false>
+                                              : short_masked_gradient_kernel<T, kMostUnits, false>;
       return launch(kernel, static_cast<unsigned>(x.B) * x.H, kThreads, layout.bytes, stream, p, layout);
     } else {
       return cudaErrorInvalidValue;

@@ -35,7 +35,22 @@ void cuda_check(cudaError_t status, const char* what, int line) {
 }
 #define CUDA(call) cuda_check(call, #call, __LINE__)
 // A launch, and the end of its kernels: the next line reads what they wrote.
-#define RUN(launch) (cuda_check(launch, #launch, __LINE__), cuda_check(cudaDeviceSynchronize(), #launch, __LINE__))
+
+// What a kernel finds in shared memory that it has not written is not a number.
+__global__ void poison_kernel(int words) {
+  extern __shared__ unsigned memory[];
+  for (int i = threadIdx.x; i < words; i += blockDim.x) const_cast<volatile unsigned&>(memory[i]) = ~0u;
+}
+cudaError_t poison_shared_memory() {
+  int bytes, processors;
+  for (cudaError_t status : {cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, 0),
+                             cudaFuncSetAttribute(poison_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)})
+    if (status) return status;
+  poison_kernel<<<2 * processors, 256, bytes>>>(bytes / 4);
+  return cudaGetLastError();
+}
+#define RUN(launch) \
+  (cuda_check(poison_shared_memory(), "poison", __LINE__), cuda_check(launch, #launch, __LINE__), cuda_check(cudaDeviceSynchronize(), #launch, __LINE__))
 
 int parts_of(int size, int part) { return (size + part - 1) / part; }
 
@@ -369,6 +384,7 @@ const Case kCases[] = {
     {"short_masked_long_images", Dtype::bf16, 3, 2, 2, 257, 257, 49, 49, 1, 64, true, Batch::full, false, {7, 7, 16, 16, 1}},
     {"short_masked_long_most", Dtype::fp16, 4, 2, 2, 272, 272, 64, 64, 1, 64, true, Batch::packed},
     {"short_masked_long_padded", Dtype::bf16, 3, 2, 2, 271, 250, 40, 100, 1, 48, true, Batch::padded},
+    {"short_masked_long_few_landmarks", Dtype::bf16, 2, 2, 2, 270, 265, 20, 100, 1, 64, true, Batch::full, false, {4, 5, 16, 16, 14}},
     {"short_masked_long_ties", Dtype::bf16, 2, 1, 1, 240, 265, 33, 60, 1, 64, true, Batch::full, true},
     // more units than shared memory holds
     {"passing_units", Dtype::bf16, 1, 1, 1, 1500, 600, 5, 300, 1, 128},
