@@ -18,7 +18,8 @@ namespace {
 
 constexpr int kWarps = 16, kThreads = 32 * kWarps, kDP = 64, kRow = kDP * 2;
 constexpr int kRows = 16 * kWarps, kMostUnits = 64;  // at a time; landmarks, at most
-constexpr int kStep = 32, kTiles = kStep / 8;        // units, or queries, at a time
+constexpr int kStep = 32;                            // units, or queries, at a time
+[[maybe_unused]] constexpr int kTiles = kStep / 8;
 constexpr int kMaskPitch = kRows / kStep + 1;        // words, one of them for what is behind the first rows; free of bank conflicts
 
 // Shared memory of a block: where what begins, in bytes; queries at 0. `rows` of queries, keys, values, their gradients and both kinds of weights.
@@ -58,11 +59,11 @@ struct Memory {
 };
 
 // The bit of unit i of 32: lane t of four has those of columns 8j + 2t, 8j + 2t + 1 in byte t.
-__device__ inline int bit_of(int i) { return (i >> 1 & 3) * 8 + (i >> 3) * 2 + (i & 1); }
-__device__ inline int unit_of(int bit) { return (bit >> 1 & 3) * 8 + (bit >> 3) * 2 + (bit & 1); }
+[[maybe_unused]] __device__ inline int bit_of(int i) { return (i >> 1 & 3) * 8 + (i >> 3) * 2 + (i & 1); }
+[[maybe_unused]] __device__ inline int unit_of(int bit) { return (bit >> 1 & 3) * 8 + (bit >> 3) * 2 + (bit & 1); }
 
 // Bit i of lane j for bit j of lane i.
-__device__ inline std::uint32_t transposed_bits(std::uint32_t x) {
+[[maybe_unused]] __device__ inline std::uint32_t transposed_bits(std::uint32_t x) {
   const int lane = threadIdx.x % 32;
   std::uint32_t mask = 0xffff;
 #pragma unroll
@@ -359,7 +360,7 @@ template <class T, int UNITS, bool LONG> __global__ void __launch_bounds__(kThre
     const int row0 = 16 * warp + kRows * part;
     if (row0 / 64 * 64 >= x.keys.max_length) break;
     weigh_landmarks(row0);
-    if (row0 >= L) break;
+    if (row0 >= L) continue;  // the warpgroup goes on as a whole
 #pragma unroll
     for (int j = 0; j < kUnitTiles; ++j) {
       float share[2], total[2];
@@ -564,7 +565,7 @@ template <class T, int UNITS, bool LONG> __global__ void __launch_bounds__(kThre
     }
     const std::uint32_t mask_rows = window.address + layout.key_masks + 4 * kMaskPitch * (min(row0, layout.rows - 16) + g) + t;
     give(ceil_div(x.queries.max_length, kStep), 0, layout.dout, layout.statistics, [&](int row, int step) { return bits_at(mask_rows + 4 * kMaskPitch * row, step); });
-    if (row0 >= L) break;
+    if (row0 >= L) continue;
     const auto index = [&](int i) { return row0 + i < L ? row0 + i : -1; };
     const float k_factor[2] = {f.scale * kUnshifted, f.scale * kUnshifted}, v_factor[2] = {power_of_2(-kProbabilityShift<T>), power_of_2(-kProbabilityShift<T>)};
     store_rows<C>(weights(1).from_row(row0), dk, k_factor, x.D, lane, rows_of(p.dk, span(x.keys, batch()).start), p.dk.row, index);
