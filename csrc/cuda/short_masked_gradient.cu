@@ -168,8 +168,16 @@ template <class T, int UNITS, bool LONG> __global__ void __launch_bounds__(kThre
   wait_loads<0>();
   __syncthreads();
 
-  // Products of this warp's rows with 32 others, in the place of logits and of what is given to their weights.
+  // Products of this warpgroup's rows with 32 others, in the place of logits and of what is given to their weights.
   float s[kTiles][4], d[kTiles][4];
+  const auto begin_logits = [&](const Matrix<kDP>& rows, const Matrix<kDP>& others, const Matrix<kDP>& given, const Matrix<kDP>& other_values) {
+    begin_products(s, d);
+#pragma unroll
+    for (int i = 0; i < kDP / 16; ++i) wgmma<T>(s, rows.at(32 * i), others.at(32 * i), i > 0);
+#pragma unroll
+    for (int i = 0; i < kDP / 16; ++i) wgmma<T>(d, given.at(32 * i), other_values.at(32 * i), i > 0);
+    commit_products();
+  };
   const auto bits_at = [&](std::uint32_t masks, int step) { return static_cast<unsigned>(load_shared_byte(masks + 4 * step)); };
   const auto has = [](unsigned bits, int j, int i) { return (bits >> (2 * j + i & 31) & 1) != 0; };
 
@@ -248,12 +256,7 @@ template <class T, int UNITS, bool LONG> __global__ void __launch_bounds__(kThre
     const auto differentiate = [&](int steps, std::uint32_t upper, std::uint32_t lower, float scale, auto&& take) {
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
-        begin_products(s, d);
-#pragma unroll
-        for (int i = 0; i < kDP / 16; ++i) wgmma<T>(s, own_rows.at(32 * i), unit_keys.at(32 * i), i > 0);
-#pragma unroll
-        for (int i = 0; i < kDP / 16; ++i) wgmma<T>(d, given_rows.at(32 * i), unit_values.at(32 * i), i > 0);
-        commit_products();
+        begin_logits(own_rows, unit_keys, given_rows, unit_values);
         wait_products<G, 0>(s, d, dq);
         Weights<T, kTiles> rounded, rest;
         if (has_rows) {
@@ -525,12 +528,7 @@ template <class T, int UNITS, bool LONG> __global__ void __launch_bounds__(kThre
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
         Weights<T, kTiles> probabilities, dlogits;
-        begin_products(s, d);
-#pragma unroll
-        for (int i = 0; i < kDP / 16; ++i) wgmma<T>(s, own.at(32 * i), row_keys.at(32 * i), i > 0);
-#pragma unroll
-        for (int i = 0; i < kDP / 16; ++i) wgmma<T>(d, own_values.at(32 * i), row_values.at(32 * i), i > 0);
-        commit_products();
+        begin_logits(own, row_keys, own_values, row_values);
         wait_products<G, 0>(s, d);
         const unsigned bits[2] = {bits_of(0, step), bits_of(8, step)};
 #pragma unroll
