@@ -162,9 +162,10 @@ def test_nan_query_reaches_its_row_only(backend):
     assert_same(out, clean)  # NaN fails
 
 
-def test_nan_value_reaches_the_queries_of_its_experts_only(backend):
+@pytest.mark.parametrize("name", ["ragged_tile", "masked_no_shared_expert"])
+def test_nan_value_reaches_the_queries_of_its_experts_only(name, backend):
     device, dtype = backend
-    case = case_of("ragged_tile", shared_expert=False)
+    case = case_of(name, shared_expert=False)
     q, k, v, z = make_inputs(case, device, dtype)
     clean, aux = attend(case, (q, k, v, z))
     j = aux.topk_indices[0, 0, 0, 0].item()

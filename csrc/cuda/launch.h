@@ -21,7 +21,7 @@ cudaError_t launch_route(const RouteParams&, cudaStream_t);
 cudaError_t launch_group(const GroupParams&, cudaStream_t);
 cudaError_t launch_expert_attention(const AttentionParams&, cudaStream_t);
 cudaError_t launch_specialist_attention(const AttentionParams&, cudaStream_t);  // its part for sm_90a
-bool fits_short_attention(const Problem&);  // by its shape, and what the current device has
+bool fits_short_attention(const Problem&, bool shared);  // by its shape, and what the current device has
 cudaError_t launch_short_attention(const ShortParams&, cudaStream_t);
 bool fits_short_gradient(const Problem&, bool shared, float scale, float landmark_scale);
 cudaError_t launch_short_gradient(const ShortGradientParams&, cudaStream_t);

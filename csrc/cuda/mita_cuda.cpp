@@ -861,7 +861,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> atten
   const Tensor q = aligned(query), k = aligned(key), v = aligned(value);
   const Windows w = windows(num_landmarks, grid, num_prefix_tokens);
   const auto none = [&] { return at::empty({0}, query.options()); };
-  if (fits_short_attention(x)) {
+  if (fits_short_attention(x, shared_expert)) {
     Attended a = short_attention_stage(context, x, landmarks ? nullptr : &w, landmarks ? aligned(*landmarks) : landmarks, q, k, v, shared_expert, static_cast<float>(scale),
                                        static_cast<float>(landmark_scale));
     return {a.out, a.lse, landmarks ? none() : a.landmarks, a.indices, a.experts, a.groups, a.compressed, a.landmark_lse};

@@ -618,17 +618,18 @@ template <class T, bool ONCE, int WARPS, bool MASKED> __global__ void __launch_b
   }
 }
 
-// By masks, where lists would be of several tiles. H200, 132 and 384 heads: 57 to 100 % of the time by lists, of few units 99 to 124 %.
-bool masks(const Problem& x) {
+// By masks, where lists would be of several tiles, and where all values enter all outputs anyway, as shared units: a weight of 0 leaves what is not a number. H200, 132 and 384
+// heads: 57 to 100 % of the time by lists, of few units 99 to 124 %.
+bool masks(const Problem& x, bool shared) {
   int most;
-  return (x.M > kUnits || x.K > kUnits) && has_warpgroups(x.dtype, x.D) && x.queries.max_length <= 16 * kWarpsAlone &&
+  return shared && (x.M > kUnits || x.K > kUnits) && has_warpgroups(x.dtype, x.D) && x.queries.max_length <= 16 * kWarpsAlone &&
          device_attribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin) == cudaSuccess && Memory(x, true).bytes <= most;
 }
 
 // Of a block, as the current device has room for two of them on a multiprocessor, or one; 0 where other kernels are to take this.
-int warps_of(const Problem& x) {
+int warps_of(const Problem& x, bool shared) {
   const int rows = std::max(x.queries.max_length, x.keys.max_length);
-  const bool few = x.M <= kUnits && x.K <= kUnits, masked = masks(x);
+  const bool few = x.M <= kUnits && x.K <= kUnits, masked = masks(x, shared);
   if (x.dtype == Dtype::fp32 || x.D > kDP || x.D % kCudaHeadDimStep != 0 || x.s != 1 || rows > (few ? kMostRows : kMostRowsOfMany)) return 0;
   if (masked && rows <= kRowsOfFewHeads) return kWarpsAlone;
   const int bytes = Memory(x, false).bytes;
@@ -640,16 +641,16 @@ int warps_of(const Problem& x) {
 
 }  // namespace
 
-bool fits_short_attention(const Problem& x) { return warps_of(x) > 0; }
+bool fits_short_attention(const Problem& x, bool shared) { return warps_of(x, shared) > 0; }
 
 cudaError_t launch_short_attention(const ShortParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
-  const int warps = warps_of(x);
+  const int warps = warps_of(x, p.shared);
   if (warps == 0) return cudaErrorInvalidValue;
   return dispatch_dtype(x.dtype, [&](auto element) {
     using T = decltype(element);
     if constexpr (sizeof(T) == 2) {
-      const bool masked = masks(x), once = p.shared && x.M <= kUnits && x.K <= kUnits && x.keys.max_length > 0 && !vary(x.keys);
+      const bool masked = masks(x, p.shared), once = p.shared && x.M <= kUnits && x.K <= kUnits && x.keys.max_length > 0 && !vary(x.keys);
       const Memory layout(x, masked);
       const auto kernel = masked            ? short_attention_kernel<T, false, kWarpsAlone, true>
                           : warps == kWarps ? (once ? short_attention_kernel<T, true, kWarps, false> : short_attention_kernel<T, false, kWarps, false>)

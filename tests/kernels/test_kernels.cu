@@ -835,7 +835,7 @@ void run(const Case& c) {
   expect_close("lse", valid(got_lse, queries), want_lse.x, statistics_tolerance);
 
   // all of that in one kernel
-  if (fits_short_attention(problem)) {
+  if (fits_short_attention(problem, c.shared)) {
     const Output landmarks(dtype, B, H, M, D), values(dtype, B, H, M, D), short_out(dtype, B, H, N, D, &queries);
     Buffer<std::int32_t> keys_too(indices.count), experts_too(experts.count);
     Buffer<float> landmark_lse_too(landmark_lse.count), lse_too(lse.count);
