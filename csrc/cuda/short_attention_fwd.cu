@@ -629,8 +629,9 @@ bool masks(const Problem& x, bool shared) {
 // Of a block, as the current device has room for two of them on a multiprocessor, or one; 0 where other kernels are to take this.
 int warps_of(const Problem& x, bool shared) {
   const int rows = std::max(x.queries.max_length, x.keys.max_length);
-  const bool few = x.M <= kUnits && x.K <= kUnits, masked = masks(x, shared);
+  const bool few = x.M <= kUnits && x.K <= kUnits;
   if (x.dtype == Dtype::fp32 || x.D > kDP || x.D % kCudaHeadDimStep != 0 || x.s != 1 || rows > (few ? kMostRows : kMostRowsOfMany)) return 0;
+  const bool masked = masks(x, shared);
   if (masked && rows <= kRowsOfFewHeads) return kWarpsAlone;
   const int bytes = Memory(x, false).bytes;
   int most;

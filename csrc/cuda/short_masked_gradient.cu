@@ -581,7 +581,8 @@ bool is_long(const Problem& x) { return rows_of(x) > kRows; }
 // Of what one kernel can take (`fits_short_gradient`). H200, 384 heads, time against that by lists of up to 32 units: 62 to 105 % up to 64 rows, 62 to 99 % up to 160 where there
 // are more than 16 units of both kinds, else 102 to 140 %.
 bool fits_short_masked_gradient(const Problem& x) {
-  if (x.M > kMostUnits || (x.M <= 32 && x.K <= 32 && rows_of(x) > (std::min(x.M, x.K) <= 16 ? 64 : 160))) return false;
+  const int few = std::min(x.M, x.K) <= 16 ? 64 : 160;
+  if (x.M > kMostUnits || rows_of(x) > (x.M <= 32 && x.K <= 32 ? few : 2 * kRows)) return false;
   int most;
   return device_attribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin) == cudaSuccess && Memory(x, units_of(x), is_long(x)).bytes <= most;
 }
