@@ -274,12 +274,15 @@ template <class T, int DP, int ROWS> struct alignas(kPanel) TileStorage {
 
 __device__ inline void commit_loads() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> __device__ inline void wait_own_loads() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
-// What arrived is visible to wgmma too, once the block has passed a barrier.
-template <int PENDING> __device__ inline void wait_loads() {
-  wait_own_loads<PENDING>();
+// What arrived, or this thread has written, is visible to wgmma too, once the block has passed a barrier.
+__device__ inline void fence_loads() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
+}
+template <int PENDING> __device__ inline void wait_loads() {
+  wait_own_loads<PENDING>();
+  fence_loads();
 }
 
 // The same for a number that is known only here; less may stay under way.
@@ -666,6 +669,11 @@ template <class T, int KT> struct Weights {
   }
 };
 
+// acc += P B, of the weights' columns from 16k on, B [16 x 64] or [16 x 128] in shared memory.
+template <class T, int KT, int N> __device__ inline void wgmma_weighted(float (&acc)[N][4], const Weights<T, KT>& p, int k, std::uint64_t b) {
+  wgmma<T>(acc, {p.packed[2 * k][0], p.packed[2 * k][1], p.packed[2 * k + 1][0], p.packed[2 * k + 1][1]}, b);
+}
+
 // acc[rows x 8*NT] = A[rows x DP] B[8*NT x DP]^T, for example logits = queries keys^T. A warpgroup's result, here as below, is there after
 // `wait_products`.
 template <class C, int NT, class A, class B, class T = typename C::T, int DP = C::DP>
@@ -728,8 +736,7 @@ __device__ inline void add_weighted_rows(float (&acc)[C::kColumns / 8][4], Weigh
     const Matrix<DP> rows(v_rows.address, true);
     begin_products(acc, p.packed);
 #pragma unroll
-    for (int k = 0; k < KT / 2; ++k)
-      wgmma<T>(acc, {p.packed[2 * k][0], p.packed[2 * k][1], p.packed[2 * k + 1][0], p.packed[2 * k + 1][1]}, rows.at(k * 16 * DP * sizeof(T)));
+    for (int k = 0; k < KT / 2; ++k) wgmma_weighted(acc, p, k, rows.at(k * 16 * DP * sizeof(T)));
     commit_products();
   } else if constexpr (sizeof(T) == 2) {
     static_assert(KT % 2 == 0);

@@ -461,8 +461,7 @@ template <class T, bool ONCE, int WARPS, bool MASKED> __global__ void __launch_b
         }
         begin_products(out, weights.packed);
 #pragma unroll
-        for (int i = 0; i < kTiles / 2; ++i)
-          wgmma<T>(out, {weights.packed[2 * i][0], weights.packed[2 * i][1], weights.packed[2 * i + 1][0], weights.packed[2 * i + 1][1]}, unit_values.at(16 * i * (kDP * 2)));
+        for (int i = 0; i < kTiles / 2; ++i) wgmma_weighted(out, weights, i, unit_values.at(16 * i * (kDP * 2)));
         commit_products();
         unit_keys.advance(kUnits * kDP * 2), unit_values.advance(kUnits * kDP * 2);
       }
@@ -473,7 +472,7 @@ template <class T, bool ONCE, int WARPS, bool MASKED> __global__ void __launch_b
       return __byte_perm(__float_as_uint(two.x), __float_as_uint(two.y), step < kRowLanes / 2 ? 0x5410 : 0x7632) >> 2 * t;
     });
     for (int item; (item = __shfl_sync(kAllLanes, lane == 0 ? atomicAdd(&tile_count, 1) : 0, 0)) < items;) compress(item);
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    fence_loads();
     __syncthreads();
     if (p.shared)
       attend(ceil_div(M, kUnits), layout.landmarks, layout.compressed, p.landmark_scale * kLogit<T>, [&](int, int step) {
@@ -626,38 +625,44 @@ bool masks(const Problem& x, bool shared) {
          device_attribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin) == cudaSuccess && Memory(x, true).bytes <= most;
 }
 
-// Of a block, as the current device has room for two of them on a multiprocessor, or one; 0 where other kernels are to take this.
-int warps_of(const Problem& x, bool shared) {
+// Warps of a block, as the current device has room for two of them on a multiprocessor, or one; 0 where other kernels are to take this.
+struct Choice {
+  int warps;
+  bool masked;
+};
+Choice choice_of(const Problem& x, bool shared) {
   const int rows = std::max(x.queries.max_length, x.keys.max_length);
   const bool few = x.M <= kUnits && x.K <= kUnits;
-  if (x.dtype == Dtype::fp32 || x.D > kDP || x.D % kCudaHeadDimStep != 0 || x.s != 1 || rows > (few ? kMostRows : kMostRowsOfMany)) return 0;
+  if (x.dtype == Dtype::fp32 || x.D > kDP || x.D % kCudaHeadDimStep != 0 || x.s != 1 || rows > (few ? kMostRows : kMostRowsOfMany)) return {0, false};
   const bool masked = masks(x, shared);
-  if (masked && rows <= kRowsOfFewHeads) return kWarpsAlone;
+  if (masked && rows <= kRowsOfFewHeads) return {kWarpsAlone, true};
   const int bytes = Memory(x, false).bytes;
   int most;
-  if (!masked && x.keys.max_length <= kKeysOfTwo && device_attribute(most, cudaDevAttrMaxSharedMemoryPerMultiprocessor) == cudaSuccess && 2 * (bytes + kReservedMemory) <= most) return kWarps;
-  if (x.M > kUnits && std::int64_t(x.B) * x.H * 4 < kMultiprocessors) return 0;  // many landmarks of few heads would take longer than by many blocks
-  return masked || (device_attribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin) == cudaSuccess && bytes <= most) ? kWarpsAlone : 0;
+  if (!masked && x.keys.max_length <= kKeysOfTwo && device_attribute(most, cudaDevAttrMaxSharedMemoryPerMultiprocessor) == cudaSuccess && 2 * (bytes + kReservedMemory) <= most)
+    return {kWarps, false};
+  if (x.M > kUnits && std::int64_t(x.B) * x.H * 4 < kMultiprocessors) return {0, false};  // many landmarks of few heads would take longer than by many blocks
+  const bool fits = masked || (device_attribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin) == cudaSuccess && bytes <= most);
+  return {fits ? kWarpsAlone : 0, masked};
 }
 
 }  // namespace
 
-bool fits_short_attention(const Problem& x, bool shared) { return warps_of(x, shared) > 0; }
+bool fits_short_attention(const Problem& x, bool shared) { return choice_of(x, shared).warps > 0; }
 
 cudaError_t launch_short_attention(const ShortParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
-  const int warps = warps_of(x, p.shared);
-  if (warps == 0) return cudaErrorInvalidValue;
+  const Choice choice = choice_of(x, p.shared);
+  if (choice.warps == 0) return cudaErrorInvalidValue;
   return dispatch_dtype(x.dtype, [&](auto element) {
     using T = decltype(element);
     if constexpr (sizeof(T) == 2) {
-      const bool masked = masks(x, p.shared), once = p.shared && x.M <= kUnits && x.K <= kUnits && x.keys.max_length > 0 && !vary(x.keys);
-      const Memory layout(x, masked);
-      const auto kernel = masked            ? short_attention_kernel<T, false, kWarpsAlone, true>
-                          : warps == kWarps ? (once ? short_attention_kernel<T, true, kWarps, false> : short_attention_kernel<T, false, kWarps, false>)
-                          : once            ? short_attention_kernel<T, true, kWarpsAlone, false>
-                                            : short_attention_kernel<T, false, kWarpsAlone, false>;
-      return launch(kernel, static_cast<unsigned>(x.B) * x.H, 32 * warps, layout.bytes, stream, p, layout);
+      const bool once = p.shared && x.M <= kUnits && x.K <= kUnits && x.keys.max_length > 0 && !vary(x.keys);
+      const Memory layout(x, choice.masked);
+      const auto kernel = choice.masked            ? short_attention_kernel<T, false, kWarpsAlone, true>
+                          : choice.warps == kWarps ? (once ? short_attention_kernel<T, true, kWarps, false> : short_attention_kernel<T, false, kWarps, false>)
+                          : once                   ? short_attention_kernel<T, true, kWarpsAlone, false>
+                                                   : short_attention_kernel<T, false, kWarpsAlone, false>;
+      return launch(kernel, static_cast<unsigned>(x.B) * x.H, 32 * choice.warps, layout.bytes, stream, p, layout);
     } else {
       return cudaErrorInvalidValue;
     }

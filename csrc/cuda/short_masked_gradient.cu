@@ -276,8 +276,7 @@ template <class T, int UNITS, bool LONG> __global__ void __launch_bounds__(kThre
 #pragma unroll
         for (const auto* w : {&rounded, &rest})
 #pragma unroll
-          for (int i = 0; i < kTiles / 2; ++i)
-            wgmma<T>(dq, {w->packed[2 * i][0], w->packed[2 * i][1], w->packed[2 * i + 1][0], w->packed[2 * i + 1][1]}, unit_sums.at(16 * i * kRow));
+          for (int i = 0; i < kTiles / 2; ++i) wgmma_weighted(dq, *w, i, unit_sums.at(16 * i * kRow));
         commit_products();
         next_units();
       }
@@ -328,7 +327,7 @@ template <class T, int UNITS, bool LONG> __global__ void __launch_bounds__(kThre
         constexpr float kFactor = power_of_2(-kProbabilityShift<T>);
         store_shared(c.chunk(m0 + g + 8 * i, column / 8 + j) + 4 * t, pack<T>(sum[0][j][2 * i] * kFactor, sum[0][j][2 * i + 1] * kFactor));
       }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    fence_loads();
   }
   if (of_landmarks) {
     add_transposed(landmark_sum, {by_columns(weights(1), m0 / 8)}, q, column, N);
@@ -461,7 +460,7 @@ template <class T, int UNITS, bool LONG> __global__ void __launch_bounds__(kThre
         }
       }
     }
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  fence_loads();
   __syncthreads();
 
   // 5. dq
@@ -498,10 +497,7 @@ template <class T, int UNITS, bool LONG> __global__ void __launch_bounds__(kThre
       Weights<T, kUnitTiles> members(member);
       begin_products(dq, members.packed);
 #pragma unroll
-      for (int i = 0; i < UNITS / 8; ++i) {  // and then of their rests
-        const int j = 2 * i % kUnitTiles;
-        wgmma<T>(dq, {members.packed[j][0], members.packed[j][1], members.packed[j + 1][0], members.packed[j + 1][1]}, sums_at.at(layout.weights + 16 * i * kRow));
-      }
+      for (int i = 0; i < UNITS / 8; ++i) wgmma_weighted(dq, members, i % (UNITS / 16), sums_at.at(layout.weights + 16 * i * kRow));  // and then of their rests
       commit_products();
       wait_products<G, 0>(dq);
     }
@@ -546,8 +542,8 @@ template <class T, int UNITS, bool LONG> __global__ void __launch_bounds__(kThre
         begin_products(dk, dv, probabilities.packed, dlogits.packed);
 #pragma unroll
         for (int i = 0; i < kTiles / 2; ++i) {
-          wgmma<T>(dv, {probabilities.packed[2 * i][0], probabilities.packed[2 * i][1], probabilities.packed[2 * i + 1][0], probabilities.packed[2 * i + 1][1]}, value_sums.at(16 * i * kRow));
-          wgmma<T>(dk, {dlogits.packed[2 * i][0], dlogits.packed[2 * i][1], dlogits.packed[2 * i + 1][0], dlogits.packed[2 * i + 1][1]}, key_sums.at(16 * i * kRow));
+          wgmma_weighted(dv, probabilities, i, value_sums.at(16 * i * kRow));
+          wgmma_weighted(dk, dlogits, i, key_sums.at(16 * i * kRow));
         }
         commit_products();
         wait_products<G, 0>(dk, dv);

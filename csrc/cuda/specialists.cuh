@@ -150,15 +150,10 @@ template <int NUMBER> __device__ inline void take_registers() {
 #endif
 }
 
-// For barriers: what was initialised is visible to all, and what arrived from memory to wgmma.
+// For barriers: what was initialised is visible to all.
 __device__ inline void fence_barriers() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
-}
-__device__ inline void fence_loads() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 

@@ -253,7 +253,7 @@ __device__ inline void load_sequence(const Tile<T, DP>& to, const Rows& rows, in
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(row < present ? 16 : 0) : "memory");
 }
 
-// A bit for every pooling window, of as many as BITS has, that holds token n.
+// A bit for every pooling window, of as many as `Bits` has, that holds token n.
 template <class Bits> __device__ inline Bits windows_with(const Windows& w, int n) {
   if (!is_pooled(w, n)) return 0;
   const int cell = n - w.prefix;
@@ -263,11 +263,12 @@ template <class Bits> __device__ inline Bits windows_with(const Windows& w, int 
   return windows;
 }
 
-// acc += weights^T rows, of 16 columns of each of KINDS weights, and the 16 columns of `rows` from `column` on; `count` rows of all.
+// 16 columns of weights from a chunk on, as the first operand of a sum over their rows.
 template <class T, int DP> __device__ inline TileOperand<T, DP> by_columns(const Tile<T, DP>& weights, int chunk) {
   const int lane = threadIdx.x % 32;
   return operand(weights, (lane & 7) + (lane >> 4 << 3), chunk + (lane >> 3 & 1));
 }
+// acc += weights^T rows, of each of KINDS weights by columns, and the 16 columns of `rows` from `column` on; `count` rows of all.
 template <class T, int DP, int KINDS>
 __device__ inline void add_transposed(float (&acc)[KINDS][2][4], const TileOperand<T, DP> (&weights)[KINDS], const Tile<T, DP>& rows, int column, int count) {
   const int lane = threadIdx.x % 32;
