@@ -22,7 +22,7 @@ except ImportError as error:
 CPU_SOURCES = ["csrc/ops.cpp", "csrc/autograd.cpp", "csrc/cpu/mita_cpu.cpp"]
 KERNELS = "pool pool_route_sm90 pool_route_group_sm90 landmark_scores landmark_topk route group".split()
 KERNELS += "expert_attention_fwd expert_attention_sm90 short_attention_fwd short_attention_bwd short_masked_gradient".split()
-KERNELS += "attention_gradient_sm90 key_lists key_gradient_sm90".split()
+KERNELS += "masked_gradient attention_gradient_sm90 key_lists key_gradient_sm90".split()
 KERNELS += "row_gradient row_gradient_sm90 unit_gradient unit_gradient_sm90 small_gradient reduce".split()
 CUDA_SOURCES = ["csrc/cuda/mita_cuda.cpp", *(f"csrc/cuda/{name}.cu" for name in KERNELS)]
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))

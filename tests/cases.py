@@ -178,6 +178,20 @@ CASES = [
     Case("masked_gradient_one_expert", N=220, D=64, M=49, K=49, values="one_expert"),
     Case("masked_gradient_duplicate_keys", N=220, D=64, M=49, K=49, values="duplicate_keys"),
     Case("masked_gradient_negative_scales", N=100, D=64, M=9, K=40, scale=-0.2, landmark_scale=-0.1),
+    # of longer heads and more landmarks, by masks in several kernels
+    *(Case(f"masked_stages_{N}", N=N, D=64, M=70, K=40, pooled=True) for N in (128, 129, 256, 257)),
+    *(Case(f"masked_stages_landmarks_{M}", N=200, D=48, M=M, K=60, values="clustered") for M in (64, 128, 129, 256)),
+    Case("masked_stages_many_heads", B=4, H=16, N=273, D=64, M=64, K=64, pooled=True, layout="heads_last"),
+    Case("masked_stages_image", N=325, D=64, M=(9, 9), K=81, grid=(18, 18), prefix=1, pooled=True, layout="fused_qkv"),
+    Case("masked_stages_clustered", N=290, D=64, M=(6, 6), K=150, grid=(16, 18), prefix=2, values="clustered", pooled=True),
+    Case("masked_stages_few_queries", N=20, L=400, D=40, M=70, K=100, values="clustered"),
+    Case("masked_stages_few_keys", N=300, L=20, D=56, M=70, K=30, pooled=True),
+    Case("masked_stages_all_keys", N=300, D=16, M=40, K=300),
+    Case("masked_stages_large", N=220, D=64, M=100, K=49, values="large"),
+    Case("masked_stages_one_expert", N=220, D=64, M=80, K=49, values="one_expert"),
+    Case("masked_stages_duplicate_keys", N=300, D=64, M=49, K=90, values="duplicate_keys"),
+    Case("masked_stages_negative_scales", N=150, D=24, M=70, K=40, scale=-0.2, landmark_scale=-0.1),
+    Case("masked_stages_block_to_itself", B=1, H=1, N=1800, D=64, M=100, K=300, pooled=True),
     # attention by masks
     Case("masked_no_shared_expert", N=200, D=64, M=40, K=60, shared_expert=False),
     Case("masked_keys_of_several_heads", B=3, H=12, Hkv=3, N=320, L=300, D=56, M=33, K=300, values="large"),
@@ -211,6 +225,21 @@ CASES = [
     Case("small_experts_wide_two_routes", N=150, D=128, M=30, K=32, routes=2, layout="heads_last"),
     Case("small_experts_wide_three_routes", N=150, D=96, M=70, K=50, routes=3, values="duplicate_keys"),
     Case("small_experts_wide_few_keys", N=300, L=64, D=80, M=40, K=60),
+    # keys of an expert in several tiles: so many, and one more; the most queries, and more
+    *(Case(f"small_experts_topk_{K}", N=300, D=64, M=40, K=K, H=4, Hkv=2) for K in (65, 128, 129)),
+    *(
+        Case(f"small_experts_several_tiles_queries_{N}_head_dim_{D}", B=1, N=N, L=300, D=D, M=32, K=70)
+        for D, most in ((56, 1536), (88, 1024), (128, 768))
+        for N in (most, most + 1)
+    ),
+    *(Case(f"small_experts_{M}_topk_{K}", N=200, L=300, D=64, M=M, K=K) for M, K in ((31, 100), (32, 256), (32, 257))),
+    *(Case(f"small_experts_most_topk_{K}", B=1, N=300, L=600, D=64, M=70, K=K, values="large") for K in (512, 513)),
+    Case("small_experts_several_tiles_one_expert", H=4, Hkv=2, N=500, L=300, D=40, M=33, K=100, values="one_expert"),
+    Case("small_experts_several_tiles_two_routes", N=300, D=64, M=40, K=100, routes=2, layout="heads_last"),
+    Case("small_experts_several_tiles_three_routes", N=150, D=96, M=70, K=80, routes=3, values="duplicate_keys"),
+    Case("small_experts_several_tiles_no_shared_expert", N=300, L=200, D=120, M=33, K=130, shared_expert=False),
+    Case("small_experts_several_tiles_few_keys", N=300, L=60, D=64, M=40, K=140, H=4, Hkv=2),
+    Case("small_experts_several_tiles_empty_expert", N=400, D=64, M=140, K=100, H=4, Hkv=2, values="empty_expert"),
     # gradients of rows by warps: the most queries of more than 32 units of 128 columns, and more
     *(Case(f"small_experts_wide_queries_{N}", B=1, N=N, D=128, M=9, K=33, pooled=True) for N in (288, 289)),
     # gradients of keys by warps: the most landmarks, and more, with larger experts
@@ -306,6 +335,7 @@ VARLEN = [
     Case("short_gradient", B=4, N=270, L=288, D=64, M=25, K=32, lengths_q=(270, 0, 3, 256), lengths_k=(288, 9, 257, 100)),
     Case("masked_gradient", B=5, N=256, L=250, D=64, M=49, K=60, lengths_q=(256, 0, 3, 128, 9), lengths_k=(250, 9, 0, 250, 99)),
     Case("masked_gradient_long", B=4, N=272, L=260, D=64, M=49, K=60, lengths_q=(272, 0, 3, 257), lengths_k=(260, 9, 258, 0)),
+    Case("masked_stages", B=4, N=300, L=290, D=64, M=70, K=60, lengths_q=(300, 0, 3, 129), lengths_k=(260, 9, 290, 0)),
     Case("images_256", B=3, N=257, D=64, M=25, K=25, lengths_q=(257, 100, 24), lengths_k=(257, 100, 24), pooled=True),
     Case("wide_heads", B=3, H=1, N=300, L=280, D=128, M=17, K=40, lengths_q=(64, 300, 129), lengths_k=(280, 65, 128)),
     Case("wider_heads", B=3, H=2, Hkv=1, N=150, D=256, M=17, K=40, lengths_q=(64, 150, 0), lengths_k=(150, 65, 9), pooled=True),
@@ -313,6 +343,7 @@ VARLEN = [
     Case("many_queries", B=2, H=1, N=700, L=300, D=128, M=3, K=70, lengths_q=(400, 700), lengths_k=(300, 99), pooled=True),
     Case("small_experts_wide", B=3, N=300, L=260, D=88, M=30, K=49, lengths_q=(300, 9, 99), lengths_k=(20, 260, 150)),
     Case("small_experts", B=3, H=1, N=500, L=300, D=64, M=30, K=49, lengths_q=(500, 9, 99), lengths_k=(20, 300, 150), routes=2),
+    Case("small_experts_tiles", B=3, Hkv=1, N=500, L=300, D=64, M=40, K=130, lengths_q=(500, 9, 99), lengths_k=(20, 300, 150)),
     Case("one_pass", B=3, H=4, Hkv=2, N=400, L=300, D=64, M=40, K=64, lengths_q=(400, 70, 1), lengths_k=(300, 40, 0)),
     Case(
         "one_pass_many_queries", B=3, H=4, Hkv=2, N=500, L=300, D=64, M=5, K=64, lengths_q=(500, 70, 1), lengths_k=(300, 40, 0)

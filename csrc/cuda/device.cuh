@@ -481,6 +481,7 @@ template <class T> __device__ inline void wgmma(float (&acc)[8][4], std::uint64_
 // The same, B [32 x 16]; and with A in registers.
 template <class T> __device__ inline void wgmma(float (&acc)[4][4], std::uint64_t a, std::uint64_t b, bool accumulate);
 template <class T> __device__ inline void wgmma_rows(float (&acc)[4][4], const Operand& a, std::uint64_t b, bool accumulate);
+template <class T> __device__ inline void wgmma_rows(float (&acc)[8][4], const Operand& a, std::uint64_t b, bool accumulate);  // B [64 x 16]
 // acc = A^T B or acc += A^T B, A [16 x 64] and B [16 x 64] in shared memory.
 template <class T> __device__ inline void wgmma_transposed(float (&acc)[8][4], std::uint64_t a, std::uint64_t b, bool accumulate = true);
 // acc += A^T B, A [16 x 64] and B [16 x 8] in shared memory: with ones in B, the sums of A's rows, in every column.
@@ -509,6 +510,10 @@ template <class T> __device__ inline void wgmma(float (&acc)[16][4], const Opera
   template <> __device__ inline void wgmma_rows<T>(float (&acc)[4][4], const Operand& a, std::uint64_t b, bool accumulate) { \
     asm volatile(MITA_WGMMA("m64n32k16", TYPE, MITA_PLACES_16, "%21") "{%16,%17,%18,%19}, %20, p, 1, 1, 0; }" \
                  : MITA_16(acc, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate))); \
+  } \
+  template <> __device__ inline void wgmma_rows<T>(float (&acc)[8][4], const Operand& a, std::uint64_t b, bool accumulate) { \
+    asm volatile(MITA_WGMMA("m64n64k16", TYPE, MITA_PLACES_32, "%37") "{%32,%33,%34,%35}, %36, p, 1, 1, 0; }" \
+                 : MITA_32(acc, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate))); \
   } \
   template <> __device__ inline void wgmma_transposed<T>(float (&acc)[8][4], std::uint64_t a, std::uint64_t b, bool accumulate) { \
     asm volatile(MITA_WGMMA("m64n64k16", TYPE, MITA_PLACES_32, "%34") "%32, %33, p, 1, 1, 1, 1; }" \
@@ -548,7 +553,7 @@ template <class C, int PENDING, class... Registers> __device__ inline void wait_
 template <class... Registers> __device__ inline void begin_products(Registers&...) { __trap(); }
 __device__ inline void commit_products() {}
 template <class T, int N> __device__ inline void wgmma(float (&)[N][4], std::uint64_t, std::uint64_t, bool) {}
-template <class T> __device__ inline void wgmma_rows(float (&)[4][4], const Operand&, std::uint64_t, bool) {}
+template <class T, int N> __device__ inline void wgmma_rows(float (&)[N][4], const Operand&, std::uint64_t, bool) {}
 template <class T> __device__ inline void wgmma_transposed(float (&)[8][4], std::uint64_t, std::uint64_t, bool = true) {}
 template <class T> __device__ inline void wgmma_sum(float (&)[1][4], std::uint64_t, std::uint64_t) {}
 template <class T, int N> __device__ inline void wgmma(float (&)[N][4], const Operand&, std::uint64_t) {}

@@ -66,13 +66,18 @@ template <int BYTES, int DP> constexpr int kRowGradientRows = BYTES * DP <= 256 
 // 107 % at 128; with 16 to 32 keys 57 to 94 % at 64, 88 to 102 % at 192, 88 to 103 % at 256. 80 columns: 38 to 66 % at 8 to 16, 60 to 91 % at 24 to 32, 84 to 102 % at 64, 88 to
 // 106 % at 96; with up to 32 keys 94 to 104 % at 128. 128 columns: 41 to 77 %, 69 to 96 %, 93 to 110 %, 99 to 112 %; with up to 32 keys and 256 landmarks 107 to 112 % at 64.
 // (Of 24 heads, 16 landmarks with 49 keys or more took 103 to 121 %.)
-constexpr int kSmallExpertKeys = 64, kSmallPassRows = 16;  // queries that a warp holds at a time
+// More than 64 keys pass by, 64 at a time, for every 16 queries: with 32 landmarks or more and 72 to 512 keys, 48 and 96 heads, 64 columns 64 to 82 % at 24 queries of an expert,
+// 76 to 100 % at 32, 83 to 98 % at 48, 97 to 120 % at 64; 80 columns 58 to 86 % at 16 to 24, 63 to 105 % at 32, 90 to 123 % at 48; 128 columns 50 to 87 % at 8 to 16, 72 to 113 %
+// at 24, 91 to 126 % at 32. The worst are those of 32 landmarks with 512 keys. With 16 landmarks and 100 keys 6 to 48 heads took 101 to 148 %.
+constexpr int kSmallExpertKeys = 64, kMostSmallKeys = 512;  // at a time; of an expert
+constexpr int kSmallPassRows = 16;                          // queries that a warp holds at a time
 constexpr int small_columns(int D) { return D <= 64 ? 64 : D <= 96 ? 96 : 128; }  // of a row in shared memory
 inline bool small_experts(const Problem& x) {
-  if (x.dtype == Dtype::fp32 || x.D > 128 || x.D % kCudaHeadDimStep != 0 || x.s == 0 || x.K > kSmallExpertKeys) return false;
-  const bool half = x.K <= kSmallExpertKeys / 2;
+  if (x.dtype == Dtype::fp32 || x.D > 128 || x.D % kCudaHeadDimStep != 0 || x.s == 0 || x.K > kMostSmallKeys) return false;
+  const bool half = x.K <= kSmallExpertKeys / 2, several = x.K > kSmallExpertKeys;
+  if (several && (x.M < 32 || x.K > 8 * x.M)) return false;
   const int units = half ? kSmallExpertKeys / 2 : kSmallExpertKeys, columns = small_columns(x.D);
-  const int most_queries = columns == 64 ? (half ? 192 : 96) : columns == 96 ? (half ? 128 : 64) : half ? 64 : 48;
+  const int most_queries = columns == 64 ? (half ? 192 : several ? 48 : 96) : columns == 96 ? (half ? 128 : several ? 32 : 64) : half ? 64 : several ? 24 : 48;
   int memory;
   return x.M * std::max(columns, 96) <= (half ? 256 : 192) * 96 && std::int64_t(x.queries.max_length) * x.s <= std::int64_t(most_queries) * x.M &&
          device_attribute(memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor) == cudaSuccess && 4 * columns * units * (ceil_div(x.M, units) + 3) + 4096 <= memory;

@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(Layout<C>::kThreads, Layout<C>::kBlocks) atten
 
 // ---- small experts -------------------------------------------------------------------------------------------------
 
-// See small.cuh. MANY: are there more shared units than one tile has?
+// See small.cuh. MANY: are there more shared units, or keys of an expert, than one tile has?
 template <int W, int KT, bool MANY> constexpr int kSmallWarps = W > 64 && MANY ? 8 : W == 64 && KT == 4 && !MANY ? 16 : 12;  // of a multiprocessor, by registers
 
 struct Head : SmallHead {
@@ -182,7 +182,8 @@ __global__ void __launch_bounds__(32 * kSmallWarps<W, KT, MANY>, 1) small_kernel
   const Window window(memory);
   const Problem& x = p.problem;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3, warps = blockDim.x / 32;
-  const int slots = x.s;
+  // Tiles of an expert's units, of which the warp's place has one at a time; each is so many steps behind the one before.
+  const int slots = x.s, own_tiles = MANY && 8 * KT == kSmallExpertKeys ? ceil_div(x.K, 8 * KT) : 1, stride = (own_tiles + shared_tiles) / own_tiles;
   constexpr int kPlace = kSmallPlace<W, KT>;
   const std::uint32_t shared_units = window.address, units = shared_units + kPlace * (shared_tiles + warp);
   const RowCopy<W> copy_row(x.D, lane);
@@ -209,7 +210,7 @@ __global__ void __launch_bounds__(32 * kSmallWarps<W, KT, MANY>, 1) small_kernel
   its.take(parts);
   commit_loads();
   its.arrived();
-  int size = its.look(x.K), gathered = 0;
+  int size = its.look(x.K), gathered = 0, expert = its.coming.work.expert;
   __syncthreads();
   if (size <= 0) return;
   its.arrived();
@@ -222,14 +223,16 @@ __global__ void __launch_bounds__(32 * kSmallWarps<W, KT, MANY>, 1) small_kernel
 
 #pragma unroll 1
   while (size > 0) {
-    wait_own_loads<1>();  // all but the values
-    __syncwarp();
+    if (!MANY) {
+      wait_own_loads<1>();  // all but the values
+      __syncwarp();
+    }
     int next_size = 0, next_gathered = 0;
 #pragma unroll 1
     for (int first = 0; first < size; first += kSmallPassRows) {
       const bool last = first + kSmallPassRows >= size;
       const int own[2] = {its.entry(first + g, size), its.entry(first + g + 8, size)};
-      if (last) {
+      if (!MANY && last) {
         __syncwarp();  // all have read what is now replaced
         next_size = its.look(x.K);
       }
@@ -237,17 +240,26 @@ __global__ void __launch_bounds__(32 * kSmallWarps<W, KT, MANY>, 1) small_kernel
       float out[W / 8][4];
       if (MANY) clear(out);
       constexpr float kZero[4] = {};
-      // The first tile is that of the expert's units, the others are shared: all in one step, or one in each.
+      // The expert's units and the shared ones are a tile each, both in one step; or there are several tiles, one in each step, the first of the expert's.
+      int own_tile = 0;  // the expert's, this or the next one
 #pragma unroll 1
-      for (int step = 0; step == 0 || (MANY && step <= shared_tiles); ++step) {
-        const bool begins = !MANY || step == 0, ends = !MANY || step == shared_tiles;
+      for (int step = 0; step == 0 || (MANY && step < own_tiles + shared_tiles); ++step) {
+        const bool begins = !MANY || (own_tile < own_tiles && step == own_tile * stride), ends = !MANY || step + 1 == own_tiles + shared_tiles;
         const auto is_own = [&](int i) { return begins && i == 0; };
+        const bool ends_round = own_tile + 1 == own_tiles, leaves = last && ends_round, moves = leaves || own_tiles > 1;  // does the place get another expert's, or other units?
+        const int next_key = ends_round ? 0 : 8 * KT * (own_tile + 1);
+        if (MANY && begins) {
+          wait_own_loads<1>();  // all but the values
+          __syncwarp();
+          if (leaves) next_size = its.look(x.K), expert = its.coming.work.expert;
+          else if (moves) its.ask_for_keys(expert, x.K, next_key);
+        }
         int count[kTiles];
         std::uint32_t from[kTiles];
         float s[kTiles][KT][4];
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
-          const int tile = kTiles * step + i - 1;  // of the shared ones
+          const int tile = MANY ? step - own_tile : i - 1;  // of the shared ones
           count[i] = is_own(i) ? gathered : tile < shared_tiles ? x.M - 8 * KT * tile : 0;
           from[i] = is_own(i) ? units : shared_units + kPlace * tile;
           if (count[i] <= 0) {
@@ -282,10 +294,10 @@ __global__ void __launch_bounds__(32 * kSmallWarps<W, KT, MANY>, 1) small_kernel
         }
         if (begins) {
           its.arrived();
-          if (last) {
-            its.take(parts);
-            if (next_size > 0) {
-              if (next_gathered = its.order_keys(x.K); next_gathered > 0) its.bring(0, head.k, p.units.k);
+          if (moves) {
+            if (leaves) its.take(parts);
+            if (!leaves || next_size > 0) {
+              if (next_gathered = its.order_keys(x.K - next_key); next_gathered > 0) its.bring(0, head.k, p.units.k);
             }
             commit_loads();
           }
@@ -322,12 +334,14 @@ __global__ void __launch_bounds__(32 * kSmallWarps<W, KT, MANY>, 1) small_kernel
           } else if (!MANY && i == 0) {
             clear_here(out);
           }
-          if (is_own(i) && last) {
+          if (is_own(i) && moves) {
             __syncwarp();
             if (next_gathered > 0) its.bring(kEight * KT, head.v, p.units.v);
             commit_loads();
+            if (MANY) gathered = next_gathered;
           }
         }
+        if (MANY && begins) ++own_tile;
       }
       softmax.finish();
 
@@ -348,7 +362,8 @@ __global__ void __launch_bounds__(32 * kSmallWarps<W, KT, MANY>, 1) small_kernel
         store_small_rows<T, W>(out, factor, x.D, lane, [&](int i) { return present(i) ? head.out + own[i] * (p.out.row * 2) : nullptr; });
       }
     }
-    size = next_size, gathered = next_gathered;
+    size = next_size;
+    if (!MANY) gathered = next_gathered;
   }
 }
 
@@ -400,7 +415,7 @@ cudaError_t launch_expert_attention(const AttentionParams& p, cudaStream_t strea
     if (x.K <= 32) return small_shared_tiles<4>(x, p.units) > 1 ? launch_small<T, W, 4, true>(p, stream) : launch_small<T, W, 4, false>(p, stream);
     if (x.K <= 40 && small_shared_tiles<5>(x, p.units) <= 1) return launch_small<T, W, 5, false>(p, stream);
     if (x.K <= 56 && small_shared_tiles<7>(x, p.units) <= 1) return launch_small<T, W, 7, false>(p, stream);
-    return small_shared_tiles<8>(x, p.units) > 1 ? launch_small<T, W, 8, true>(p, stream) : launch_small<T, W, 8, false>(p, stream);
+    return small_shared_tiles<8>(x, p.units) > 1 || x.K > 64 ? launch_small<T, W, 8, true>(p, stream) : launch_small<T, W, 8, false>(p, stream);
   };
   const auto blocks = [&](auto config) {
     using C = decltype(config);

@@ -806,6 +806,38 @@ void attention_gradient_stages(const Context& context, const Problem& x, const S
   else if (pools) pool(context);
 }
 
+// By masks, whose selections need not be listed.
+void masked_gradient_stages(const Context& context, const Problem& x, const Saved& saved, const Windows* pooling, const Wanted& wanted, float scale, float landmark_scale,
+                            const AttentionGradient& result) {
+  const Softmax softmax(x, saved.query, saved.dout, saved.lse, saved.dlse, floats(saved.lse, saved.lse.sizes()));
+  const int pitch = masked_gradient_pitch(x);
+  const Tensor masks = ints(saved.query, {heads(x), x.M, pitch});
+  MaskedGradientParams p{};
+  p.problem = x;
+  p.scale = scale, p.landmark_scale = landmark_scale;
+  p.q = rows(saved.query), p.dout = rows(saved.dout);
+  p.k = rows(saved.key), p.v = rows(saved.value);
+  p.landmarks = rows(saved.landmarks), p.compressed = rows(saved.compressed);
+  p.lse = saved.lse.const_data_ptr<float>(), p.dlse = data(saved.dlse), p.delta = softmax.delta.data_ptr<float>();
+  p.indices = saved.indices.const_data_ptr<int>(), p.experts = saved.experts.const_data_ptr<int>();
+  p.masks = reinterpret_cast<std::uint32_t*>(masks.data_ptr<int>()), p.pitch = pitch;
+  p.dq = rows(result.dquery);
+  context.run("mita_ext::query_gradient", launch_masked_row_gradient, p);
+  if (!wanted.keys && !wanted.landmarks) return;
+
+  const SharedSums shared = shared_gradient_stage(context, x, softmax, saved.landmarks, saved.compressed, landmark_scale);
+  const Softmax landmarks(x, saved.landmarks, result.dcompressed, *saved.landmark_lse, {}, floats(saved.landmarks, {x.B, x.H, x.M}));
+  reduce_stage(context, x, shared, result.dlandmarks, result.dcompressed, saved.compressed, &landmarks, false);
+  const Tensor memory = landmark_gradient_stage(context, x, landmarks, {shared.dk, result.dlandmarks}, saved.key, saved.value, scale);
+  if (wanted.keys) {
+    p.dcompressed = rows(result.dcompressed);
+    p.landmark_lse = saved.landmark_lse->const_data_ptr<float>(), p.landmark_delta = landmarks.delta.data_ptr<float>();
+    p.dk = rows(result.dkey), p.dv = rows(result.dvalue);
+    context.run("mita_ext::key_gradient", launch_masked_key_gradient, p);
+  }
+  if (pooling && wanted.landmarks) context.run("mita_ext::pool_backward", launch_pool_backward, {x, *pooling, rows(result.dlandmarks), true, false, rows(result.dquery)});
+}
+
 // The backward of both attention ops. With `pooling` the landmarks' gradient goes on to the queries.
 AttentionGradient attention_gradient(const Problem& x, const Saved& saved, const Tensor& kept_groups, const Windows* pooling, const Wanted& wanted, bool shared_expert, float scale, float landmark_scale) {
   const Context context(saved.query);
@@ -818,6 +850,10 @@ AttentionGradient attention_gradient(const Problem& x, const Saved& saved, const
   if (empty) return result;
   if (in_one) {
     short_gradient_stage(context, x, saved, pooling, wanted, scale, landmark_scale, result);
+    return result;
+  }
+  if (shared_expert && saved.landmark_lse && fits_masked_gradient(x, scale, landmark_scale)) {
+    masked_gradient_stages(context, x, saved, pooling, wanted, scale, landmark_scale, result);
     return result;
   }
   const bool one_pass = of_units && rounds_routed_sums(x) && fits_specialist_gradient(x, shared_expert, scale, landmark_scale);

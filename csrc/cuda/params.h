@@ -189,6 +189,26 @@ struct ShortGradientParams {
   Rows dlandmarks;             // [B, H, M, D]; where `pool` says so, dq takes them in instead
 };
 
+// The backward pass of attention by masks: with H = Hkv, shared units, and one expert per query.
+struct MaskedGradientParams {
+  Problem problem;
+  float scale, landmark_scale;
+  Rows q, dout;                // [B, H, N, D] twice
+  Rows k, v;                   // [B, H, L, D] twice
+  Rows landmarks, compressed;  // [B, H, M, D] twice
+  const float* lse;            // [B, H, N]
+  const float* dlse;           // [B, H, N], contiguous, or null
+  float* delta;                // [B, H, N]: made with dq
+  const std::int32_t* indices; // [B, H, M, K]
+  const std::int32_t* experts; // [B, H, N]
+  std::uint32_t* masks;        // [B, H, M, pitch]: what experts chose, made with dq
+  int pitch;                   // masked_gradient_pitch
+  Rows dq;                     // [B, H, N, D], without what queries receive as parts of pooled landmarks
+  Rows dcompressed;            // [B, H, M, D], and what follows: for the gradients of keys
+  const float *landmark_lse, *landmark_delta;  // [B, H, M] twice
+  Rows dk, dv;                 // [B, H, L, D] twice
+};
+
 // delta[row] = sum_d dout * out - dlse, for the rows of `out` [B, H, rows, D]: exact but for the rounding of `out`.
 struct DeltaParams {
   Dtype dtype;

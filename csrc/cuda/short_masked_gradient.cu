@@ -11,6 +11,7 @@
 // cancel with it: in their sums dS has 32 bits, a rounded part and the rounded rest.
 #include "device.cuh"
 #include "launch.h"
+#include "masks.cuh"
 #include "stages.cuh"
 
 namespace mita {
@@ -57,22 +58,6 @@ struct Memory {
     if (!is_long) bytes = members + rows * 8;
   }
 };
-
-// The bit of unit i of 32: lane t of four has those of columns 8j + 2t, 8j + 2t + 1 in byte t.
-[[maybe_unused]] __device__ inline int bit_of(int i) { return (i >> 1 & 3) * 8 + (i >> 3) * 2 + (i & 1); }
-[[maybe_unused]] __device__ inline int unit_of(int bit) { return (bit >> 1 & 3) * 8 + (bit >> 3) * 2 + (bit & 1); }
-
-// Bit i of lane j for bit j of lane i.
-[[maybe_unused]] __device__ inline std::uint32_t transposed_bits(std::uint32_t x) {
-  const int lane = threadIdx.x % 32;
-  std::uint32_t mask = 0xffff;
-#pragma unroll
-  for (int d = 16; d > 0; d /= 2, mask ^= mask << d) {
-    const std::uint32_t other = __shfl_xor_sync(kAllLanes, x, d);
-    x = lane & d ? (x & ~mask) | (other >> d & mask) : (x & mask) | (other & mask) << d;
-  }
-  return x;
-}
 
 // LONG: more rows than the warps have at a time. dq waits where it belongs, and what keys gave to landmarks is computed again instead of kept.
 template <class T, int UNITS, bool LONG> __global__ void __launch_bounds__(kThreads, 1) short_masked_gradient_kernel(const ShortGradientParams p, const Memory layout) {
@@ -140,16 +125,14 @@ template <class T, int UNITS, bool LONG> __global__ void __launch_bounds__(kThre
         const unsigned bits = __ballot_sync(kAllLanes, i * kStep + unit_of(lane) < M);
         if (lane == 0) ints_at(layout.masks)[UNITS * kMaskPitch + i] = bits;
       }
-    // Where a row attended to nothing, or is not there, infinity. Probabilities are shifted from the start.
-    const auto offset_of = [](float lse) { return lse == -kInfinity ? kInfinity : lse * kLogit<T> - kProbabilityShift<T>; };
     if (n < UNITS) {
       const int area = f.pool && n < M ? PooledTokens::of<int>(windows_of(f.windows, x.queries, queries.length), n).area : 0;
-      floats_at(layout.landmark_statistics)[2 * n] = offset_of(of_landmark), floats_at(layout.shares)[n] = area ? 1.0f / static_cast<float>(area) : 0.0f;
+      floats_at(layout.landmark_statistics)[2 * n] = offset_of<T>(of_landmark), floats_at(layout.shares)[n] = area ? 1.0f / static_cast<float>(area) : 0.0f;
     }
     // What is out of range, no forward pass has left.
     if (n < round_up(layout.rows, kStep)) {
       shorts_at(layout.experts)[n] = static_cast<std::uint16_t>(min(max(asked_expert, 0), M - 1));
-      reinterpret_cast<float2*>(memory + layout.statistics)[n] = make_float2(offset_of(lse), 0.0f);
+      reinterpret_cast<float2*>(memory + layout.statistics)[n] = make_float2(offset_of<T>(lse), 0.0f);
     }
     if (!LONG) find_members();
     __syncthreads();
@@ -179,7 +162,6 @@ template <class T, int UNITS, bool LONG> __global__ void __launch_bounds__(kThre
     commit_products();
   };
   const auto bits_at = [&](std::uint32_t masks, int step) { return static_cast<unsigned>(load_shared_byte(masks + 4 * step)); };
-  const auto has = [](unsigned bits, int j, int i) { return (bits >> (2 * j + i & 31) & 1) != 0; };
 
   // 1. weigh
   const auto dq_of = [&](int n) { return reinterpret_cast<std::uint32_t*>(row_behind(rows_of(p.dq, span(x.queries, batch()).start) + 2 * t, p.dq.row * sizeof(T), n)); };
@@ -266,9 +248,7 @@ template <class T, int UNITS, bool LONG> __global__ void __launch_bounds__(kThre
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               const float lo = s[j][2 * i] * kRescale * (d[j][2 * i] - delta[i]), hi = s[j][2 * i + 1] * kRescale * (d[j][2 * i + 1] - delta[i]);
-              rounded.packed[j][i] = pack<T>(lo, hi);
-              const float2 two = unpack<T>(rounded.packed[j][i]);
-              rest.packed[j][i] = pack<T>(lo - two.x, hi - two.y);
+              split<T>(lo, hi, rounded.packed[j][i], rest.packed[j][i]);
               take(row0 + g + 8 * i, kTiles * step + j, s[j][2 * i], s[j][2 * i + 1], rounded.packed[j][i]);
             }
         }

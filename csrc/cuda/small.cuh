@@ -139,17 +139,17 @@ template <int W, int KT, int MOST = kMaxSmallTile> struct SmallTiles {
   // At what has been taken; returns its queries. keys: of its expert, from `first_key` on.
   __device__ int look(int K, int first_key = 0) const {
     const Work work = coming.work;
-    const auto load_numbers = [&](std::uint32_t to, const std::int32_t* list, std::int64_t first, int count, auto most) {
-#pragma unroll
-      for (int i = 0; i < ceil_div(decltype(most)::value, 32); ++i)
-        if (lane + 32 * i < count) load_number(to + 4 * lane + 128 * i, list + first + lane + 32 * i);
-    };
     if (work.entries > 0) {
       load_numbers(entries, head.entries, work.first, work.entries, std::integral_constant<int, MOST>());
       load_numbers(keys, head.indices, work.expert * K + first_key, K - first_key, std::integral_constant<int, 8 * KT>());
     }
     commit_loads();
     return work.entries;
+  }
+  // Others of an expert's keys.
+  __device__ void ask_for_keys(int expert, int K, int first_key) const {
+    load_numbers(keys, head.indices, expert * K + first_key, K - first_key, std::integral_constant<int, 8 * KT>());
+    commit_loads();
   }
   // Puts the keys that have arrived by fours, the first one in the place of those that are not there; returns how many are. K: how many there may be.
   __device__ int order_keys(int K) const {
@@ -179,6 +179,13 @@ template <int W, int KT, int MOST = kMaxSmallTile> struct SmallTiles {
     for (int n = 0; n < 2 * KT; ++n) copy_row(units + tensor, n, base, row[n / 4][n % 4], pitch);
   }
   __device__ int entry(int i, int count) const { return load_shared_int(entries + 4 * min(i, count - 1)); }
+
+ private:
+  template <int N> __device__ void load_numbers(std::uint32_t to, const std::int32_t* list, std::int64_t first, int count, std::integral_constant<int, N>) const {
+#pragma unroll
+    for (int i = 0; i < ceil_div(N, 32); ++i)
+      if (lane + 32 * i < count) load_number(to + 4 * lane + 128 * i, list + first + lane + 32 * i);
+  }
 };
 
 // The warp's 16 rows, of which a lane holds fragments of its upper and its lower one, times 8 KT rows at `from`. Four sums grow by turns, as each step waits for the

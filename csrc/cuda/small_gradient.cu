@@ -467,7 +467,7 @@ template <class T, int W> __global__ void __launch_bounds__(32 * kUnitWarps<W>, 
 // queries of an expert; of 128 columns and more than 32 units of either kind 74 to 105 % at up to 32, 92 to 111 % at 40, 94 to 117 % at 48.
 bool fits_small_row_gradient(const Problem& x) {
   const bool few_units = std::max(x.M, x.K) <= kSmallExpertKeys / 2;
-  return x.D > 64 && x.s == 1 && x.M <= kSmallExpertKeys && small_experts(x) && (small_columns(x.D) < 128 || few_units || x.queries.max_length <= 32 * x.M);
+  return x.D > 64 && x.s == 1 && x.M <= kSmallExpertKeys && x.K <= kSmallExpertKeys && small_experts(x) && (small_columns(x.D) < 128 || few_units || x.queries.max_length <= 32 * x.M);
 }
 
 cudaError_t launch_small_row_gradient(const RowGradientParams& p, cudaStream_t stream) {

@@ -333,6 +333,10 @@ const Case kCases[] = {
     {"small_experts_many_landmarks_more_keys", Dtype::bf16, 2, 2, 1, 500, 300, 100, 50, 1, 56, true, Batch::padded},
     {"few_landmarks_larger_experts", Dtype::bf16, 2, 2, 2, 200, 333, 20, 100, 1, 96, true, Batch::packed},
     {"few_landmarks_many_experts_of_a_key", Dtype::fp16, 1, 2, 2, 300, 64, 40, 60, 1, 80},
+    {"small_experts_of_two_tiles", Dtype::bf16, 2, 4, 2, 500, 400, 40, 100, 1, 64, true, Batch::padded},
+    {"small_experts_of_many_tiles", Dtype::fp16, 1, 2, 1, 600, 500, 70, 300, 1, 56, true, Batch::full},
+    {"small_experts_of_two_tiles_and_routes", Dtype::bf16, 1, 2, 2, 300, 300, 140, 128, 2, 80, true, Batch::packed},
+    {"small_experts_of_three_tiles_without_shared", Dtype::fp16, 2, 2, 2, 200, 200, 33, 130, 1, 128, false},
     {"small_experts_72_columns", Dtype::bf16, 2, 4, 2, 450, 300, 9, 25, 1, 72, true, Batch::padded},
     {"small_experts_80_columns_many_landmarks", Dtype::fp16, 1, 2, 2, 500, 200, 100, 20, 2, 80},
     {"small_experts_88_columns", Dtype::bf16, 2, 2, 1, 500, 350, 49, 49, 1, 88, true, Batch::padded},
@@ -386,6 +390,16 @@ const Case kCases[] = {
     {"short_masked_long_padded", Dtype::bf16, 3, 2, 2, 271, 250, 40, 100, 1, 48, true, Batch::padded},
     {"short_masked_long_few_landmarks", Dtype::bf16, 2, 2, 2, 270, 265, 20, 100, 1, 64, true, Batch::full, false, {4, 5, 16, 16, 14}},
     {"short_masked_long_ties", Dtype::bf16, 2, 1, 1, 240, 265, 33, 60, 1, 64, true, Batch::full, true},
+    // and of longer heads, or more landmarks, in several kernels
+    {"masked_images", Dtype::bf16, 2, 2, 2, 325, 325, 81, 60, 1, 64, true, Batch::full, false, {9, 9, 18, 18, 1}},
+    {"masked_packed", Dtype::fp16, 3, 2, 2, 300, 290, 70, 100, 1, 64, true, Batch::packed},
+    {"masked_padded", Dtype::bf16, 3, 2, 2, 200, 350, 65, 40, 1, 40, true, Batch::padded},
+    {"masked_ties", Dtype::bf16, 2, 1, 1, 240, 230, 100, 60, 1, 64, true, Batch::full, true},
+    {"masked_most_landmarks", Dtype::fp16, 1, 2, 2, 300, 280, 256, 90, 1, 64, true, Batch::full},
+    {"masked_few_landmarks", Dtype::bf16, 2, 2, 2, 290, 310, 40, 150, 1, 56, true, Batch::packed},
+    {"masked_few_queries", Dtype::fp16, 2, 2, 2, 30, 250, 70, 16, 1, 16, true, Batch::full},
+    {"masked_few_keys", Dtype::bf16, 2, 2, 2, 250, 20, 80, 20, 1, 64, true, Batch::padded},
+    {"masked_long", Dtype::bf16, 1, 1, 1, 1700, 1500, 100, 300, 1, 64, true, Batch::full},
     // more units than shared memory holds
     {"passing_units", Dtype::bf16, 1, 1, 1, 1500, 600, 5, 300, 1, 128},
     {"passing_units_narrow", Dtype::bf16, 1, 1, 1, 900, 700, 3, 400, 2, 64},
@@ -1003,6 +1017,22 @@ void run(const Case& c) {
   if (s && dtype != Dtype::fp32) key_gradients(RoutedSums(BH, backward_grouping, K, D, Dtype::fp32), ", sums in fp32");
   const RoutedSums routed_sums(BH, backward_grouping, K, D, dtype);
   key_gradients(routed_sums, "");
+
+  // those of queries and keys by masks
+  if (c.shared && fits_masked_gradient(problem, scale, landmark_scale)) {
+    const Output masked_dq(dtype, B, H, N, D, &queries), masked_dk(dtype, B, H, L, D, &keys), masked_dv(dtype, B, H, L, D, &keys);
+    const int pitch = masked_gradient_pitch(problem);
+    Buffer<std::uint32_t> masks(std::size_t(BH) * M * pitch);
+    Buffer<float> its_delta(delta.count);
+    const MaskedGradientParams p{problem, scale, landmark_scale, q.rows, dout.rows, k.rows, v.rows, z_rows, compressed.view(), lse.data, dlse.data, its_delta.data, indices.data,
+                                 experts.data, masks.data, pitch, masked_dq.view(), dcompressed.view(), landmark_lse.data, landmark_delta.data, masked_dk.view(), masked_dv.view()};
+    RUN(launch_masked_row_gradient(p, 0));
+    RUN(launch_masked_key_gradient(p, 0));
+    expect_close("by masks: dq", valid(masked_dq.get(), queries), want_dq.x, gradient_tolerance);
+    expect_close("by masks: delta", valid(Host(B, H, N, 1, widen(its_delta.get())), queries), want_delta.x, statistics_tolerance);
+    expect_close("by masks: dk", valid(masked_dk.get(), keys), want.routed_k.x, gradient_tolerance);
+    expect_close("by masks: dv", valid(masked_dv.get(), keys), want.routed_v.x, gradient_tolerance);
+  }
 
   // both gradients of that softmax in one pass over the keys
   if (c.shared && fits_key_specialists(problem)) {
