@@ -176,6 +176,7 @@ template <class T, int W, int KT, bool MANY>
 __global__ void __launch_bounds__(32 * kSmallWarps<W, KT, MANY>, 1) small_kernel(const AttentionParams p, const int parts, const int shared_tiles) {
   using Place = SmallRows<W>;
   constexpr int kTiles = MANY ? 1 : 2, kEight = Place::kEight;  // kTiles: of a step
+  constexpr bool kSeveral = MANY && 8 * KT == kSmallExpertKeys;  // may an expert's keys be several tiles?
   extern __shared__ __align__(kPanel) unsigned char memory[];
   __shared__ Head head;
   __shared__ unsigned taken;
@@ -183,7 +184,7 @@ __global__ void __launch_bounds__(32 * kSmallWarps<W, KT, MANY>, 1) small_kernel
   const Problem& x = p.problem;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3, warps = blockDim.x / 32;
   // Tiles of an expert's units, of which the warp's place has one at a time; each is so many steps behind the one before.
-  const int slots = x.s, own_tiles = MANY && 8 * KT == kSmallExpertKeys ? ceil_div(x.K, 8 * KT) : 1, stride = (own_tiles + shared_tiles) / own_tiles;
+  const int slots = x.s, own_tiles = kSeveral ? ceil_div(x.K, 8 * KT) : 1, stride = (own_tiles + shared_tiles) / own_tiles;
   constexpr int kPlace = kSmallPlace<W, KT>;
   const std::uint32_t shared_units = window.address, units = shared_units + kPlace * (shared_tiles + warp);
   const RowCopy<W> copy_row(x.D, lane);
@@ -223,7 +224,7 @@ __global__ void __launch_bounds__(32 * kSmallWarps<W, KT, MANY>, 1) small_kernel
 
 #pragma unroll 1
   while (size > 0) {
-    if (!MANY) {
+    if (!kSeveral) {
       wait_own_loads<1>();  // all but the values
       __syncwarp();
     }
@@ -232,7 +233,7 @@ __global__ void __launch_bounds__(32 * kSmallWarps<W, KT, MANY>, 1) small_kernel
     for (int first = 0; first < size; first += kSmallPassRows) {
       const bool last = first + kSmallPassRows >= size;
       const int own[2] = {its.entry(first + g, size), its.entry(first + g + 8, size)};
-      if (!MANY && last) {
+      if (!kSeveral && last) {
         __syncwarp();  // all have read what is now replaced
         next_size = its.look(x.K);
       }
@@ -244,11 +245,11 @@ __global__ void __launch_bounds__(32 * kSmallWarps<W, KT, MANY>, 1) small_kernel
       int own_tile = 0;  // the expert's, this or the next one
 #pragma unroll 1
       for (int step = 0; step == 0 || (MANY && step < own_tiles + shared_tiles); ++step) {
-        const bool begins = !MANY || (own_tile < own_tiles && step == own_tile * stride), ends = !MANY || step + 1 == own_tiles + shared_tiles;
+        const bool begins = kSeveral ? own_tile < own_tiles && step == own_tile * stride : step == 0, ends = !MANY || step + 1 == own_tiles + shared_tiles;
         const auto is_own = [&](int i) { return begins && i == 0; };
         const bool ends_round = own_tile + 1 == own_tiles, leaves = last && ends_round, moves = leaves || own_tiles > 1;  // does the place get another expert's, or other units?
         const int next_key = ends_round ? 0 : 8 * KT * (own_tile + 1);
-        if (MANY && begins) {
+        if (kSeveral && begins) {
           wait_own_loads<1>();  // all but the values
           __syncwarp();
           if (leaves) next_size = its.look(x.K), expert = its.coming.work.expert;
@@ -259,7 +260,7 @@ __global__ void __launch_bounds__(32 * kSmallWarps<W, KT, MANY>, 1) small_kernel
         float s[kTiles][KT][4];
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
-          const int tile = MANY ? step - own_tile : i - 1;  // of the shared ones
+          const int tile = kSeveral ? step - own_tile : kTiles * step + i - 1;  // of the shared ones
           count[i] = is_own(i) ? gathered : tile < shared_tiles ? x.M - 8 * KT * tile : 0;
           from[i] = is_own(i) ? units : shared_units + kPlace * tile;
           if (count[i] <= 0) {
@@ -338,10 +339,10 @@ __global__ void __launch_bounds__(32 * kSmallWarps<W, KT, MANY>, 1) small_kernel
             __syncwarp();
             if (next_gathered > 0) its.bring(kEight * KT, head.v, p.units.v);
             commit_loads();
-            if (MANY) gathered = next_gathered;
+            if (kSeveral) gathered = next_gathered;
           }
         }
-        if (MANY && begins) ++own_tile;
+        if (kSeveral && begins) ++own_tile;
       }
       softmax.finish();
 
@@ -363,7 +364,7 @@ __global__ void __launch_bounds__(32 * kSmallWarps<W, KT, MANY>, 1) small_kernel
       }
     }
     size = next_size;
-    if (!MANY) gathered = next_gathered;
+    if (!kSeveral) gathered = next_gathered;
   }
 }
 
