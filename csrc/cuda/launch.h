@@ -27,10 +27,10 @@ bool fits_short_gradient(const Problem&, bool shared, float scale, float landmar
 cudaError_t launch_short_gradient(const ShortGradientParams&, cudaStream_t);
 bool fits_short_masked_gradient(const Problem&);
 cudaError_t launch_short_masked_gradient(const ShortGradientParams&, cudaStream_t);  // its part by masks
-bool fits_masked_gradient(const Problem&, float scale, float landmark_scale);
+bool fits_masked_gradient(const Problem&, float scale, float landmark_scale);  // and is quicker than lists
 int masked_gradient_pitch(const Problem&);
-cudaError_t launch_masked_row_gradient(const MaskedGradientParams&, cudaStream_t);
-cudaError_t launch_masked_key_gradient(const MaskedGradientParams&, cudaStream_t);
+cudaError_t launch_masked_row_gradient(const MaskedGradientParams&, cudaStream_t);  // masks, dq, delta
+cudaError_t launch_masked_key_gradient(const MaskedGradientParams&, cudaStream_t);  // dk and dv, then
 cudaError_t launch_delta(const DeltaParams&, cudaStream_t);
 cudaError_t launch_unit_gradient(const UnitGradientParams&, cudaStream_t);
 bool fits_unit_specialists(const UnitGradientParams&);

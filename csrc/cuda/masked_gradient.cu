@@ -369,14 +369,14 @@ template <class F> cudaError_t by_blocks(const Problem& x, const Sequences& rows
 
 int masked_gradient_pitch(const Problem& x) { return mask_pitch(x); }
 
-// Products of all queries with all keys take some 4 ps for each of these on an H200, whatever the experts; what experts give to their keys, listed, 0.42 ns for each of these up to
-// 64 landmarks and keys, in one pass, 0.6 ns up to 64 landmarks, 0.9 ns above. Backward against that: of 577 tokens 108 % with 64 of both, 63 % with 49 landmarks and 100 keys, 32 %
-// with 100 of both; of 1025 88 to 104 % with 6400 to 9800 keys of all experts, 51 % with 16384; of 197 7 %. Of few blocks the kernels of one pass take less: 289 and 401 tokens with
-// 64 of both 121 and 160 % with 12 heads, 89 and 93 % with 48.
+// H200: by masks a query with one key or landmark takes some 4 ps; by lists a key of an expert takes 0.42 ns up to 64 landmarks and keys, in one pass, 0.65 ns up to 64 landmarks,
+// 0.95 ns above, and as long where there are fewer than 32. Backward by masks against that, 192 to 1536 heads: 44 to 68 % (289 and 401 tokens, 64 of both; 289, 49), 80 to 86 %
+// (1025, with 80 of both, 100 and 64, 49 and 200), 47 % (1025, 128), 30 % (577, 100), 7 % (197, 128). Of few blocks the kernels of one pass take less: 289 and 401 tokens with 64
+// of both 121 and 160 % with 12 heads, 89 and 93 % with 48.
 bool fits_masked_gradient(const Problem& x, float scale, float landmark_scale) {
   if (!has_warpgroups(x.dtype, x.D) || x.D > kDP || x.D % kCudaHeadDimStep != 0 || x.s != 1 || x.H != x.Hkv || !have_ratio(landmark_scale, scale)) return false;
   const int queries = round_up(x.queries.max_length, kOwn), keys = round_up(x.keys.max_length, kOwn);
-  const bool one_pass = x.M <= 64 && x.K <= 64;  // else, over queries and units
+  const bool one_pass = x.M <= 64 && x.K <= 64;  // of lists, over queries and units
   const std::int64_t listed = std::int64_t(x.M) * std::max(x.K, 32) * (x.M > 64 ? 235 : one_pass ? 105 : 160), masked = std::int64_t(queries) * (keys + x.M);
   int most;
   return listed > masked && (!one_pass || std::int64_t(x.B) * x.H * (queries / kOwn) >= 192) && device_attribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin) == cudaSuccess &&
