@@ -6,9 +6,9 @@
 //   first the shared units, as dense rows, then the expert's keys and values, gathered by index. Where all of them fit in shared
 //   memory they stay there; else they pass by for every pass. Queries are gathered and outputs scattered as whole rows. On sm_90a
 //   the kernel of expert_attention_sm90.cu takes its place, up to 128 columns.
-// small: experts of few keys (up to 64 of up to 64 columns) and few queries. A block holds the shared units of its head in shared memory; each of its
-//   warps takes one tile of queries after the other, and walks through it 16 at a time, with the expert's keys and values in a place of its own, which fills
-//   again while the warp ends its last 16. Queries go from memory straight into operands, outputs straight back.
+// small: experts with few queries. A block holds the shared units of its head in shared memory; each of its warps takes one tile of queries after the other,
+//   and walks through it 16 at a time, with the expert's keys and values in a place of its own, which fills again while the warp ends its last 16; of more than
+//   64 keys a part after the other, for every 16 queries. Queries go from memory straight into operands, outputs straight back.
 // merge: with s > 1 experts per query every (query, slot) entry leaves a partial output and lse (slot 0 has the shared units);
 //   one warp per query combines its s parts in slot order.
 #include "device.cuh"
@@ -416,7 +416,7 @@ cudaError_t launch_expert_attention(const AttentionParams& p, cudaStream_t strea
     if (x.K <= 32) return small_shared_tiles<4>(x, p.units) > 1 ? launch_small<T, W, 4, true>(p, stream) : launch_small<T, W, 4, false>(p, stream);
     if (x.K <= 40 && small_shared_tiles<5>(x, p.units) <= 1) return launch_small<T, W, 5, false>(p, stream);
     if (x.K <= 56 && small_shared_tiles<7>(x, p.units) <= 1) return launch_small<T, W, 7, false>(p, stream);
-    return small_shared_tiles<8>(x, p.units) > 1 || x.K > 64 ? launch_small<T, W, 8, true>(p, stream) : launch_small<T, W, 8, false>(p, stream);
+    return small_shared_tiles<8>(x, p.units) > 1 || x.K > kSmallExpertKeys ? launch_small<T, W, 8, true>(p, stream) : launch_small<T, W, 8, false>(p, stream);
   };
   const auto blocks = [&](auto config) {
     using C = decltype(config);
