@@ -480,17 +480,13 @@ cudaError_t launch_specialist_gradient(const AttentionGradientParams& p, cudaStr
   const Problem& x = p.problem;
   if (!fits_specialist_gradient(x, p.units.shared, p.scale, p.landmark_scale)) return cudaErrorInvalidValue;
   if (const int segments = max_tiles(x, p.groups.segment_rows); segments > kThreads || segments > kTurns * p.splits) return cudaErrorInvalidValue;
-  return dispatch_dtype(x.dtype, [&](auto element) {
+  return dispatch_16_bits(x.dtype, [&](auto element) {
     using T = decltype(element);
-    if constexpr (sizeof(T) == 2) {
-      const auto launch_with = [&](auto slots) {
-        constexpr int kSlots = decltype(slots)::value;
-        return launch(gradient_specialists_kernel<T, kSlots>, static_cast<unsigned>(x.B) * x.H * p.splits, kThreads, sizeof(Shared<T, kSlots>), stream, p);
-      };
-      return gradient_slots(x) == 1 ? launch_with(std::integral_constant<int, 1>()) : launch_with(std::integral_constant<int, 4>());
-    } else {
-      return cudaErrorInvalidValue;
-    }
+    const auto launch_with = [&](auto slots) {
+      constexpr int kSlots = decltype(slots)::value;
+      return launch(gradient_specialists_kernel<T, kSlots>, static_cast<unsigned>(x.B) * x.H * p.splits, kThreads, sizeof(Shared<T, kSlots>), stream, p);
+    };
+    return gradient_slots(x) == 1 ? launch_with(std::integral_constant<int, 1>()) : launch_with(std::integral_constant<int, 4>());
   });
 }
 

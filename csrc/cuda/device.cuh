@@ -560,6 +560,16 @@ template <class T, int N> __device__ inline void wgmma(float (&)[N][4], const Op
 template <class C, int PENDING, class... Registers> __device__ inline void wait_products(Registers&...) {}
 #endif
 
+// acc = A B^T over all columns, A of 64 rows: a tile, or in registers.
+template <class T, int DP, int N> __device__ inline void wgmma_tiles(float (&acc)[N][4], const Matrix<DP>& a, const Matrix<DP>& b) {
+#pragma unroll
+  for (int k = 0; k < DP / 16; ++k) wgmma<T>(acc, a.at(32 * (k & 3) + kPanel * (k >> 2)), b.at(32 * (k & 3) + kPanel * (k >> 2)), k > 0);
+}
+template <class T, int DP, int N> __device__ inline void wgmma_tiles(float (&acc)[N][4], const Operand (&a)[DP / 16], const Matrix<DP>& b) {
+#pragma unroll
+  for (int k = 0; k < DP / 16; ++k) wgmma_rows<T>(acc, a[k], b.at(32 * (k & 3) + kPanel * (k >> 2)), k > 0);
+}
+
 // ---- the two products, by either -----------------------------------------------------------------------------------
 
 // Rows of an operand by warps: those of a tile as they lie there, or by a list of their numbers, sixteen at a time. Address (k, n) is that of
@@ -686,8 +696,7 @@ __device__ inline void product(float (&acc)[NT][4], const A& a_rows, const B& b_
   if constexpr (C::kGroups) {
     const Matrix<DP> a(a_rows.tile.address, false), b(b_rows.address, false);
     begin_products(acc);
-#pragma unroll
-    for (int k = 0; k < DP / 16; ++k) wgmma<T>(acc, a.at(32 * (k & 3) + kPanel * (k >> 2)), b.at(32 * (k & 3) + kPanel * (k >> 2)), k > 0);
+    wgmma_tiles<T>(acc, a, b);
     commit_products();
   } else if constexpr (!std::is_same_v<T, float>) {
     const auto address = operand(b_rows, (lane & 7) + (NT > 1 ? (lane >> 4) << 3 : 0), (lane >> 3) & 1);

@@ -77,7 +77,8 @@ inline bool small_experts(const Problem& x) {
   const bool half = x.K <= kSmallExpertKeys / 2, several = x.K > kSmallExpertKeys;
   if (several && (x.M < 32 || x.K > 8 * x.M)) return false;
   const int units = half ? kSmallExpertKeys / 2 : kSmallExpertKeys, columns = small_columns(x.D);
-  const int most_queries = columns == 64 ? (half ? 192 : several ? 48 : 96) : columns == 96 ? (half ? 128 : several ? 32 : 64) : half ? 64 : several ? 24 : 48;
+  constexpr int kMostQueries[3][3] = {{192, 96, 48}, {128, 64, 32}, {64, 48, 24}};  // of an expert: by columns, by keys
+  const int most_queries = kMostQueries[columns / 32 - 2][half ? 0 : several ? 2 : 1];
   int memory;
   return x.M * std::max(columns, 96) <= (half ? 256 : 192) * 96 && std::int64_t(x.queries.max_length) * x.s <= std::int64_t(most_queries) * x.M &&
          device_attribute(memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor) == cudaSuccess && 4 * columns * units * (ceil_div(x.M, units) + 3) + 4096 <= memory;
@@ -183,6 +184,15 @@ cudaError_t dispatch_dtype(Dtype dtype, F&& f) {
     case Dtype::fp32: return f(float{});
   }
   return cudaErrorInvalidValue;
+}
+
+// The same for kernels of 16-bit elements alone.
+template <class F>
+cudaError_t dispatch_16_bits(Dtype dtype, F&& f) {
+  return dispatch_dtype(dtype, [&](auto element) {
+    if constexpr (sizeof(element) == 2) return f(element);
+    else return cudaErrorInvalidValue;
+  });
 }
 
 constexpr int kReservedMemory = 1024;  // of a block's shared memory, by the system

@@ -386,13 +386,9 @@ bool fits_key_specialists(const Problem& x) {
 cudaError_t launch_key_specialists(const KeyGradientParams& p, cudaStream_t stream) {
   const Problem& x = p.keys.problem;
   if (!fits_key_specialists(x)) return cudaErrorInvalidValue;
-  return dispatch_dtype(x.dtype, [&](auto element) {
+  return dispatch_16_bits(x.dtype, [&](auto element) {
     using T = decltype(element);
-    if constexpr (sizeof(T) == 2) {
-      return launch(p.early, key_specialists_kernel<T>, ceil_div(x.B * x.H * ceil_div(x.keys.max_length, kKeyBlock), p.landmarks.share), kThreads, sizeof(Shared<T>), stream, p);
-    } else {
-      return cudaErrorInvalidValue;
-    }
+    return launch(p.early, key_specialists_kernel<T>, ceil_div(x.B * x.H * ceil_div(x.keys.max_length, kKeyBlock), p.landmarks.share), kThreads, sizeof(Shared<T>), stream, p);
   });
 }
 

@@ -19,9 +19,6 @@ constexpr int kStep = 32;                                      // rows that keys
 [[maybe_unused]] constexpr int kTiles = kStep / 8;
 constexpr int kExpertWarps = 8;
 
-// Words of an expert's bits, and of a query's in shared memory: whole chunks of 16 bytes, an odd number of them, so that banks are free of conflicts.
-int mask_pitch(const Problem& x) { return (ceil_div(ceil_div(std::max(x.keys.max_length, x.M), kStep), 4) | 1) * 4; }
-
 __global__ void __launch_bounds__(32 * kExpertWarps) expert_masks_kernel(const MaskedGradientParams p) {
   extern __shared__ std::uint32_t words[];
   const Problem& x = p.problem;
@@ -67,7 +64,7 @@ template <class T> struct Passing {
       for (int i = 0; i < 2; ++i) copies[i].part(place + (kPassing * i + step) * kRow, c, first + own + step, own + step < present);
   }
 };
-// Both, the landmarks first; where they lie in the ring of stages.
+// Both, a tile after the other, the landmarks' first; where they lie in the ring of stages.
 template <class T> struct Stages {
   const Passing<T> (&passing)[2];
   const std::uint32_t ring;
@@ -79,6 +76,13 @@ template <class T> struct Stages {
     const int to = stage + ahead < kStages ? stage + ahead : stage + ahead - kStages;
     passing[!is_dense(tile)].bring(ring + to * kStageBytes, kPassing * (is_dense(tile) ? tile : tile - landmark_tiles), D);
     commit_loads();
+  }
+  // Waits for that tile; `next`, if there is such a tile, is on its way then.
+  __device__ void arrive(int next, int tiles) const {
+    wait_loads<1>();
+    __syncthreads();
+    if (next < tiles) bring(next, 2);
+    else commit_loads();
   }
   __device__ void advance() { stage = stage + 1 < kStages ? stage + 1 : 0; }
 };
@@ -139,11 +143,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2) masked_row_gra
 #pragma unroll 1
     for (int tile = first; tile < last; ++tile) {
       wait_products<G, 0>();  // which read the tile before
-      wait_loads<1>();
-      __syncthreads();
-      const int next = tile + 2 < tiles || !again ? tile + 2 : tile + 2 - tiles;
-      if (next < tiles) stages.bring(next, 2);
-      else commit_loads();
+      stages.arrive(tile + 2 < tiles || !again ? tile + 2 : tile + 2 - tiles, tiles);
       const int at = (kOwnBytes + stages.stage * kStageBytes) >> 4;
       unit_keys.low = rows_at.low + at, unit_values.low = unit_keys.low + (kPassing * kRow >> 4), unit_sums.low = sums_at.low + at;
       const bool dense = stages.is_dense(tile);
@@ -163,11 +163,9 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2) masked_row_gra
     for_all_units(true, 0, tiles, [&](unsigned upper, unsigned lower, float scale) {
       float s[kPassing / 8][4], d[kPassing / 8][4];
       begin_products(s, d, own, given);
-#pragma unroll
-      for (int i = 0; i < kDP / 16; ++i) wgmma_rows<T>(s, own[i], unit_keys.at(32 * i), i > 0);
+      wgmma_tiles<T>(s, own, unit_keys);
       commit_products();
-#pragma unroll
-      for (int i = 0; i < kDP / 16; ++i) wgmma_rows<T>(d, given[i], unit_values.at(32 * i), i > 0);
+      wgmma_tiles<T>(d, given, unit_values);
       commit_products();
       wait_products<G, 1>(s);
       weigh(s, upper, lower, scale);
@@ -195,11 +193,9 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2) masked_row_gra
   const auto differentiate = [&](unsigned upper, unsigned lower, float scale) {
     float s[kPassing / 8][4], d[kPassing / 8][4];
     begin_products(s, d);
-#pragma unroll
-    for (int i = 0; i < kDP / 16; ++i) wgmma<T>(s, own_rows.at(32 * i), unit_keys.at(32 * i), i > 0);
+    wgmma_tiles<T>(s, own_rows, unit_keys);
     commit_products();
-#pragma unroll
-    for (int i = 0; i < kDP / 16; ++i) wgmma<T>(d, given_rows.at(32 * i), unit_values.at(32 * i), i > 0);
+    wgmma_tiles<T>(d, given_rows, unit_values);
     commit_products();
     wait_products<G, 1>(s, dq);
     Weights<T, kPassing / 8> rounded, rest;
@@ -291,10 +287,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2) masked_key_gra
   const std::uint32_t own_masks = key_masks + 4 * pitch * (own0 + g) + t;
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
-    wait_loads<1>();
-    __syncthreads();
-    if (tile + 2 < tiles) stages.bring(tile + 2, 2);
-    else commit_loads();
+    stages.arrive(tile + 2, tiles);
     Matrix<kDP> row_keys = rows_at, row_values = rows_at, key_sums = sums_at, value_sums = sums_at;
     const int at = (kOwnBytes + stages.stage * kStageBytes) >> 4;
     row_keys.low += at, key_sums.low += at, row_values.low += at + (kPassing * kRow >> 4), value_sums.low += at + (kPassing * kRow >> 4);
@@ -304,11 +297,9 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2) masked_key_gra
       float s[kTiles][4], d[kTiles][4];
       Weights<T, kTiles> probabilities, dlogits;
       begin_products(s, d);
-#pragma unroll
-      for (int i = 0; i < kDP / 16; ++i) wgmma<T>(s, own_keys.at(32 * i), row_keys.at(32 * i), i > 0);
+      wgmma_tiles<T>(s, own_keys, row_keys);
       commit_products();
-#pragma unroll
-      for (int i = 0; i < kDP / 16; ++i) wgmma<T>(d, own_values.at(32 * i), row_values.at(32 * i), i > 0);
+      wgmma_tiles<T>(d, own_values, row_values);
       commit_products();
       const std::uint32_t bits_at = own_masks + 4 * (2 * (tile - landmark_tiles) + half);
       const unsigned bits[2] = {dense ? ~0u : load_shared_byte(bits_at), dense ? ~0u : load_shared_byte(bits_at + 32 * pitch)};
@@ -353,21 +344,19 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2) masked_key_gra
 #endif
 }
 
-int row_bytes(const Problem& x) { return kRest + 4 * (mask_pitch(x) * kOwn + round_up(2 * ceil_div(x.M, kPassing), 4)); }
+int row_bytes(const Problem& x) { return kRest + 4 * (masked_gradient_pitch(x) * kOwn + round_up(2 * ceil_div(x.M, kPassing), 4)); }
 int key_bytes(const Problem& x) { return kRest + 8 * passing_rows(x) + 4 * key_mask_pitch(x) * kOwn; }
 
 // f(element, blocks, those of a head)
 template <class F> cudaError_t by_blocks(const Problem& x, const Sequences& rows, F&& f) {
   const int parts = ceil_div(rows.max_length, kOwn);
-  return dispatch_dtype(x.dtype, [&](auto element) {
-    if constexpr (sizeof(element) == 2) return f(element, static_cast<unsigned>(x.B) * x.H * parts, parts);
-    else return cudaErrorInvalidValue;
-  });
+  return dispatch_16_bits(x.dtype, [&](auto element) { return f(element, static_cast<unsigned>(x.B) * x.H * parts, parts); });
 }
 
 }  // namespace
 
-int masked_gradient_pitch(const Problem& x) { return mask_pitch(x); }
+// Words of an expert's bits, and of a query's in shared memory: whole chunks of 16 bytes, an odd number of them, so that banks are free of conflicts.
+int masked_gradient_pitch(const Problem& x) { return (ceil_div(ceil_div(std::max(x.keys.max_length, x.M), kStep), 4) | 1) * 4; }
 
 // H200: by masks a query with one key or landmark takes some 4 ps; by lists a key of an expert takes 0.42 ns up to 64 landmarks and keys, in one pass, 0.65 ns up to 64 landmarks,
 // 0.95 ns above, and as long where there are fewer than 32. Backward by masks against that, 192 to 1536 heads: 44 to 68 % (289 and 401 tokens, 64 of both; 289, 49), 80 to 86 %

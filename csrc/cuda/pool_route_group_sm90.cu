@@ -237,9 +237,8 @@ cudaError_t launch_pool_route_group(const PoolRouteGroupParams& p, cudaStream_t 
     const cudaLaunchConfig_t how{2 * static_cast<unsigned>(x.B) * x.H, 32 * warps, bytes, stream, &cluster, 1};
     return cudaLaunchKernelEx(&how, kernel, p, layout);
   };
-  return dispatch_dtype(x.dtype, [&](auto element) {
-    if constexpr (sizeof(element) == 2) return Layout(x).warps(x) == 8 ? with(element, std::integral_constant<int, 8>{}) : with(element, std::integral_constant<int, 16>{});
-    else return cudaErrorInvalidValue;
+  return dispatch_16_bits(x.dtype, [&](auto element) {
+    return Layout(x).warps(x) == 8 ? with(element, std::integral_constant<int, 8>{}) : with(element, std::integral_constant<int, 16>{});
   });
 }
 

@@ -276,16 +276,12 @@ bool fits_pool_route(const Problem& x, const Windows& w) {
 cudaError_t launch_pool_route(const PoolRouteParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
   if (!fits_pool_route(x, p.windows)) return cudaErrorInvalidValue;
-  return dispatch_dtype(x.dtype, [&](auto element) {
+  return dispatch_16_bits(x.dtype, [&](auto element) {
     using T = decltype(element);
-    if constexpr (sizeof(T) == 2) {
-      if (cudaError_t status = cudaFuncSetAttribute(pool_route_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared<T>))) return status;
-      PoolRouteParams params = p;
-      void* arguments[] = {&params};
-      return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(pool_route_kernel<T>), dim3(blocks_of(x)), dim3(kThreads), arguments, sizeof(Shared<T>), stream);
-    } else {
-      return cudaErrorInvalidValue;
-    }
+    if (cudaError_t status = cudaFuncSetAttribute(pool_route_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared<T>))) return status;
+    PoolRouteParams params = p;
+    void* arguments[] = {&params};
+    return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(pool_route_kernel<T>), dim3(blocks_of(x)), dim3(kThreads), arguments, sizeof(Shared<T>), stream);
   });
 }
 

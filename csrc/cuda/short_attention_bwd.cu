@@ -581,17 +581,13 @@ cudaError_t launch_short_gradient(const ShortGradientParams& p, cudaStream_t str
   const Problem& x = p.forward.problem;
   if (!fits_short_gradient(x, p.forward.shared, p.forward.scale, p.forward.landmark_scale)) return cudaErrorInvalidValue;
   if (fits_short_masked_gradient(x)) return launch_short_masked_gradient(p, stream);
-  return dispatch_dtype(x.dtype, [&](auto element) {
+  return dispatch_16_bits(x.dtype, [&](auto element) {
     using T = decltype(element);
-    if constexpr (sizeof(T) == 2) {
-      const auto with = [&](auto is_long) {
-        const Memory layout(x, is_long);
-        return launch(short_gradient_kernel<T, is_long>, static_cast<unsigned>(x.B) * x.H, kThreads, layout.bytes, stream, p, layout);
-      };
-      return x.keys.max_length <= kKeys && has_room(x, false) ? with(std::false_type()) : with(std::true_type());
-    } else {
-      return cudaErrorInvalidValue;
-    }
+    const auto with = [&](auto is_long) {
+      const Memory layout(x, is_long);
+      return launch(short_gradient_kernel<T, is_long>, static_cast<unsigned>(x.B) * x.H, kThreads, layout.bytes, stream, p, layout);
+    };
+    return x.keys.max_length <= kKeys && has_room(x, false) ? with(std::false_type()) : with(std::true_type());
   });
 }
 

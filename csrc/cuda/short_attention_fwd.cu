@@ -424,8 +424,7 @@ template <class T, bool ONCE, int WARPS, bool MASKED> __global__ void __launch_b
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
         begin_products(s);
-#pragma unroll
-        for (int i = 0; i < kDP / 16; ++i) wgmma<T>(s, own.at(32 * i), unit_keys.at(32 * i), i > 0);
+        wgmma_tiles<T>(s, own, unit_keys);
         commit_products();
         wait_products<G, 0>(s, out);
         Weights<T, kTiles> weights;
@@ -653,19 +652,15 @@ cudaError_t launch_short_attention(const ShortParams& p, cudaStream_t stream) {
   const Problem& x = p.problem;
   const Choice choice = choice_of(x, p.shared);
   if (choice.warps == 0) return cudaErrorInvalidValue;
-  return dispatch_dtype(x.dtype, [&](auto element) {
+  return dispatch_16_bits(x.dtype, [&](auto element) {
     using T = decltype(element);
-    if constexpr (sizeof(T) == 2) {
-      const bool once = p.shared && x.M <= kUnits && x.K <= kUnits && x.keys.max_length > 0 && !vary(x.keys);
-      const Memory layout(x, choice.masked);
-      const auto kernel = choice.masked            ? short_attention_kernel<T, false, kWarpsAlone, true>
-                          : choice.warps == kWarps ? (once ? short_attention_kernel<T, true, kWarps, false> : short_attention_kernel<T, false, kWarps, false>)
-                          : once                   ? short_attention_kernel<T, true, kWarpsAlone, false>
-                                                   : short_attention_kernel<T, false, kWarpsAlone, false>;
-      return launch(kernel, static_cast<unsigned>(x.B) * x.H, 32 * choice.warps, layout.bytes, stream, p, layout);
-    } else {
-      return cudaErrorInvalidValue;
-    }
+    const bool once = p.shared && x.M <= kUnits && x.K <= kUnits && x.keys.max_length > 0 && !vary(x.keys);
+    const Memory layout(x, choice.masked);
+    const auto kernel = choice.masked            ? short_attention_kernel<T, false, kWarpsAlone, true>
+                        : choice.warps == kWarps ? (once ? short_attention_kernel<T, true, kWarps, false> : short_attention_kernel<T, false, kWarps, false>)
+                        : once                   ? short_attention_kernel<T, true, kWarpsAlone, false>
+                                                 : short_attention_kernel<T, false, kWarpsAlone, false>;
+    return launch(kernel, static_cast<unsigned>(x.B) * x.H, 32 * choice.warps, layout.bytes, stream, p, layout);
   });
 }
 

@@ -155,10 +155,8 @@ template <class T, int UNITS, bool LONG> __global__ void __launch_bounds__(kThre
   float s[kTiles][4], d[kTiles][4];
   const auto begin_logits = [&](const Matrix<kDP>& rows, const Matrix<kDP>& others, const Matrix<kDP>& given, const Matrix<kDP>& other_values) {
     begin_products(s, d);
-#pragma unroll
-    for (int i = 0; i < kDP / 16; ++i) wgmma<T>(s, rows.at(32 * i), others.at(32 * i), i > 0);
-#pragma unroll
-    for (int i = 0; i < kDP / 16; ++i) wgmma<T>(d, given.at(32 * i), other_values.at(32 * i), i > 0);
+    wgmma_tiles<T>(s, rows, others);
+    wgmma_tiles<T>(d, given, other_values);
     commit_products();
   };
   const auto bits_at = [&](std::uint32_t masks, int step) { return static_cast<unsigned>(load_shared_byte(masks + 4 * step)); };
@@ -201,10 +199,8 @@ template <class T, int UNITS, bool LONG> __global__ void __launch_bounds__(kThre
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
         begin_products(s, d, own, given);
-#pragma unroll
-        for (int i = 0; i < kDP / 16; ++i) wgmma_rows<T>(s, own[i], unit_keys.at(32 * i), i > 0);
-#pragma unroll
-        for (int i = 0; i < kDP / 16; ++i) wgmma_rows<T>(d, given[i], unit_values.at(32 * i), i > 0);
+        wgmma_tiles<T>(s, own, unit_keys);
+        wgmma_tiles<T>(d, given, unit_values);
         commit_products();
         wait_products<G, 0>(s, d);
         if (has_rows) {
@@ -565,17 +561,13 @@ bool fits_short_masked_gradient(const Problem& x) {
 
 cudaError_t launch_short_masked_gradient(const ShortGradientParams& p, cudaStream_t stream) {
   const Problem& x = p.forward.problem;
-  return dispatch_dtype(x.dtype, [&](auto element) {
+  return dispatch_16_bits(x.dtype, [&](auto element) {
     using T = decltype(element);
-    if constexpr (sizeof(T) == 2) {
-      const Memory layout(x, units_of(x), is_long(x));
-      const auto kernel = is_long(x)         ? short_masked_gradient_kernel<T, kMostUnits, true>
-                          : units_of(x) == 32 ? short_masked_gradient_kernel<T, 32, false>
-                                              : short_masked_gradient_kernel<T, kMostUnits, false>;
-      return launch(kernel, static_cast<unsigned>(x.B) * x.H, kThreads, layout.bytes, stream, p, layout);
-    } else {
-      return cudaErrorInvalidValue;
-    }
+    const Memory layout(x, units_of(x), is_long(x));
+    const auto kernel = is_long(x)         ? short_masked_gradient_kernel<T, kMostUnits, true>
+                        : units_of(x) == 32 ? short_masked_gradient_kernel<T, 32, false>
+                                            : short_masked_gradient_kernel<T, kMostUnits, false>;
+    return launch(kernel, static_cast<unsigned>(x.B) * x.H, kThreads, layout.bytes, stream, p, layout);
   });
 }
 

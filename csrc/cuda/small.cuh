@@ -258,14 +258,10 @@ cudaError_t launch_by_warps(bool early, void (*kernel)(P, int, Params...), int t
 // With the smallest W, from LEAST on, that holds the columns.
 template <int LEAST, class F> cudaError_t by_columns(const Problem& x, F&& f) {
   const int columns = std::max(small_columns(x.D), LEAST);
-  return dispatch_dtype(x.dtype, [&](auto element) {
-    if constexpr (sizeof(element) == 2) {
-      if constexpr (LEAST == 64)
-        if (columns == 64) return f(element, std::integral_constant<int, 64>());
-      return columns == 96 ? f(element, std::integral_constant<int, 96>()) : f(element, std::integral_constant<int, 128>());
-    } else {
-      return cudaErrorInvalidValue;
-    }
+  return dispatch_16_bits(x.dtype, [&](auto element) {
+    if constexpr (LEAST == 64)
+      if (columns == 64) return f(element, std::integral_constant<int, 64>());
+    return columns == 96 ? f(element, std::integral_constant<int, 96>()) : f(element, std::integral_constant<int, 128>());
   });
 }
 
